@@ -1,0 +1,49 @@
+# Everything a contributor runs. `make help` lists it.
+
+PYTHON ?= python3
+TAG := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+VENV := .venv/$(TAG)
+PYTEST_OPTIONS := -q -W error -p no:cacheprovider
+# The newest releases that still understand Python 3.7, the oldest interpreter that kfserver runs on.
+MYPY := mypy==1.4.1
+RUFF := ruff==0.17.6
+RUFF_OPTIONS := --no-cache --line-length 120 --target-version py37 \
+	--select E,F,W,B,C4,SIM,RET,UP,PIE --ignore UP006,UP007,UP035,UP045
+MYPY_OPTIONS := --strict --ignore-missing-imports --python-version 3.7 --cache-dir /dev/null
+SOURCES := kfserver.py handlers.py
+export PYTHONDONTWRITEBYTECODE := 1
+
+.PHONY: help run demo test test-all check clean
+
+help: ## Show this list
+	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+run: ## Start the server with handlers.py
+	$(PYTHON) kfserver.py
+
+demo: ## Start a server, push a signed packet, show the answer and the handler's line, stop
+	$(PYTHON) tests/demo.py
+
+$(VENV)/installed:
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check pytest
+	touch $@
+
+test: $(VENV)/installed ## Run the tests on $(PYTHON), warnings as errors
+	$(VENV)/bin/python -m pytest $(PYTEST_OPTIONS) tests
+
+test-all: ## Run the tests on every interpreter from 3.7 to 3.13 that is found
+	sh tests/each_python.sh $(MAKE) --no-print-directory test
+
+.venv/check/installed: Makefile
+	$(PYTHON) -m venv .venv/check
+	.venv/check/bin/python -m pip install --quiet --disable-pip-version-check $(MYPY) $(RUFF) pytest
+	touch $@
+
+check: .venv/check/installed ## Types and style
+	.venv/check/bin/mypy $(MYPY_OPTIONS) $(SOURCES)
+	.venv/check/bin/ruff check $(RUFF_OPTIONS) $(SOURCES) tests
+
+clean: ## Remove what the other targets made
+	rm -rf .venv .venv-bench
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

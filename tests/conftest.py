@@ -1,0 +1,82 @@
+"""What the tests of the pure sections share: published packets, signatures, and a world of plain values."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import sys
+from typing import Any, Callable, Dict, List, Optional
+from urllib.parse import urlencode
+
+import pytest
+
+TESTS = pathlib.Path(__file__).resolve().parent
+sys.path.insert(0, str(TESTS.parent))
+
+from kfserver import (  # noqa: E402  (the folder above is on the path only from here on)
+    ClaimCache,
+    Endpoint,
+    Message,
+    Request,
+    Response,
+    Settings,
+    Surroundings,
+    sign,
+)
+
+PUBLISHED: Dict[str, Any] = json.loads((TESTS / "data" / "published.json").read_text("utf-8"))
+# The published packets, as they stand on the platform's pages, by name.
+PUSHES: Dict[str, bytes] = {push["name"]: push["body"].encode() for push in PUBLISHED["pushes"]}
+
+TOKEN = "token-of-the-tests"
+# The second at which the clock of a `World` stands.
+NOW = 1_700_000_000
+
+
+def signed_query(token: str, timestamp: object = NOW, nonce: str = "nonce", **more: str) -> str:
+    """A query with a valid signature, and ``more`` beside it."""
+    signature = sign(token, str(timestamp), nonce)
+    return urlencode({"signature": signature, "timestamp": timestamp, "nonce": nonce, **more})
+
+
+class World:
+    """An endpoint, and its world: clocks that stand still, and a queue that records what it is given.
+
+    With ``full`` set the queue raises that at once, with ``unsafe`` set when it is to confirm that the message is safe.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        self.submitted: List[Message] = []
+        self.full: Optional[Exception] = None
+        self.unsafe: Optional[Exception] = None
+        self.now = float(NOW)  # Unix seconds
+        self.timer = 0.0  # seconds from anywhere
+        made = Settings(**settings)
+        self.claims = ClaimCache(made.dedup_size)
+        self.endpoint = Endpoint(made, Surroundings(
+            self.claims, self.submit, lambda: self.now, lambda: self.timer))
+
+    def submit(self, message: Message, payload: bytes) -> Callable[[], None]:
+        """What the endpoint calls with a message: what is returned confirms that the message is safe."""
+        if self.full:
+            raise self.full
+        return lambda: self._confirm(message)
+
+    def _confirm(self, message: Message) -> None:
+        if self.unsafe:
+            raise self.unsafe
+        self.submitted.append(message)
+
+    def ask(self, request: Request) -> Response:
+        """The endpoint's answer to any request."""
+        return self.endpoint.handle(request)
+
+    def push(self, body: bytes, query: str = "") -> Response:
+        """The endpoint's answer to a POST of ``body``."""
+        return self.ask(Request("POST", "/", query, body))
+
+
+@pytest.fixture
+def world() -> World:
+    """A world with the settings of a server that was started without any."""
+    return World()

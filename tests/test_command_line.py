@@ -1,0 +1,479 @@
+"""The command line: settings, handlers, what is printed, and how the process ends.
+
+Where a process of its own makes a difference, one is run; all else calls `main` here, which is ten times as fast.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pathlib
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import threading
+from typing import Any, Dict, Iterator, List, Sequence
+
+import pytest
+from support import PATIENCE, ROOT, Client, post, push
+
+import kfserver
+from kfserver import SETTING_FIELDS, build_parser, main, read_settings
+
+# What is printed last before the first push; what comes later may stand between other threads' words.
+LAST_OF_THE_FIRST_LINES = "no --app-key is set: what handlers return is not sent to users"
+
+# A handler that tells when it begins, and is through when its test makes a file named "through".
+SLOW_HANDLERS = """
+    import os, time
+    from kfserver import HandlerRegistry
+
+    registry = HandlerRegistry()
+
+    @registry.on("text")
+    def slow(message):
+        print("begins", message.content, flush=True)
+        while not os.path.exists("through"):
+            time.sleep(0.01)
+        print("ends", message.content, flush=True)
+"""
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No setting, no handlers.py and no imported handlers but what a test makes itself."""
+    for name in [name for name in os.environ if name.startswith("KF_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    modules = set(sys.modules)
+    yield
+    for name in set(sys.modules) - modules:
+        del sys.modules[name]
+
+
+def write(name: str, text: str) -> str:
+    """Write a file into the current folder; its path."""
+    pathlib.Path(name).write_text(textwrap.dedent(text), encoding="utf-8")
+    return os.path.abspath(name)
+
+
+# ---- Settings
+
+
+def as_typed(value: Any) -> str:
+    """A case of the tables below as an operator would write it, to name the test."""
+    if isinstance(value, dict):
+        return " ".join(f"{name}={text}" for name, text in value.items())
+    return " ".join(value) if isinstance(value, list) else str(value)
+
+
+@pytest.mark.parametrize(("arguments", "environment", "name", "value"), [
+    ([], {}, "port", 8080),
+    ([], {"KF_PORT": "81"}, "port", 81),
+    ([], {"KF_PORT": ""}, "port", 8080),
+    (["--port", "82"], {"KF_PORT": "81"}, "port", 82),
+    (["--port=0"], {"KF_PORT": "81"}, "port", 0),
+    ([], {"KF_TOKEN": "secret"}, "token", "secret"),
+    (["--token=other"], {"KF_TOKEN": "secret"}, "token", "other"),
+    (["--token="], {"KF_TOKEN": "secret"}, "token", ""),
+    (["--max-age", "2.5"], {}, "max_age", 2.5),
+    ([], {"KF_MAX_AGE": "300"}, "max_age", 300.0),
+    (["--max-body", "100"], {}, "max_body", 100),
+    (["--path", "/kf"], {}, "path", "/kf"),
+    (["--log-level", "debug"], {"KF_LOG_LEVEL": "error"}, "log_level", "debug"),
+    ([], {}, "allow_unsigned", False),
+    (["--allow-unsigned"], {}, "allow_unsigned", True),
+    (["--allow-unsigned"], {"KF_ALLOW_UNSIGNED": "no"}, "allow_unsigned", True),
+    ([], {"KF_ALLOW_UNSIGNED": "1"}, "allow_unsigned", True),
+    ([], {"KF_ALLOW_UNSIGNED": "Yes"}, "allow_unsigned", True),
+    ([], {"KF_ALLOW_UNSIGNED": "off"}, "allow_unsigned", False),
+], ids=as_typed)
+def test_read_settings_argument_beats_environment_beats_default(
+        arguments: List[str], environment: Dict[str, str], name: str, value: object) -> None:
+    settings = read_settings(vars(build_parser().parse_args(arguments)), environment)
+    assert getattr(settings, name) == value
+
+
+@pytest.mark.parametrize(("arguments", "environment", "told"), [
+    (["--port", "http"], {}, "--port (KF_PORT) takes a whole number from 0 to 65535, not 'http'"),
+    (["--port", "65536"], {}, "--port (KF_PORT) takes a whole number from 0 to 65535, not 65536"),
+    (["--port", "-1"], {}, "--port (KF_PORT) takes a whole number from 0 to 65535, not -1"),
+    (["--port", "1.5"], {}, "--port (KF_PORT) takes a whole number from 0 to 65535, not '1.5'"),
+    (["--port", ""], {}, "--port (KF_PORT) takes a whole number from 0 to 65535, not ''"),
+    ([], {"KF_PORT": "web"}, "--port (KF_PORT) takes a whole number from 0 to 65535, not 'web'"),
+    (["--workers", "0"], {}, "--workers (KF_WORKERS) takes a whole number from 1 to 10000, not 0"),
+    (["--queue-size", "0"], {}, "--queue-size (KF_QUEUE_SIZE) takes a whole number, 1 or more, not 0"),
+    (["--dedup-size", "0"], {}, "--dedup-size (KF_DEDUP_SIZE) takes a whole number, 1 or more, not 0"),
+    (["--max-body", "1M"], {}, "--max-body (KF_MAX_BODY) takes a whole number, 1 or more, not '1M'"),
+    (["--tries", "0"], {}, "--tries (KF_TRIES) takes a whole number from 1 to 20, not 0"),
+    (["--max-age", "soon"], {}, "--max-age (KF_MAX_AGE) takes a number"),
+    (["--max-age", "nan"], {}, "--max-age (KF_MAX_AGE) takes a number"),
+    (["--grace", "-1"], {}, "--grace (KF_GRACE) takes a number"),
+    (["--grace", "inf"], {}, "--grace (KF_GRACE) takes a number"),  # no lock can be waited for that long
+    (["--grace", "1e300"], {}, "--grace (KF_GRACE) takes a number"),
+    (["--log-level", "loud"], {}, "--log-level (KF_LOG_LEVEL) takes one of debug, info, warning, error, not 'loud'"),
+    (["--path", "kf"], {}, "--path (KF_PATH) must start with '/'"),
+    ([], {"KF_ALLOW_UNSIGNED": "maybe"}, "--allow-unsigned (KF_ALLOW_UNSIGNED) takes true or false, not 'maybe'"),
+], ids=as_typed)
+def test_main_names_a_bad_setting(arguments: List[str], environment: Dict[str, str], told: str,
+                                  monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert main(["--check", *arguments]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith(f"kfserver: {told}")
+    assert printed.err.count("\n") == 1
+
+
+def test_main_refuses_an_unknown_option(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["--prot", "80"])
+    assert caught.value.code == 2
+    assert "--prot" in capsys.readouterr().err
+
+
+def test_main_help_tells_of_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["--help"])
+    assert caught.value.code == 0
+    told = set(re.findall(r"^  (--[a-z-]+)", capsys.readouterr().out, re.MULTILINE))
+    assert {f"--{name.replace('_', '-')}" for name in SETTING_FIELDS} <= told
+
+
+def test_main_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["--version"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out == f"kfserver {kfserver.__version__}\n"
+
+
+# ---- Handlers
+
+
+GOOD_HANDLERS = """
+    import re
+    from kfserver import HandlerRegistry
+
+    registry = HandlerRegistry()
+
+    @registry.on("text", "hi", re.compile(r"order (\\d+)"))
+    def answer(message, number=None):
+        return None
+
+    @registry.on("*")
+    def rest(message):
+        return None
+"""
+GOOD_LIST = """\
+2 handlers from {path}
+  @registry.on('text', 'hi', re.compile(r"order (\\d+)")) -> answer
+  @registry.on('*') -> rest
+"""
+
+
+@pytest.mark.parametrize(("name", "arguments"), [
+    pytest.param("handlers.py", [], id="handlers.py in the current folder"),
+    pytest.param("handlers.py", ["--handlers", "handlers.py"], id="a file"),
+    pytest.param("bot", ["--handlers", "./bot"], id="a file with another ending"),
+    pytest.param("the.bot.py", ["--handlers", "the.bot.py"], id="a file with a point in its name"),
+])
+def test_main_check_prints_the_handlers(
+        name: str, arguments: List[str], capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(name, GOOD_HANDLERS)
+    assert main(["--check", *arguments]) == 0
+    assert capsys.readouterr().out == GOOD_LIST.format(path=path)
+
+
+def test_main_check_prints_the_handlers_of_a_module(
+        tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "shop").mkdir()
+    path = write("shop/bot.py", GOOD_HANDLERS)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert main(["--check", "--handlers", "shop.bot"]) == 0
+    assert capsys.readouterr().out == GOOD_LIST.format(path=path)
+
+
+def test_main_check_takes_the_handlers_beside_kfserver_if_there_are_none_here(
+        capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--check"]) == 0
+    assert f"handlers from {ROOT / 'handlers.py'}\n" in capsys.readouterr().out
+
+
+def test_main_check_lets_handlers_import_their_neighbours(
+        tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "bot").mkdir()
+    write("bot/prices.py", "TEA = 3\n")
+    write("bot/handlers.py", GOOD_HANDLERS + "\n    from prices import TEA\n")
+    assert main(["--check", "--handlers", "bot/handlers.py"]) == 0
+    assert capsys.readouterr().out.startswith("2 handlers from ")
+
+
+@pytest.mark.parametrize(("text", "told", "lines"), [
+    pytest.param("registry = (\n", "SyntaxError", [1], id="syntax error"),
+    pytest.param("one = 1\nzero = one / 0\n", "ZeroDivisionError", [2], id="exception"),
+    pytest.param("def fail():\n    raise OSError('disk')\n\nfail()\n", "OSError", [4, 2], id="exception in a function"),
+    pytest.param("import json\njson.loads('?')\n", "JSONDecodeError", [2], id="exception in a library"),
+    pytest.param("import sys\nsys.exit('no')\n", "SystemExit", [2], id="sys.exit()"),
+    pytest.param("import no_such_library\n", "ModuleNotFoundError", [1], id="a library that is not installed"),
+    pytest.param("from kfserver import NoSuchName\n", "ImportError", [1], id="a name that kfserver has not"),
+])
+def test_main_shows_an_error_in_the_handlers_and_nothing_of_its_own(
+        text: str, told: str, lines: Sequence[int], capsys: pytest.CaptureFixture[str]) -> None:
+    path = write("bad.py", text)
+    assert main(["--check", "--handlers", "bad.py"]) == 2
+    error = capsys.readouterr().err
+    shown = re.findall(r'^  File "(.*)", line (\d+)', error, re.MULTILINE)
+    assert [int(line) for file, line in shown if file == path] == lines
+    assert not [file for file, _ in shown if file.endswith("kfserver.py") or "importlib" in file]
+    assert error.splitlines()[-1].startswith(f"kfserver: bad.py failed with the {told} above: mend it")
+
+
+@pytest.mark.parametrize(("text", "told"), [
+    pytest.param("", "bad.py has no registry: write 'from kfserver import HandlerRegistry'", id="no registry"),
+    pytest.param("registry = {}", "bad.py has no registry: write 'from", id="a registry of another kind"),
+    pytest.param("""
+        from kfserver import HandlerRegistry
+        registry = HandlerRegistry()
+        @registry.on("text")
+        async def answer(message): ...
+    """, "bad.py, line [45]: handlers are plain functions: write 'def answer.message.:' without async", id="coroutine"),
+    pytest.param("""
+        from kfserver import HandlerRegistry
+        registry = HandlerRegistry()
+        registry.on("image", "hi")
+    """, 'bad.py, line 4: only "text" and "event" take patterns', id="pattern for an image"),
+])
+def test_main_says_in_one_line_what_handlers_lack(
+        text: str, told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    write("bad.py", text)
+    assert main(["--check", "--handlers", "bad.py"]) == 2
+    error = capsys.readouterr().err
+    assert re.match(f"kfserver: {told}", error)  # Pythons differ in the line that they tell of a decorator
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["missing.py", "no_such_module", "missing/handlers.py"])
+def test_main_says_in_one_line_that_there_are_no_such_handlers(
+        name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--check", "--handlers", name]) == 2
+    error = capsys.readouterr().err
+    assert name in error
+    assert "--handlers names" in error
+    assert error.count("\n") == 1
+
+
+def forbid(path: pathlib.Path) -> None:
+    """Make a file that nobody may read."""
+    path.write_text("")
+    path.chmod(0)
+    if os.access(str(path), os.R_OK):
+        pytest.skip("this user may read everything")
+
+
+@pytest.mark.parametrize("make", [pathlib.Path.mkdir, forbid], ids=["a folder", "not permitted"])
+def test_main_says_in_one_line_that_handlers_cannot_be_read(
+        make: Any, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make(tmp_path / "handlers.py")
+    assert main([]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"kfserver: cannot read the handlers {tmp_path / 'handlers.py'}: ")
+    assert error.count("\n") == 1
+
+
+# ---- Processes
+
+
+def environment(**variables: str) -> Dict[str, str]:
+    """The environment of a process, without this one's settings."""
+    return {**os.environ, "PYTHONIOENCODING": "utf-8", "PYTHONDONTWRITEBYTECODE": "1", **variables}
+
+
+def run(*command: str) -> subprocess.CompletedProcess[str]:
+    """Run Python with the given options in the current folder, until it ends."""
+    return subprocess.run([sys.executable, "-W", "error", *command], env=environment(),
+                          capture_output=True, text=True, timeout=PATIENCE)
+
+
+ALIASED_HANDLERS = """
+    import sys
+    import kfserver
+
+    assert kfserver is sys.modules["__main__"]
+    registry = kfserver.HandlerRegistry()
+"""
+
+
+@pytest.mark.parametrize(("name", "folder", "command"), [
+    pytest.param("kfserver.py", ".", ["kfserver.py"], id="plain"),
+    pytest.param("kfserver.py", ".", ["-m", "kfserver"], id="as a module"),
+    pytest.param("receiver.py", ".", ["receiver.py"], id="renamed"),
+    pytest.param("receiver.py", ".", ["-m", "receiver"], id="renamed, as a module"),
+    pytest.param("kfserver.py", "elsewhere", ["../kfserver.py"], id="from another folder"),
+    pytest.param("kfserver.py", ".", ["-I", "-S", "kfserver.py"], id="isolated"),
+])
+def test_program_is_the_module_that_handlers_import(
+        name: str, folder: str, command: List[str], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copy(str(ROOT / "kfserver.py"), name)
+    path = write("handlers.py", ALIASED_HANDLERS)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / folder)
+    result = run(*command, "--check")
+    assert (result.stdout, result.stderr, result.returncode) == (f"0 handlers from {path}\n", "", 0)
+
+
+def test_program_needs_nothing_but_its_file() -> None:
+    shutil.copy(str(ROOT / "kfserver.py"), "kfserver.py")
+    result = run("-I", "-S", "kfserver.py", "--check")
+    assert (result.stderr, result.returncode) == ("", 0)
+    assert result.stdout.startswith("0 handlers: no handlers.py here")
+
+
+def test_program_shows_no_traceback_of_its_own() -> None:
+    path = write("handlers.py", "one = 1\nzero = one / 0\n")
+    result = run(str(ROOT / "kfserver.py"))
+    assert (result.stdout, result.returncode) == ("", 2)
+    assert result.stderr.startswith(f'Traceback (most recent call last):\n  File "{path}", line 2, in <module>\n')
+    assert "kfserver.py" not in result.stderr
+
+
+def test_program_says_in_one_line_that_its_port_is_in_use() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen(1)
+        port = taken.getsockname()[1]
+        result = run(str(ROOT / "kfserver.py"), "--host", "127.0.0.1", "--port", str(port))
+    assert (result.stdout, result.returncode) == ("", 2)
+    assert result.stderr.startswith(f"kfserver: cannot listen on 127.0.0.1 port {port}: ")
+    assert result.stderr.count("\n") == 1
+
+
+class Program:
+    """kfserver as a process in the current folder, on a free port; its output and its log are one text."""
+
+    def __init__(self, *arguments: str) -> None:
+        command = [sys.executable, "-W", "error", str(ROOT / "kfserver.py"), "--host", "127.0.0.1", "--port", "0"]
+        self._process = subprocess.Popen([*command, *arguments], env=environment(),
+                                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        # A read from a pipe has no time-out of its own.
+        self._watchdog = threading.Timer(PATIENCE, self._process.kill)
+        self._watchdog.start()
+        self.output = ""
+
+    @property
+    def port(self) -> int:
+        """The port that the first line tells."""
+        return int(self.output.partition("\n")[0].rstrip("/").rpartition(":")[2])
+
+    def read_until(self, text: str) -> None:
+        """Read lines up to one that holds the text."""
+        assert self._process.stdout
+        for line in self._process.stdout:
+            self.output += line
+            if text in line:
+                return
+        raise AssertionError(f"{text!r} does not stand in {self.output!r}")
+
+    def read_to_end(self) -> int:
+        """Read what is left; the exit status."""
+        assert self._process.stdout
+        self.output += self._process.stdout.read()
+        return self._process.wait(PATIENCE)
+
+    def close(self) -> None:
+        """End the process, if it still runs."""
+        self._process.kill()
+        self._process.communicate()
+        self._watchdog.cancel()
+        self._watchdog.join()
+
+    def push(self, number: int, content: str) -> None:
+        """Push a text, which must be taken."""
+        with Client(self.port) as client:
+            assert client.ask(post(push("user", number, content))).body == b"success"
+
+    def signal(self, number: int) -> None:
+        """Send a signal."""
+        self._process.send_signal(number)
+
+
+@contextlib.contextmanager
+def running(*arguments: str) -> Iterator[Program]:
+    """A `Program` that listens, for the length of a block."""
+    program = Program(*arguments)
+    try:
+        program.read_until(LAST_OF_THE_FIRST_LINES)
+        yield program
+    finally:
+        program.close()
+
+
+def test_program_tells_where_it_listens_what_it_loaded_and_who_can_push() -> None:
+    path = write("handlers.py", GOOD_HANDLERS)
+    with running() as program:
+        program.push(1, "hi")
+        program.read_until("outcome=accepted")
+        program.signal(signal.SIGTERM)
+        assert program.read_to_end() == 0
+    first = f"kfserver {kfserver.__version__} listening on http://127.0.0.1:{program.port}/\n"
+    assert program.output.startswith(first + GOOD_LIST.format(path=path))
+    assert "no token is set: anyone who reaches this port can push; set --token (KF_TOKEN)\n" in program.output
+    assert LAST_OF_THE_FIRST_LINES in program.output
+
+
+def test_program_keeps_its_token_to_itself() -> None:
+    write("handlers.py", GOOD_HANDLERS)
+    with running("--token", "a-secret", "--log-level", "debug") as program:
+        with Client(program.port) as client:
+            assert client.ask(post(push(), target="/?signature=ab&timestamp=1&nonce=2")).status == 403
+        program.read_until("outcome=refused 403")
+        program.signal(signal.SIGTERM)
+        assert program.read_to_end() == 0
+    assert "no token is set" not in program.output
+    assert "a-secret" not in program.output
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
+def test_program_finishes_what_waits_before_it_ends(number: int) -> None:
+    write("handlers.py", SLOW_HANDLERS)
+    with running("--workers", "1", "--grace", str(PATIENCE)) as program:
+        program.push(1, "one")
+        program.push(2, "two")
+        program.read_until("begins one")
+        program.signal(number)
+        program.read_until("shutting down")
+        write("through", "")
+        assert program.read_to_end() == 0
+    handled = re.findall(r"^(?:begins|ends) .*", program.output, re.MULTILINE)
+    assert handled == ["begins one", "ends one", "begins two", "ends two"]
+
+
+def test_program_tells_what_it_leaves_undone() -> None:
+    write("handlers.py", SLOW_HANDLERS)
+    with running("--grace", "0.05") as program:
+        program.push(1, "one")
+        program.push(2, "two")
+        program.read_until("begins one")
+        program.signal(signal.SIGTERM)
+        assert program.read_to_end() == 1
+    assert re.findall(r"WARNING left undone: key=(.*)", program.output) == ["app/user/text/1", "app/user/text/2"]
+    assert "Traceback" not in program.output
+
+
+@pytest.mark.parametrize(("first", "second"), [(signal.SIGTERM, signal.SIGTERM), (signal.SIGINT, signal.SIGTERM)],
+                         ids=["SIGTERM twice", "SIGINT, then SIGTERM"])
+def test_program_ends_at_once_at_a_second_signal(first: int, second: int) -> None:
+    write("handlers.py", SLOW_HANDLERS)
+    with running("--grace", str(10 * PATIENCE)) as program:
+        program.push(1, "one")
+        program.read_until("begins one")
+        program.signal(first)
+        program.read_until("shutting down")
+        program.signal(second)
+        assert program.read_to_end() == 1
+    assert "Traceback" not in program.output

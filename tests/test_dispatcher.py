@@ -1,0 +1,406 @@
+"""Dispatcher: which message runs when, beside which others, and what becomes of one that fails.
+
+Nothing waits for a retry here: the alarm is a list, and a test rings it. Messages are made by hand, and known by keys
+like ``ann/2``: the second message of ann.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from typing import Callable, List, Optional, Tuple, Type
+
+import pytest
+from support import PATIENCE, no_thread_left, wait_until
+
+import kfserver
+from kfserver import Busy, Dispatcher, Job, KfError, Message, Settings, Work
+
+
+def letter(key: str) -> Message:
+    """The message of the sender that stands before the slash."""
+    message = Message({"FromUserName": key.partition("/")[0]})
+    message.key = key
+    return message
+
+
+def no_work(message: Message) -> None:
+    """A handler that is through at once."""
+
+
+class Office:
+    """A dispatcher whose handler is ``work``, and a record of what happened."""
+
+    def __init__(self, work: Callable[[Message], None] = no_work, settings: Optional[Settings] = None) -> None:
+        self._work = work
+        self.begun: List[str] = []
+        self.tried: List[Tuple[str, int]] = []
+        self.settled: List[Tuple[str, Optional[BaseException]]] = []
+        self.alarms: List[Tuple[float, Job]] = []
+        self.dispatcher = Dispatcher(settings or Settings(), Work(self._run, self._tried, self._settle), self._later)
+
+    def _run(self, message: Message) -> None:
+        self.begun.append(message.key)
+        self._work(message)
+
+    def _tried(self, message: Message, tries: int) -> None:
+        self.tried.append((message.key, tries))
+
+    def _settle(self, message: Message, error: Optional[BaseException]) -> None:
+        self.settled.append((message.key, error))
+
+    def _later(self, seconds: float, job: Job) -> None:
+        self.alarms.append((seconds, job))
+
+    @property
+    def done(self) -> List[str]:
+        """The keys that are settled, in that order."""
+        return [key for key, _ in self.settled]
+
+    def submit(self, *keys: str) -> None:
+        """Hand in one message for each key."""
+        for key in keys:
+            self.dispatcher.submit(letter(key))
+
+    def finish(self) -> None:
+        """Ring every alarm, until all messages are settled."""
+        rung = 0
+        while not self.dispatcher.join(0.0):
+            wait_until(lambda rung=rung: len(self.alarms) > rung or self.dispatcher.join(0.0))  # type: ignore[misc]
+            for _, job in self.alarms[rung:]:
+                rung += 1
+                job()
+
+
+class Gate:
+    """A handler that holds the messages of ``held`` until it is opened, and counts those that are in it at once."""
+
+    def __init__(self, held: str = "") -> None:
+        self._held = held
+        self._opened = threading.Event()
+        self._lock = threading.Lock()
+        self.inside: List[str] = []
+        self.most = 0
+
+    def __call__(self, message: Message) -> None:
+        with self._lock:
+            self.inside.append(message.key)
+            self.most = max(self.most, len(self.inside))
+        if message.key.startswith(self._held):
+            assert self._opened.wait(PATIENCE)
+        with self._lock:
+            self.inside.remove(message.key)
+
+    def open(self) -> None:
+        """Let everything through, now and later."""
+        self._opened.set()
+
+
+class Failing:
+    """A handler that fails at the first ``times`` tries of each message, with ``error``."""
+
+    def __init__(self, times: int, error: Type[BaseException] = ValueError) -> None:
+        self._times, self._error = times, error
+        self._tries: List[str] = []
+
+    def __call__(self, message: Message) -> None:
+        self._tries.append(message.key)
+        if self._tries.count(message.key) <= self._times:
+            raise self._error(f"try {self._tries.count(message.key)}")
+
+
+# ---- Order
+
+
+@pytest.mark.parametrize("workers", [1, 2, 8])
+def test_dispatcher_keeps_the_order_of_each_sender(workers: int) -> None:
+    office = Office(settings=Settings(workers=workers))
+    office.submit(*(f"{sender}/{number}" for number in range(50) for sender in "abcdefghij"))
+    office.finish()
+    for sender in "abcdefghij":
+        assert [key for key in office.done if key[0] == sender] == [f"{sender}/{number}" for number in range(50)]
+
+
+def test_dispatcher_runs_one_message_of_a_sender_at_a_time() -> None:
+    gate = Gate("nobody")
+    office = Office(gate, Settings(workers=8))
+    office.submit(*(f"ann/{number}" for number in range(200)))
+    office.finish()
+    assert gate.most == 1
+
+
+def test_dispatcher_tells_the_same_sender_in_two_apps_apart() -> None:
+    gate = Gate()
+    office = Office(gate)
+    for app in ("first", "second"):
+        message = Message({"ToUserName": app, "FromUserName": "ann"})
+        message.key = app
+        office.dispatcher.submit(message)
+    wait_until(lambda: sorted(gate.inside) == ["first", "second"])
+    gate.open()
+    office.finish()
+
+
+def test_dispatcher_runs_different_senders_beside_each_other() -> None:
+    gate = Gate()
+    office = Office(gate, Settings(workers=6))
+    office.submit(*(f"{sender}/1" for sender in "abcdef"))
+    wait_until(lambda: len(gate.inside) == 6)
+    gate.open()
+    office.finish()
+
+
+def test_dispatcher_never_runs_more_than_its_workers() -> None:
+    gate = Gate()
+    office = Office(gate, Settings(workers=3))
+    office.submit(*(f"{sender}/{number}" for sender in "abcdefghij" for number in range(5)))
+    wait_until(lambda: len(gate.inside) == 3)
+    gate.open()
+    office.finish()
+    assert gate.most == 3
+
+
+def test_dispatcher_lets_one_slow_sender_hold_up_nobody_else() -> None:
+    gate = Gate(held="slow")
+    office = Office(gate, Settings(workers=2))
+    others = [f"{sender}/{number}" for number in range(20) for sender in "abcde"]
+    office.submit("slow/1", "slow/2", "slow/3", *others)
+    wait_until(lambda: len(office.done) == len(others))
+    assert gate.inside == ["slow/1"]
+    gate.open()
+    office.finish()
+    assert office.done[-3:] == ["slow/1", "slow/2", "slow/3"]
+
+
+def test_dispatcher_gives_every_sender_a_turn() -> None:
+    gate = Gate(held="first")
+    office = Office(gate, Settings(workers=1))
+    office.submit("first/1", "many/1", "many/2", "many/3", "one/1")
+    gate.open()
+    office.finish()
+    assert office.done == ["first/1", "many/1", "one/1", "many/2", "many/3"]
+
+
+# ---- Retries
+
+
+@pytest.mark.parametrize(("failures", "tries", "delays"), [
+    pytest.param(0, 3, [], id="no failure"),
+    pytest.param(1, 3, [1.0], id="one failure"),
+    pytest.param(2, 3, [1.0, 4.0], id="two failures"),
+    pytest.param(4, 5, [1.0, 4.0, 16.0, 64.0], id="four failures"),
+])
+def test_dispatcher_tries_again_later(failures: int, tries: int, delays: List[float]) -> None:
+    office = Office(Failing(failures), Settings(tries=tries))
+    office.submit("ann/1")
+    office.finish()
+    assert [seconds for seconds, _ in office.alarms] == delays
+    assert office.begun == ["ann/1"] * (failures + 1)
+    assert office.tried == [("ann/1", tries_so_far + 1) for tries_so_far in range(failures)]
+    assert office.settled == [("ann/1", None)]
+
+
+@pytest.mark.parametrize("tries", [1, 2, 4])
+def test_dispatcher_settles_with_the_last_error(tries: int) -> None:
+    office = Office(Failing(times=100), Settings(tries=tries))
+    office.submit("ann/1", "ann/2")
+    office.finish()
+    assert office.begun == ["ann/1"] * tries + ["ann/2"] * tries
+    assert [(key, str(error)) for key, error in office.settled] == [
+        ("ann/1", f"try {tries}"), ("ann/2", f"try {tries}")]
+
+
+def test_dispatcher_counts_the_tries_of_each_message_anew() -> None:
+    office = Office(Failing(times=1), Settings(tries=2))
+    office.submit("ann/1", "ann/2")
+    office.finish()
+    assert [seconds for seconds, _ in office.alarms] == [1.0, 1.0]
+    assert office.settled == [("ann/1", None), ("ann/2", None)]
+
+
+def test_dispatcher_lets_later_messages_of_the_sender_wait_for_a_retry() -> None:
+    office = Office(Failing(times=1), Settings(workers=4))
+    office.submit("ann/1", "ann/2")
+    wait_until(lambda: office.alarms)
+    assert office.begun == ["ann/1"]
+    office.finish()
+    assert office.begun == ["ann/1", "ann/1", "ann/2", "ann/2"]
+
+
+def test_dispatcher_keeps_no_worker_waiting_for_a_retry() -> None:
+    failing = Failing(times=1)
+    office = Office(lambda message: failing(message) if message.key == "ann/1" else None, Settings(workers=1))
+    office.submit("ann/1")
+    wait_until(lambda: office.alarms)
+    office.submit("bob/1")
+    wait_until(lambda: office.done == ["bob/1"])
+    office.finish()
+    assert office.done == ["bob/1", "ann/1"]
+
+
+def test_dispatcher_does_not_try_again_what_kfserver_itself_raised() -> None:
+    # A wrong return value or an exhausted quota will be no better the next time.
+    office = Office(Failing(1, KfError), Settings(tries=3))
+    office.submit("ann/1")
+    office.finish()
+    assert office.begun == ["ann/1"]
+    assert isinstance(office.settled[0][1], KfError)
+
+
+@pytest.mark.parametrize("error", [
+    pytest.param(ValueError, id="an ordinary error"),
+    pytest.param(SystemExit, id="sys.exit()"),
+    pytest.param(asyncio.CancelledError, id="a cancelled coroutine"),
+])
+def test_dispatcher_loses_no_worker_to_an_error(error: Type[BaseException]) -> None:
+    office = Office(Failing(1, error), Settings(workers=1, tries=1))
+    office.submit("ann/1", "ann/2", "bob/1")
+    assert office.dispatcher.join(PATIENCE)
+    assert sorted((key, type(failure)) for key, failure in office.settled) == [
+        ("ann/1", error), ("ann/2", error), ("bob/1", error)]
+
+
+def test_dispatcher_restore_goes_on_counting_tries() -> None:
+    office = Office(Failing(times=100), Settings(tries=4))
+    office.dispatcher.restore(letter("ann/1"), 2)
+    office.finish()
+    assert [seconds for seconds, _ in office.alarms] == [16.0]
+    assert office.done == ["ann/1"]
+
+
+def test_dispatcher_logs_a_retry_by_key_and_never_by_what_was_written(caplog: pytest.LogCaptureFixture) -> None:
+    office = Office(Failing(times=1), Settings(tries=3))
+    message = Message({"FromUserName": "ann", "Content": "my secret"})
+    message.key = "ann/1"
+    office.dispatcher.submit(message)
+    office.finish()
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert caplog.messages[0].startswith("handler failed: key=ann/1 try=1 of 3, ValueError")
+    assert caplog.messages[0].endswith("; again in 1 s")
+    assert "secret" not in caplog.text
+
+
+# ---- Limits
+
+
+def submit_fails(office: Office, key: str) -> bool:
+    """Whether a message is refused, by whatever error."""
+    try:
+        office.submit(key)
+    except (KfError, RuntimeError):
+        return True
+    return False
+
+
+def test_dispatcher_submit_is_busy_when_the_queue_is_full() -> None:
+    gate = Gate()
+    office = Office(gate, Settings(workers=1, queue_size=3))
+    office.submit("ann/1")
+    wait_until(lambda: gate.inside)
+    office.submit("ann/2", "bob/1", "eve/1")  # what a worker has in hand does not count
+    with pytest.raises(Busy, match="the queue is full"):
+        office.submit("bob/2")
+    gate.open()
+    office.finish()
+    office.submit("bob/2")
+    office.finish()
+    assert sorted(office.done) == ["ann/1", "ann/2", "bob/1", "bob/2", "eve/1"]
+
+
+def test_dispatcher_submit_counts_what_waits_for_a_retry() -> None:
+    office = Office(Failing(times=1), Settings(workers=1, queue_size=1))
+    office.submit("ann/1")
+    # The worker has to be through with the first message: until then that counts as in hand, and eve's as waiting.
+    wait_until(lambda: office.alarms)
+    wait_until(lambda: submit_fails(office, "eve/1"))
+    office.finish()
+
+
+def test_dispatcher_reserve_keeps_a_place() -> None:
+    office = Office(settings=Settings(queue_size=2))
+    office.dispatcher.reserve()
+    office.dispatcher.reserve()
+    assert submit_fails(office, "eve/1")
+    office.dispatcher.cancel()
+    office.dispatcher.post(letter("ann/1"))
+    office.dispatcher.wake()
+    assert office.dispatcher.join(PATIENCE)
+    office.submit("eve/2")
+    office.finish()
+    assert office.done == ["ann/1", "eve/2"]
+
+
+def test_dispatcher_restore_takes_more_than_the_queue_holds() -> None:
+    # What was accepted before a restart cannot be refused after it.
+    office = Office(settings=Settings(workers=1, queue_size=1))
+    for number in range(20):
+        office.dispatcher.restore(letter(f"ann/{number}"), 0)
+    office.finish()
+    assert office.done == [f"ann/{number}" for number in range(20)]
+
+
+def test_dispatcher_goes_on_when_a_thread_could_not_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Systems limit threads, and a crowd of connections can use them up for a moment.
+    office = Office()
+    with monkeypatch.context() as patch:
+        def refuse(thread: threading.Thread) -> None:
+            raise RuntimeError("can't start new thread")
+        patch.setattr(threading.Thread, "start", refuse)
+        taken = [] if submit_fails(office, "ann/1") else ["ann/1"]
+    office.submit("bob/1")
+    assert office.dispatcher.join(PATIENCE)
+    # What was refused comes again from the platform, so it must not be handled now; what was taken must.
+    assert sorted(office.done) == [*taken, "bob/1"]
+
+
+# ---- The end
+
+
+def test_dispatcher_join_waits_until_nothing_is_left_to_do() -> None:
+    gate = Gate()
+    office = Office(gate)
+    assert office.dispatcher.join(0.0)
+    office.submit("ann/1", "ann/2")
+    assert not office.dispatcher.join(0.01)
+    gate.open()
+    assert office.dispatcher.join(PATIENCE)
+    assert office.done == ["ann/1", "ann/2"]
+
+
+def test_dispatcher_drain_finishes_what_waits() -> None:
+    office = Office(settings=Settings(workers=2))
+    office.submit(*(f"{sender}/{number}" for number in range(10) for sender in "abc"))
+    assert office.dispatcher.drain(PATIENCE) == []
+    assert len(office.done) == 30
+
+
+def test_dispatcher_drain_takes_no_more_messages() -> None:
+    office = Office()
+    office.dispatcher.drain(0.0)
+    with pytest.raises(Busy, match="shutting down"):
+        office.submit("ann/1")
+
+
+def test_dispatcher_drain_tells_what_was_left_undone() -> None:
+    gate = Gate(held="slow")
+    office = Office(gate, Settings(workers=1))
+    office.submit("slow/1", "slow/2", "ann/1")
+    wait_until(lambda: gate.inside)
+    assert sorted(office.dispatcher.drain(0.0)) == ["ann/1", "slow/1", "slow/2"]
+    gate.open()
+    office.finish()
+
+
+def test_dispatcher_drain_tells_what_waits_for_a_retry() -> None:
+    office = Office(Failing(times=1))
+    office.submit("ann/1", "ann/2")
+    wait_until(lambda: office.alarms)
+    assert office.dispatcher.drain(0.0) == ["ann/1", "ann/2"]
+
+
+def test_dispatcher_keeps_no_thread_when_idle(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kfserver, "KEEP_THREAD", 0.0)
+    with no_thread_left():
+        office = Office(settings=Settings(workers=8))
+        office.submit(*(f"sender{number}/1" for number in range(100)))
+        office.finish()

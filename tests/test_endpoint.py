@@ -1,0 +1,670 @@
+"""The endpoint: every answer that the outside can see, the answers table row by row, without a socket or a sleep."""
+
+from __future__ import annotations
+
+import base64
+import json
+import logging
+import re
+from typing import Any, Callable, Dict, List, NamedTuple, Tuple
+from urllib.parse import quote_from_bytes, urlencode
+
+import pytest
+from conftest import NOW, PUBLISHED, PUSHES, TOKEN, World, signed_query
+from support import push
+
+from kfserver import (
+    ADVICE_INTERVAL,
+    MAX_DEPTH,
+    MAX_HANDSHAKE,
+    Busy,
+    ClaimCache,
+    Endpoint,
+    Envelope,
+    MalformedPush,
+    Message,
+    PushTooLarge,
+    Request,
+    Settings,
+    Surroundings,
+    decode_aes_key,
+    dedup_key,
+    make_cipher,
+    parse,
+    sign,
+)
+
+BODY = push()
+SEALED = PUBLISHED["encrypted"][0]
+SAFE = {"token": SEALED["token"], "aes_key": SEALED["encoding_aes_key"], "app_id": SEALED["app_id"]}
+
+
+def post(body: bytes = BODY, query: str = "") -> Request:
+    """A push as it comes from the HTTP server."""
+    return Request("POST", "/", query, body)
+
+
+def signed(body: bytes = BODY, **values: Any) -> Request:
+    """A push with a valid signature under `TOKEN`, but for what ``values`` of `signed_query` change."""
+    return post(body, signed_query(values.pop("token", TOKEN), **values))
+
+
+def sealed_query(encrypt: str, token: str = SAFE["token"], timestamp: object = NOW) -> str:
+    """A query with a valid message signature over ``encrypt``."""
+    signature = sign(token, str(timestamp), "nonce", encrypt)
+    return urlencode({"msg_signature": signature, "timestamp": timestamp, "nonce": "nonce"})
+
+
+def seal(plain: bytes = BODY, **changed: str) -> str:
+    """What Encrypt holds for a message, under the published key and app id but for what is ``changed``."""
+    made = {**SAFE, **changed}
+    return Envelope(made["aes_key"], made["app_id"]).seal(plain, bytes(16))
+
+
+# Bytes of padding that `envelope` leaves room for.
+PADDING = 12
+
+
+def envelope(padding: bytes) -> bytes:
+    """The plaintext of an envelope with such a padding, which need not be what it should be."""
+    app_id: bytes = SAFE["app_id"].encode()
+    message = BODY.ljust(256 - PADDING - len(app_id) - 16 - 4)
+    return bytes(16) + len(message).to_bytes(4, "big") + message + app_id + padding
+
+
+def encrypt_raw(plaintext: bytes) -> str:
+    """What Encrypt holds when the plaintext is just these bytes, whether they are an envelope or not."""
+    return base64.b64encode(make_cipher(decode_aes_key(SAFE["aes_key"])).encrypt(plaintext)).decode()
+
+
+def sealed(encrypt: str, **values: Any) -> Request:
+    """An encrypted push with a valid message signature, but for what ``values`` of `sealed_query` change."""
+    return post(json.dumps({"ToUserName": "app", "Encrypt": encrypt}).encode(), sealed_query(encrypt, **values))
+
+
+# ---- The answers table
+
+
+class Row(NamedTuple):
+    """One row of the answers table: the server's settings, a request to it, what it answers and what it hands over."""
+
+    settings: Dict[str, Any]
+    request: Request
+    status: int
+    body: bytes
+    runs: int
+
+
+SIGNED: Dict[str, Any] = {"token": TOKEN}
+AGED: Dict[str, Any] = {"token": TOKEN, "max_age": 300}
+PLAIN_TOO: Dict[str, Any] = {**SAFE, "compatible": True}
+UP = b"kfserver is up: pushes go here by POST\n"
+
+
+def good(settings: Dict[str, Any], request: Request) -> Row:
+    """A push that is accepted."""
+    return Row(settings, request, 200, b"success", 1)
+
+
+def forbidden(settings: Dict[str, Any], request: Request) -> Row:
+    """A push that is refused with the one text that teaches nothing."""
+    return Row(settings, request, 403, b"forbidden\n", 0)
+
+
+def malformed(body: bytes) -> Row:
+    """A push that is refused, and told why."""
+    return Row({}, post(body), 400, b"", 0)
+
+
+HANDSHAKE = urlencode({"signature": sign(TOKEN, "1", "2"), "timestamp": "1", "nonce": "2",
+    "echoStr": "4375120948345356249"})
+
+TABLE: Dict[str, Row] = {
+    "good": good({}, post()),
+    "good: signed": good(SIGNED, signed()),
+    "good: unsigned, as is allowed": good({**SIGNED, "allow_unsigned": True}, post()),
+    "good: signed, though unsigned is allowed": good({**SIGNED, "allow_unsigned": True}, signed()),
+    "good: signature of no concern without a token": good({}, post(query="signature=wrong")),
+    "good: encrypted": good(SAFE, sealed(seal())),
+    "good: encrypted, in compatible mode": good(PLAIN_TOO, sealed(seal())),
+    "good: not encrypted, in compatible mode": good(PLAIN_TOO, signed(token=SAFE["token"])),
+    "good: compatible mode's plain fields, no key set": good(
+        {"token": SAFE["token"]}, signed(b'{"MsgType": "text", "Encrypt": "AAAA"}', token=SAFE["token"])),
+    "good: on the one path": good({"path": "/kf"}, Request("POST", "/kf", "", BODY)),
+    "good: of just the size that is allowed": good({"max_body": len(BODY)}, post()),
+    "handshake": Row(SIGNED, post(b"", HANDSHAKE), 200, b"4375120948345356249", 0),
+    "GET without a handshake": Row(SIGNED, Request("GET", "/"), 200, UP, 0),
+    "HEAD without a handshake": Row({}, Request("HEAD", "/"), 200, UP, 0),
+    "signature missing": forbidden(SIGNED, post()),
+    "signature empty": forbidden(SIGNED, post(query="signature=&timestamp=1&nonce=2")),
+    "signature empty, though unsigned is allowed": forbidden({**SIGNED, "allow_unsigned": True},
+        post(query="signature=")),
+    "signature wrong": forbidden(SIGNED, signed(token="other")),
+    "signature wrong, though unsigned is allowed": forbidden({**SIGNED, "allow_unsigned": True}, signed(token="other")),
+    "signature stale": forbidden(AGED, signed(timestamp=NOW - 301)),
+    "signature of the future": forbidden(AGED, signed(timestamp=NOW + 301)),
+    "handshake's signature missing": forbidden(SIGNED, post(b"", "echoStr=1")),
+    "handshake's signature wrong": forbidden(SIGNED, post(b"", HANDSHAKE.replace("nonce=2", "nonce=3"))),
+    "handshake's signature stale": forbidden(AGED, post(b"", HANDSHAKE)),
+    "not encrypted though a key is set": forbidden(SAFE, signed(token=SAFE["token"])),
+    "not encrypted nor signed though a key is set": forbidden(SAFE, post()),
+    "not encrypted nor signed, in compatible mode": forbidden(PLAIN_TOO, post()),
+    "encrypted though no key is set": forbidden({"token": SAFE["token"]}, sealed(seal())),
+    "wrong key": forbidden(SAFE, sealed(seal(aes_key="B" * 43))),
+    "wrong app id": forbidden(SAFE, sealed(seal(app_id="other"))),
+    "good: encrypted by hand": good(SAFE, sealed(encrypt_raw(envelope(bytes([PADDING]) * PADDING)))),
+    "padding of 0": forbidden(SAFE, sealed(encrypt_raw(envelope(bytes(PADDING))))),
+    "padding of more than 32": forbidden(SAFE, sealed(encrypt_raw(envelope(bytes([PADDING + 32]) * (PADDING + 32))))),
+    "padding of more than there is": forbidden(SAFE, sealed(encrypt_raw(b"\x20" * 16))),
+    "padding of different bytes": forbidden(SAFE, sealed(encrypt_raw(envelope(bytes(PADDING - 1) + bytes([PADDING]))))),
+    "length beyond the end": forbidden(SAFE, sealed(encrypt_raw(b"\xff" * 31 + b"\x01"))),
+    "no room for a length": forbidden(SAFE, sealed(encrypt_raw(bytes(15) + b"\x01"))),
+    "no whole block": forbidden(SAFE, sealed("AAAA")),
+    "no base64": forbidden(SAFE, sealed("é*")),
+    "base64 with something between": forbidden(SAFE, sealed("*" + seal())),
+    "nothing encrypted": forbidden(SAFE, sealed("")),
+    "message signature missing": forbidden(SAFE, post(sealed(seal()).body)),
+    "message signature wrong": forbidden(SAFE, sealed(seal(), token="other")),
+    "message signature of another message": forbidden(SAFE, sealed(seal())._replace(query=sealed_query("AAAA"))),
+    "message signature stale": forbidden({**SAFE, "max_age": 300}, sealed(seal(), timestamp=NOW - 301)),
+    "signature in place of a message signature": forbidden(SAFE, signed(sealed(seal()).body, token=SAFE["token"])),
+    "empty": malformed(b""),
+    "not XML or JSON": malformed(b"Content=hi"),
+    "not an object": malformed(b"[]"),
+    "DOCTYPE": malformed(b"<!DOCTYPE xml><xml/>"),
+    "too deep": malformed(b'{"a":' * (MAX_DEPTH + 2) + b"1" + b"}" * (MAX_DEPTH + 2)),
+    "too large": Row({"max_body": len(BODY) - 1}, post(), 413, b"more than %d bytes\n" % (len(BODY) - 1), 0),
+    "other method": Row({}, Request("PUT", "/", "", BODY), 405, b"pushes come by POST\n", 0),
+    "method in lower case": Row({}, Request("post", "/", "", BODY), 405, b"pushes come by POST\n", 0),
+    "other path": Row({"path": "/kf"}, Request("POST", "/", "", BODY), 404, b"no such path\n", 0),
+    "path below the one": Row({"path": "/kf"}, Request("POST", "/kf/", "", BODY), 404, b"no such path\n", 0),
+    "other path, by GET": Row({"path": "/kf"}, Request("GET", "/"), 404, b"no such path\n", 0),
+}
+
+
+@pytest.mark.parametrize("row", TABLE.values(), ids=TABLE.keys())
+def test_handle_answers_as_the_table_says(row: Row) -> None:
+    world = World(**row.settings)
+    response = world.ask(row.request)
+    assert (response.status, len(world.submitted)) == (row.status, row.runs)
+    assert response.body == row.body or (row.status == 400 and len(response.body) > 1)
+
+
+@pytest.mark.parametrize("row", TABLE.values(), ids=TABLE.keys())
+def test_handle_claims_only_what_it_hands_over(row: Row) -> None:
+    world = World(**row.settings)
+    world.ask(row.request)
+    assert len(world.claims) == row.runs
+
+
+def test_handle_refusals_for_lack_of_proof_do_not_differ() -> None:
+    rows = [row for row in TABLE.values() if row.status == 403]
+    assert len({World(**row.settings).ask(row.request)[:2] for row in rows}) == 1
+
+
+def test_handle_names_the_methods_that_are_served() -> None:
+    assert ("Allow", "GET, HEAD, POST") in World().ask(Request("DELETE", "/")).headers
+
+
+@pytest.mark.parametrize("body", PUSHES.values(), ids=PUSHES.keys())
+def test_handle_takes_every_published_push(world: World, body: bytes) -> None:
+    assert world.push(body)[:2] == (200, b"success")
+    assert world.submitted == [parse(body)]
+
+
+# ---- The same again
+
+
+@pytest.mark.parametrize("state", ["queued", "done"])
+def test_handle_answers_success_to_a_repeat_and_runs_nothing(world: World, state: str) -> None:
+    world.push(BODY)
+    if state == "done":
+        world.claims.finish(world.submitted[0].key)
+    assert [world.push(BODY)[:2] for _ in range(3)] == [(200, b"success")] * 3
+    assert len(world.submitted) == 1
+
+
+def test_handle_knows_a_repeat_in_another_signature_and_layout() -> None:
+    world = World(token=TOKEN)
+    world.ask(signed(PUSHES["text, XML"], timestamp=NOW))
+    response = world.ask(signed(PUSHES["text, JSON"], timestamp=NOW + 1))
+    assert (response.outcome, len(world.submitted)) == ("repeat", 1)
+
+
+def test_handle_is_busy_while_the_first_of_two_is_being_taken(world: World) -> None:
+    world.claims.claim(dedup_key(parse(BODY)))
+    assert world.push(BODY).status == 503
+    assert world.submitted == []
+
+
+def test_handle_is_busy_when_all_that_can_be_remembered_is_in_hand() -> None:
+    world = World(dedup_size=1)
+    assert [world.push(push(number=number)).status for number in (1, 2)] == [200, 503]
+    world.claims.finish(world.submitted[0].key)
+    assert world.push(push(number=2)).status == 200
+
+
+def test_handle_takes_a_message_again_that_failed_for_good(world: World) -> None:
+    world.push(BODY)
+    world.claims.release(world.submitted[0].key)
+    assert world.push(BODY).outcome == "accepted"
+    assert len(world.submitted) == 2
+
+
+def test_handle_gives_the_message_its_key(world: World) -> None:
+    world.push(BODY)
+    assert world.submitted[0].key == dedup_key(parse(BODY)) == "app/user/text/1"
+
+
+def test_handle_asks_the_given_dedup_key() -> None:
+    submit = World().submit
+    endpoint = Endpoint(Settings(), Surroundings(
+        ClaimCache(9), submit, float, float, lambda message: message.from_user_name))
+    assert [endpoint.handle(post(push(number=number))).outcome for number in (1, 2)] == ["accepted", "repeat"]
+
+
+# ---- Queue full, or shutting down
+
+
+@pytest.mark.parametrize("when", ["full", "unsafe"])
+@pytest.mark.parametrize("reason", ["the queue is full", "shutting down"])
+def test_handle_answers_503_and_leaves_no_claim_so_that_a_retry_is_accepted(
+        world: World, reason: str, when: str) -> None:
+    setattr(world, when, Busy(reason))
+    response = world.push(BODY)
+    assert (response.status, response.body) == (503, reason.encode() + b"\n")
+    assert ("Retry-After", "1") in response.headers
+    setattr(world, when, None)
+    assert world.push(BODY).outcome == "accepted"
+
+
+@pytest.mark.parametrize("when", ["full", "unsafe"])
+def test_handle_leaves_no_claim_when_a_bug_stops_it(world: World, when: str) -> None:
+    setattr(world, when, ZeroDivisionError())
+    with pytest.raises(ZeroDivisionError):
+        world.push(BODY)
+    assert len(world.claims) == 0
+
+
+# ---- Several at once
+
+
+def test_handle_all_answers_in_order() -> None:
+    world = World(token=TOKEN)
+    requests = [signed(), Request("GET", "/"), post(), signed(b"hello"), Request("PUT", "/"), post(b"", HANDSHAKE)]
+    assert [each.status for each in world.endpoint.handle_all(requests)] == [200, 200, 403, 400, 405, 200]
+    assert len(world.submitted) == 1
+
+
+def test_handle_all_runs_a_message_once_that_comes_twice(world: World) -> None:
+    statuses = [each.status for each in world.endpoint.handle_all([post()] * 3)]
+    assert statuses[0] == 200
+    assert set(statuses[1:]) <= {200, 503}
+    assert len(world.submitted) == 1
+
+
+def test_handle_all_hands_everything_over_before_it_waits_for_any() -> None:
+    steps: List[str] = []
+
+    def submit(message: Message, payload: bytes) -> Callable[[], None]:
+        steps.append("submit")
+        return lambda: steps.append("confirm")
+    endpoint = Endpoint(Settings(), Surroundings(ClaimCache(9), submit, float, float))
+    endpoint.handle_all([post(push(number=number)) for number in (1, 2, 3)])
+    assert steps == ["submit"] * 3 + ["confirm"] * 3
+
+
+def test_handle_all_of_nothing_is_nothing(world: World) -> None:
+    assert world.endpoint.handle_all([]) == []
+
+
+def test_handle_hands_over_the_bytes_of_the_message_decrypted() -> None:
+    payloads: List[bytes] = []
+
+    def submit(message: Message, payload: bytes) -> Callable[[], None]:
+        payloads.append(payload)
+        return lambda: None
+    endpoint = Endpoint(Settings(**SAFE), Surroundings(ClaimCache(9), submit, float, float))
+    assert endpoint.handle(sealed(seal())).status == 200
+    assert payloads == [BODY]
+
+
+# ---- Handshake
+
+
+VECTOR = PUBLISHED["signatures"][0]
+PROOF = {name: VECTOR[name] for name in ("signature", "timestamp", "nonce")}
+ECHO = {"echoStr": VECTOR["echostr"]}
+
+HANDSHAKES: Dict[str, Request] = {
+    "POST, query": Request("POST", "/", urlencode({**PROOF, **ECHO})),
+    "GET, query": Request("GET", "/", urlencode({**PROOF, **ECHO})),
+    "HEAD, query": Request("HEAD", "/", urlencode({**PROOF, **ECHO})),
+    "POST, form": Request("POST", "/", "", urlencode({**PROOF, **ECHO}).encode()),
+    "POST, form, newline behind it": Request("POST", "/", "", urlencode({**PROOF, **ECHO}).encode() + b"\r\n"),
+    "POST, echo first": Request("POST", "/", urlencode({**ECHO, **PROOF})),
+    "POST, small name": Request("POST", "/", urlencode({**PROOF, "echostr": VECTOR["echostr"]})),
+    "POST, small name, form": Request("POST", "/", "", urlencode({**PROOF, "echostr": VECTOR["echostr"]}).encode()),
+    "POST, query and form": Request("POST", "/", urlencode(PROOF), urlencode(ECHO).encode()),
+    "POST, other values beside": Request("POST", "/", urlencode({"a": "", **PROOF, **ECHO, "b": "é"})),
+    "POST, query, with a push for a body": Request("POST", "/", urlencode({**PROOF, **ECHO}), BODY),
+}
+
+
+@pytest.mark.parametrize("request_", HANDSHAKES.values(), ids=HANDSHAKES.keys())
+def test_handle_handshake_comes_in_many_ways(request_: Request) -> None:
+    world = World(token=VECTOR["token"])
+    assert world.ask(request_)[:3] == (200, VECTOR["echostr"].encode(), "handshake")
+    assert world.submitted == []
+
+
+@pytest.mark.parametrize("settings", [SAFE, PLAIN_TOO], ids=["safe mode", "compatible mode"])
+def test_handle_handshake_is_plain_in_every_mode(settings: Dict[str, Any]) -> None:
+    query = signed_query(SAFE["token"], echoStr="123")
+    assert World(**settings).ask(post(b"", query))[:2] == (200, b"123")
+
+
+ECHOES = [b"", b"0", b" a b ", b"a+b", b"a&b=c%41", b"<xml>", "é你".encode(), b"\xff\xfe\x80", b"\r\nX: y", b"\x00",
+    b"x" * 2000]
+
+
+@pytest.mark.parametrize("value", ECHOES, ids=lambda value: ascii(value)[:16])
+def test_handle_handshake_echoes_byte_for_byte(world: World, value: bytes) -> None:
+    pair = f"echoStr={quote_from_bytes(value, safe='')}&timestamp=1"
+    assert [world.ask(post(b"", pair)).body, world.ask(post(pair.encode())).body] == [value, value]
+
+
+def test_handle_handshake_echoes_nothing_among_escaped_values(world: World) -> None:
+    assert world.ask(post(b"", "timestamp=%31&echoStr=")).outcome == "handshake"
+
+
+@pytest.mark.parametrize("value", [b"\xff\xfe", "é".encode(), "é".encode("latin-1")], ids=ascii)
+def test_handle_handshake_echoes_bytes_that_were_not_escaped(world: World, value: bytes) -> None:
+    # A query reaches us as HTTP servers and WSGI hand it on: one character for each byte.
+    assert world.ask(post(b"", "echoStr=" + value.decode("latin-1"))).body == value
+    assert world.ask(post(b"timestamp=1&echoStr=" + value)).body == value
+
+
+NO_HANDSHAKES: Dict[str, Tuple[bytes, int]] = {
+    "JSON with the name": (b'{"echoStr": "1"}', 200),
+    "XML with the name": (b"<xml><echoStr>1</echoStr></xml>", 200),
+    "JSON that quotes one": (b'{"Content": "&echoStr=1&"}', 200),
+    "JSON that quotes one behind a BOM": (b'\xef\xbb\xbf{"Content": "&echoStr=1&"}', 200),
+    "JSON that quotes one behind blanks": (b' \r\n{"Content": "&echoStr=1&"}', 200),
+    "another name": (b"echo=1", 400),
+    "name in capitals": (b"ECHOSTR=1", 400),
+    "longer than a handshake": (b"echoStr=" + b"1" * MAX_HANDSHAKE, 400),
+}
+
+
+@pytest.mark.parametrize("body, status", NO_HANDSHAKES.values(), ids=NO_HANDSHAKES.keys())
+def test_handle_takes_nothing_else_for_a_handshake(world: World, body: bytes, status: int) -> None:
+    response = world.push(body)
+    assert (response.status, response.outcome == "handshake") == (status, False)
+
+
+# ---- Signatures in odd queries
+
+
+ODD_QUERIES = ["signature", "signature&timestamp&nonce", "=", "&&&", "signature=é", "signature=%C3%A9&timestamp=%FF",
+               "signature=%ED%A0%80", "signature=%00&timestamp=%00&nonce=%00", "signature=\xff",
+               "signature=" + "0" * 100000,
+               "signature[]=a", "Signature=a", "%73ignature=a", "signature=a;timestamp=1", "signature=%",
+               "signature=%zz",
+               "signature=a&signature=b", "timestamp=1&nonce=2", "&".join(f"a{number}=1" for number in range(10000))]
+
+
+@pytest.mark.parametrize("query", ODD_QUERIES, ids=lambda query: ascii(query)[:40])
+def test_handle_odd_query_is_forbidden_and_never_an_error(query: str) -> None:
+    assert World(token=TOKEN).push(BODY, query)[:2] == (403, b"forbidden\n")
+
+
+@pytest.mark.parametrize("query", ODD_QUERIES, ids=lambda query: ascii(query)[:40])
+def test_handle_odd_query_is_ignored_without_a_token(world: World, query: str) -> None:
+    assert world.push(BODY, query).outcome == "accepted"
+
+
+@pytest.mark.parametrize("token, timestamp, nonce", [
+    ("令牌", "1", "2"), ("t", "", ""), ("a+b/c= &", "1", "é&=+ %"), ("t", "时间", "\U0001f600")], ids=ascii)
+def test_handle_takes_any_text_that_is_signed_well(token: str, timestamp: str, nonce: str) -> None:
+    assert World(token=token).ask(signed(token=token, timestamp=timestamp, nonce=nonce)).outcome == "accepted"
+
+
+def test_handle_takes_a_signature_whose_values_are_escaped_or_not() -> None:
+    world = World(token=TOKEN)
+    escaped = re.sub("[0-9a-f]$", lambda digit: f"%{ord(digit.group()):02x}", signed_query(TOKEN, nonce="a"))
+    assert world.ask(post(query=escaped)).outcome == "accepted"
+
+
+# ---- Age
+
+
+@pytest.mark.parametrize("timestamp, status", [
+    (NOW, 200), (NOW - 300, 200), (NOW + 300, 200), (NOW - 301, 403), (NOW + 301, 403), (0, 403), (-NOW, 403),
+    ("", 403), ("now", 403), (f" {NOW}", 403), (f"{NOW}.0", 403), (f"+{NOW}", 403), ("1e9", 403), ("²", 403),
+    ("9" * 5000, 403), ("0" * 5000 + str(NOW), 403)], ids=lambda value: ascii(value)[:16])
+def test_handle_checks_the_age_of_what_is_signed(timestamp: object, status: int) -> None:
+    assert World(token=TOKEN, max_age=300).ask(signed(timestamp=timestamp)).status == status
+
+
+def test_handle_asks_the_clock_at_every_push() -> None:
+    world = World(token=TOKEN, max_age=300)
+    statuses = []
+    for _ in range(3):
+        statuses.append(world.ask(signed()).status)
+        world.now += 200
+    assert statuses == [200, 200, 403]
+
+
+@pytest.mark.parametrize("timestamp", [0, "", "now", "9" * 5000], ids=lambda value: ascii(value)[:8])
+def test_handle_checks_no_age_unless_it_is_told_to(timestamp: object) -> None:
+    assert World(token=TOKEN).ask(signed(timestamp=timestamp)).status == 200
+
+
+# ---- Safe mode
+
+
+def test_handle_opens_the_published_encrypted_push() -> None:
+    world = World(**SAFE)
+    assert world.ask(post(SEALED["body"].encode(), urlencode(SEALED["query"])))[:2] == (200, b"success")
+    assert world.submitted == [parse(SEALED["plaintext"].encode())]
+    assert world.submitted[0].fields["debug_str"] == "hello world"
+
+
+ENCRYPT = seal()
+IN_BODY = {"Encrypt": ENCRYPT, "MsgSignature": sign(SAFE["token"], str(NOW), "nonce", ENCRYPT), "TimeStamp": str(NOW),
+           "Nonce": "nonce"}
+XML_BODY = "<xml>" + "".join(f"<{name}><![CDATA[{value}]]></{name}>" for name, value in IN_BODY.items()) + "</xml>"
+
+ENVELOPES: Dict[str, Request] = {
+    "JSON, signature in the query": sealed(ENCRYPT),
+    "JSON, signature in the body": post(json.dumps(IN_BODY).encode()),
+    "JSON, TimeStamp a number": post(json.dumps({**IN_BODY, "TimeStamp": NOW}).encode()),
+    "XML, signature in the query": post(f"<xml><Encrypt>{ENCRYPT}</Encrypt></xml>".encode(), sealed_query(ENCRYPT)),
+    "XML, signature in the body": post(XML_BODY.encode()),
+    "both, the query counts": sealed(ENCRYPT)._replace(body=json.dumps({**IN_BODY, "MsgSignature": "wrong"}).encode()),
+    "a plain signature beside it": post(
+        sealed(ENCRYPT).body, sealed_query(ENCRYPT) + "&signature=" + sign(SAFE["token"], str(NOW), "nonce")),
+    "plain fields beside it": post(json.dumps({**IN_BODY, "MsgType": "text", "Content": "not proven"}).encode()),
+    "blanks around it": post(f"<xml><Encrypt>\n {ENCRYPT} \n</Encrypt></xml>".encode(), sealed_query(ENCRYPT)),
+    "blanks around it, signed with it": sealed(f"\n {ENCRYPT} \n"),
+    "newlines inside it, signed with it": sealed("\r\n".join([ENCRYPT[:76], ENCRYPT[76:]])),
+    "a BOM before it": post(b"\xef\xbb\xbf" + sealed(ENCRYPT).body, sealed_query(ENCRYPT)),
+}
+
+
+@pytest.mark.parametrize("request_", ENVELOPES.values(), ids=ENVELOPES.keys())
+def test_handle_opens_envelopes_of_every_shape(request_: Request) -> None:
+    world = World(**SAFE)
+    assert world.ask(request_)[:2] == (200, b"success")
+    assert world.submitted == [parse(BODY)]
+
+
+@pytest.mark.parametrize("body", PUSHES.values(), ids=PUSHES.keys())
+def test_handle_opens_a_message_of_either_kind(body: bytes) -> None:
+    world = World(**SAFE)
+    world.ask(sealed(seal(body)))
+    assert world.submitted == [parse(body)]
+
+
+@pytest.mark.parametrize("body", [b"", b"hello", b"[]", b"<!DOCTYPE xml><xml/>"], ids=ascii)
+def test_handle_refuses_a_sealed_message_that_is_none(body: bytes) -> None:
+    assert World(**SAFE).ask(sealed(seal(body))).status == 400
+
+
+@pytest.mark.parametrize("body", [
+    json.dumps({"MsgType": "text", "MsgId": 1, "Content": '<Encrypt>x</Encrypt> "Encrypt": "y"'}).encode(),
+    b"<xml><MsgType>text</MsgType><MsgId>1</MsgId><Content><![CDATA[<Encrypt>x</Encrypt>]]></Content></xml>",
+    b"<xml><MsgType>text</MsgType><MsgId>1</MsgId><Content>&lt;Encrypt&gt;x</Content></xml>",
+    json.dumps({"MsgType": "event", "Event": "x", "More": {"Encrypt": "y"}}).encode(),
+], ids=["JSON", "XML", "XML, escaped", "nested"])
+@pytest.mark.parametrize("settings", [{"token": SAFE["token"]}, SAFE, PLAIN_TOO], ids=["plain", "safe", "compatible"])
+def test_handle_is_not_disturbed_by_a_user_who_writes_encrypt(settings: Dict[str, Any], body: bytes) -> None:
+    world = World(**settings)
+    world.ask(sealed(seal(body)) if settings is SAFE else signed(body, token=SAFE["token"]))
+    assert world.submitted == [parse(body)]
+
+
+@pytest.mark.parametrize("encrypt", [{}, {"a": "b"}, [], ["a"], None, 1, "", True], ids=str)
+@pytest.mark.parametrize("settings", [{"token": SAFE["token"]}, SAFE, PLAIN_TOO], ids=["plain", "safe", "compatible"])
+def test_handle_takes_no_harm_from_an_envelope_of_another_shape(settings: Dict[str, Any], encrypt: Any) -> None:
+    body = json.dumps({"Encrypt": encrypt, "MsgSignature": encrypt, "TimeStamp": encrypt, "Nonce": encrypt}).encode()
+    assert World(**settings).push(body)[:2] == (403, b"forbidden\n")
+
+
+# ---- Logs
+
+
+@pytest.fixture
+def lines(caplog: pytest.LogCaptureFixture) -> Callable[[int], List[str]]:
+    """What was logged at a level, in order."""
+    caplog.set_level(logging.DEBUG, "kfserver")
+    return lambda level: [record.getMessage() for record in caplog.records if record.levelno == level]
+
+
+Lines = Callable[[int], List[str]]
+
+
+@pytest.mark.parametrize("row", TABLE.values(), ids=TABLE.keys())
+def test_handle_logs_one_line_a_push(lines: Lines, row: Row) -> None:
+    World(**row.settings).ask(row.request)
+    # Health checks ask whether the server is up, all day long: they are no pushes.
+    expected = 0 if row.body == UP else 1
+    assert len(lines(logging.INFO)) == expected
+    assert all(re.fullmatch(r"push type=\S+ key=\S+ outcome=.+ ms=\d+\.\d\d", line) for line in lines(logging.INFO))
+
+
+def test_handle_logs_type_key_outcome_and_milliseconds(lines: Lines) -> None:
+    times = iter([1.0, 1.0125])
+    endpoint = Endpoint(Settings(), Surroundings(
+        ClaimCache(9), lambda message, payload: lambda: None, float, lambda: next(times)))
+    endpoint.handle(post())
+    assert lines(logging.INFO) == ["push type=text key=app/user/text/1 outcome=accepted ms=12.50"]
+
+
+@pytest.mark.parametrize("outcome, ask", [
+    ("accepted", lambda world: world.push(BODY)),
+    ("repeat", lambda world: [world.push(BODY), world.push(BODY)]),
+    ("handshake", lambda world: world.push(b"", "echoStr=1")),
+    ("refused 400: the body is empty", lambda world: world.push(b"")),
+    ("refused 405: pushes come by POST", lambda world: world.ask(Request("PUT", "/")))], ids=str)
+def test_handle_logs_the_outcome(lines: Lines, world: World, outcome: str, ask: Callable[[World], object]) -> None:
+    ask(world)
+    assert f" outcome={outcome} " in lines(logging.INFO)[-1]
+
+
+SECRETS = ["s3cret-content", TOKEN, SAFE["token"] + SAFE["token"], SAFE["aes_key"], "s3cret-echo", "s3cret-signature",
+    ENCRYPT]
+TELLTALES: Dict[str, Tuple[Dict[str, Any], Request]] = {
+    "accepted": (SIGNED, signed(push(content="s3cret-content"))),
+    "unsigned": (SIGNED, post(push(content="s3cret-content"))),
+    "wrong signature": (SIGNED, post(query="signature=s3cret-signature")),
+    "handshake": (SIGNED, post(b"", signed_query(TOKEN, echoStr="s3cret-echo"))),
+    "not JSON": ({}, post(b'{"Content": "s3cret-content" "s3cret-content"}')),
+    "not XML": ({}, post(b"<xml><Content>s3cret-content</Kontent></xml>")),
+    "event without an id": ({}, post(b'{"event": "x", "Content": "s3cret-content"}')),
+    "encrypted": (SAFE, sealed(seal(push(content="s3cret-content")))),
+    "wrong message signature": (SAFE, sealed(ENCRYPT, token="other")),
+    "wrong key": (SAFE, sealed(seal(aes_key="B" * 43))),
+    "other path": ({"path": "/kf"}, Request("POST", "/s3cret-content", "a=s3cret-content", b"s3cret-content")),
+    "other method": ({}, Request("S3CRET", "/s3cret-content", "a=s3cret-content", b"s3cret-content")),
+}
+
+
+@pytest.mark.parametrize("settings, request_", TELLTALES.values(), ids=TELLTALES.keys())
+def test_handle_logs_nothing_of_users_and_secrets(
+        caplog: pytest.LogCaptureFixture, settings: Dict[str, Any], request_: Request) -> None:
+    caplog.set_level(logging.DEBUG, "kfserver")
+    World(**settings).ask(request_)
+    assert caplog.text
+    assert sign(TOKEN, str(NOW), "nonce") not in caplog.text
+    assert not [secret for secret in SECRETS if secret in caplog.text]
+
+
+@pytest.mark.parametrize("name", ["ToUserName", "FromUserName", "MsgType", "MsgId", "Event", "CreateTime"])
+@pytest.mark.parametrize("value", ["a\nINFO forged", "a\r\x1b[2J", "\u2028", "%s %d", "x" * 100000],
+    ids=lambda value: ascii(value)[:8])
+def test_handle_logs_odd_values_on_one_short_line_of_ascii(lines: Lines, world: World, name: str, value: str) -> None:
+    world.push(json.dumps({name: value, "Content": "hi"}).encode())
+    line, = lines(logging.INFO)
+    assert line.isascii()
+    assert line.isprintable()
+    assert len(line) < 700
+
+
+@pytest.mark.parametrize("settings, request_, advice", [
+    (SIGNED, post(), "--allow-unsigned"),
+    (SIGNED, signed(token="other"), "--token"),
+    (AGED, signed(timestamp=0), "--max-age"),
+    ({"max_body": 1}, post(), "--max-body"),
+    ({}, sealed(ENCRYPT), "--aes-key"),
+    (SAFE, signed(token=SAFE["token"]), "--compatible"),
+    (SAFE, sealed(ENCRYPT, token="other"), "--token"),
+    (SAFE, sealed(seal(aes_key="B" * 43)), "--aes-key"),
+    (SAFE, sealed(seal(app_id="other")), "--app-id"),
+], ids=["unsigned", "other token", "stale", "large", "no key", "plain", "token, sealed", "other key", "other app"])
+def test_handle_warns_with_the_setting_that_would_help(
+        lines: Lines, settings: Dict[str, Any], request_: Request, advice: str) -> None:
+    World(**settings).ask(request_)
+    warning, = lines(logging.WARNING)
+    assert advice in warning
+
+
+def test_handle_advises_on_a_full_queue(lines: Lines, world: World) -> None:
+    world.full = Busy("the queue is full")
+    world.push(BODY)
+    assert "--queue-size" in lines(logging.WARNING)[0]
+
+
+def test_handle_gives_each_advice_at_most_once_a_minute(lines: Lines) -> None:
+    world, counts = World(token=TOKEN), []
+    for seconds in (0.0, 0.0, ADVICE_INTERVAL - 1, ADVICE_INTERVAL, ADVICE_INTERVAL + 1, 2 * ADVICE_INTERVAL):
+        world.timer = seconds
+        world.push(BODY)
+        counts.append(len(lines(logging.WARNING)))
+    assert counts == [1, 1, 1, 2, 2, 3]
+
+
+def test_handle_gives_one_advice_beside_another(lines: Lines) -> None:
+    world = World(token=TOKEN)
+    world.push(BODY)
+    world.ask(signed(token="other"))
+    assert len(lines(logging.WARNING)) == 2
+
+
+def test_handle_advises_nothing_where_only_the_sender_can_help(lines: Lines, world: World) -> None:
+    world.push(b"hello")
+    world.ask(Request("PUT", "/"))
+    assert lines(logging.WARNING) == []
+
+
+# ---- refuse_unread
+
+
+@pytest.mark.parametrize("error, status, body", [
+    (MalformedPush("malformed header line"), 400, b"malformed header line\n"),
+    (PushTooLarge("more than 5 bytes"), 413, b"more than 5 bytes\n")], ids=["malformed", "too large"])
+def test_refuse_unread_answers_what_was_no_request(
+        lines: Lines, world: World, error: Any, status: int, body: bytes) -> None:
+    assert world.endpoint.refuse_unread(error)[:2] == (status, body)
+    assert lines(logging.INFO) == [f"push type=- key=- outcome=refused {status}: {error} ms=0.00"]
