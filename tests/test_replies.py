@@ -1,0 +1,1039 @@
+"""Replies: what a handler returns reaches the user through the send API, once, in order, or fails with good advice.
+
+The platform is a server of the tests' own, which refuses whatever is not as published. No client here rests between its
+tries: the seconds are noted. The clock stands where the test sets it.
+"""
+
+from __future__ import annotations
+
+import logging
+import pathlib
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import traceback
+from typing import Any, Callable, Dict, Iterator, List, Optional, Type
+
+import pytest
+from send_api_server import (
+    APP_KEY,
+    APP_SECRET,
+    LIFETIME,
+    SEND_PATH,
+    THIRD_PARTY_SEND_PATH,
+    Reply,
+    SendApiServer,
+    Trouble,
+    closes_unsaid,
+    gateway_refuses,
+    hangs_up,
+    held,
+    redirects,
+    refuses,
+    resets,
+    says,
+    stays_silent,
+    writes,
+)
+from support import PATIENCE, ROOT, Client, post, push, wait_until
+
+import kfserver
+from kfserver import (
+    ApiError,
+    HandlerError,
+    HandlerRegistry,
+    HttpClient,
+    Image,
+    KfServer,
+    Message,
+    NetworkError,
+    Outbox,
+    ReplyError,
+    SendApi,
+    Settings,
+    SettingsError,
+    list_answers,
+)
+
+NOW = 1_700_000_000.0
+PICTURE = "https://shop.example/a.png?size=1&x=2"
+# What no log and no error may tell.
+TEXT = "my private words"
+
+
+class Sender:
+    """A client of the platform, with credentials unless the settings say otherwise."""
+
+    def __init__(self, base: str, random: float = 0.0, **settings: Any) -> None:
+        credentials = {} if "access_token" in settings else {"app_key": APP_KEY, "app_secret": APP_SECRET}
+        self.now = NOW
+        self.rests: List[float] = []
+        self.api = SendApi(Settings(**{"api_base": base, **credentials, **settings}),
+                           self.rests.append, lambda: self.now, lambda: random)
+
+    def __enter__(self) -> Sender:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.api.close()
+
+    def send(self, *texts: str) -> None:
+        """Send each text to one user."""
+        for text in texts:
+            self.api.send_text("user", text)
+
+
+@pytest.fixture
+def platform() -> Iterator[SendApiServer]:
+    """The platform, which at the end must have seen nothing that it does not document."""
+    with SendApiServer() as server:
+        yield server
+        assert server.breaches == []
+
+
+@pytest.fixture
+def sender(platform: SendApiServer) -> Iterator[Sender]:
+    """A client of the platform with the usual settings."""
+    with Sender(platform.base) as made:
+        yield made
+
+
+def contents(platform: SendApiServer) -> List[str]:
+    """What reached the user, in order: texts, and addresses of pictures."""
+    return [reply.content or reply.pic_url for reply in platform.sent]
+
+
+def together(count: int, function: Callable[[int], object]) -> List[BaseException]:
+    """Call the function with 0, 1, … in as many threads, all at the same time; the errors that were raised."""
+    errors: List[BaseException] = []
+    start = threading.Barrier(count)
+
+    def run(number: int) -> None:
+        start.wait(PATIENCE)
+        try:
+            function(number)
+        except BaseException as error:
+            errors.append(error)
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(PATIENCE)
+    assert not any(thread.is_alive() for thread in threads)
+    return errors
+
+
+# ---- What goes to the platform
+
+
+@pytest.mark.parametrize("text", [
+    "hello", "你好 👋", "a&b=c+d %20 #?", "two\nlines\r\nand\ttabs", " blanks ", "\0", "<a>'x' \"y\"</a>", "x" * 20000,
+], ids=lambda text: ascii(text)[:30])
+def test_send_text_sends_the_text_to_the_letter(platform: SendApiServer, sender: Sender, text: str) -> None:
+    sender.api.send_text("openid&+ 1", text)
+    (token,) = platform.tokens
+    assert platform.sent == [Reply("openid&+ 1", "text", text, "", "2", token)]
+
+
+def test_send_text_sends_what_no_encoding_can_say_as_a_question_mark(platform: SendApiServer, sender: Sender) -> None:
+    # Half a character: JSON can bring it, and a handler that echoes its message returns it.
+    sender.send("a\ud83db")
+    assert contents(platform) == ["a?b"]
+
+
+def test_send_image_sends_the_address(platform: SendApiServer, sender: Sender) -> None:
+    sender.api.send_image("user", PICTURE)
+    (token,) = platform.tokens
+    assert platform.sent == [Reply("user", "image", "", PICTURE, "2", token)]
+
+
+@pytest.mark.parametrize("user_type", [1, 2])
+def test_send_api_names_the_user_type_of_the_settings(platform: SendApiServer, user_type: int) -> None:
+    with Sender(platform.base, user_type=user_type) as sender:
+        sender.send("hello")
+    assert platform.sent[0].user_type == str(user_type)
+
+
+def test_send_api_sends_as_a_third_party() -> None:
+    with SendApiServer(THIRD_PARTY_SEND_PATH) as platform:
+        platform.tokens.add("authorised")
+        with Sender(platform.base, access_token="authorised", third_party=True) as sender:
+            sender.send("hello")
+        assert [reply.token for reply in platform.sent] == ["authorised"]
+        assert (platform.token_requests, platform.breaches) == (0, [])
+
+
+def test_send_api_takes_a_base_that_ends_with_a_slash(platform: SendApiServer) -> None:
+    with Sender(platform.base + "/") as sender:
+        sender.send("hello")
+    assert contents(platform) == ["hello"]
+
+
+def test_send_api_takes_a_base_with_a_path() -> None:
+    with SendApiServer("/proxy" + SEND_PATH) as platform:
+        platform.tokens.add("given")
+        with Sender(platform.base + "/proxy", access_token="given") as sender:
+            sender.send("hello")
+        assert (contents(platform), platform.breaches) == (["hello"], [])
+
+
+# ---- The token
+
+
+def test_send_api_fetches_one_token_for_many_threads(platform: SendApiServer, sender: Sender) -> None:
+    gate = threading.Event()
+    platform.token_troubles.append(held(gate))
+    crowd = threading.Thread(target=together, args=(16, lambda number: sender.send(str(number))))
+    crowd.start()
+    wait_until(lambda: platform.token_requests)
+    gate.set()
+    crowd.join()
+    assert sorted(contents(platform), key=int) == [str(number) for number in range(16)]
+    assert platform.token_requests == 1
+
+
+@pytest.mark.parametrize(("age", "requests"), [
+    pytest.param(0.0, 1, id="new"),
+    pytest.param(LIFETIME - 61.0, 1, id="a minute and a second before its end"),
+    pytest.param(LIFETIME - 60.0, 2, id="a minute before its end"),
+    pytest.param(LIFETIME + 1.0, 2, id="past its end"),
+])
+def test_send_api_keeps_the_token_until_a_minute_before_its_end(
+        platform: SendApiServer, sender: Sender, age: float, requests: int) -> None:
+    sender.send("one")
+    sender.now += age
+    sender.send("two")
+    assert platform.token_requests == requests
+
+
+@pytest.mark.parametrize(("expires_in", "requests"), [
+    pytest.param("2592000", 1, id="text"),
+    pytest.param(2592000.5, 1, id="fraction"),
+    pytest.param(None, 2, id="missing"),
+    pytest.param("soon", 2, id="word"),
+    pytest.param(-1, 2, id="negative"),
+    pytest.param([], 2, id="list"),
+    pytest.param(float("nan"), 2, id="not a number"),
+    pytest.param(10 ** 400, 1, id="more than a float holds"),
+])
+def test_send_api_keeps_no_token_whose_end_is_unknown(
+        platform: SendApiServer, sender: Sender, expires_in: object, requests: int) -> None:
+    for _ in range(2):
+        platform.token_troubles.append(says({"access_token": platform.issue_token(), "expires_in": expires_in}))
+    sender.send("one", "two")
+    assert (contents(platform), platform.token_requests) == (["one", "two"], requests)
+
+
+@pytest.mark.parametrize("number", [110, 111, "110", "111"], ids=repr)
+def test_send_api_fetches_another_token_when_one_is_refused(
+        platform: SendApiServer, sender: Sender, number: Any) -> None:
+    sender.send("one")
+    platform.send_troubles.append(gateway_refuses(number, "Access token invalid or no longer valid"))
+    sender.send("two")
+    assert (contents(platform), platform.token_requests, sender.rests) == (["one", "two"], 2, [])
+
+
+def test_send_api_fetches_another_token_once_for_many_threads(platform: SendApiServer, sender: Sender) -> None:
+    sender.send("first")
+    platform.expire_tokens()
+    assert together(16, lambda number: sender.send("more")) == []
+    assert (len(platform.sent), platform.token_requests) == (17, 2)
+
+
+@pytest.mark.parametrize("number", ["110", "111"])
+def test_send_api_fetches_another_token_only_once(platform: SendApiServer, sender: Sender, number: str) -> None:
+    platform.send_troubles.extend([gateway_refuses(int(number), "Access token invalid")] * 2)
+    with pytest.raises(ApiError) as caught:
+        sender.send("hello")
+    assert caught.value.number == number
+    assert (platform.token_requests, platform.send_requests) == (2, 2)
+
+
+@pytest.mark.parametrize(("known", "number"), [(True, "111"), (False, "110")], ids=["expired", "invalid"])
+def test_send_api_fetches_no_token_when_one_was_given(platform: SendApiServer, known: bool, number: str) -> None:
+    given = platform.issue_token() if known else "unknown"
+    platform.expire_tokens()
+    with Sender(platform.base, access_token=given) as sender, pytest.raises(ApiError, match="--access-token") as caught:
+        sender.send("hello")
+    assert caught.value.number == number
+    assert (platform.token_requests, platform.send_requests) == (0, 1)
+
+
+@pytest.mark.parametrize(("answer", "status", "number", "told"), [
+    pytest.param({"error": "invalid_client", "error_description": "unknown client id"}, 401, "invalid_client",
+                 r"unknown client id\): check --app-key and --app-secret", id="unknown key"),
+    pytest.param({"error": "invalid_scope", "error_description": "no such scope"}, 400, "invalid_scope",
+                 "no such scope", id="another error"),
+    pytest.param({"error_code": 4, "error_msg": "Open api request limit reached"}, 200, "4", "limit reached",
+                 id="the gateway's"),
+    pytest.param({"access_token": None}, 200, "no access_token", "answered no access_token", id="no token"),
+    pytest.param({"access_token": ""}, 200, "no access_token", "answered no access_token", id="an empty token"),
+    pytest.param({}, 200, "no access_token", "answered no access_token", id="nothing"),
+])
+def test_send_api_tells_why_it_gets_no_token(platform: SendApiServer, sender: Sender, answer: Dict[str, Any],
+                                             status: int, number: str, told: str) -> None:
+    platform.token_troubles.append(says(answer, status))
+    with pytest.raises(ApiError, match=told) as caught:
+        sender.send("hello")
+    assert (caught.value.number, sender.rests, platform.send_requests) == (number, [], 0)
+
+
+@pytest.mark.parametrize("wrong", ["app_key", "app_secret"])
+def test_send_api_is_refused_with_wrong_credentials(platform: SendApiServer, wrong: str) -> None:
+    settings: Dict[str, Any] = {wrong: "wrong"}
+    with Sender(platform.base, **settings) as sender, pytest.raises(ApiError) as caught:
+        sender.send("hello")
+    assert caught.value.number == "invalid_client"
+
+
+def test_send_api_asks_again_for_a_token_that_was_refused(platform: SendApiServer, sender: Sender) -> None:
+    platform.token_troubles.append(says({"error": "invalid_client"}, 401))
+    with pytest.raises(ApiError):
+        sender.send("lost")
+    sender.send("hello")
+    assert (contents(platform), platform.token_requests) == (["hello"], 2)
+
+
+# ---- Errors of the API
+
+
+@pytest.mark.parametrize(("trouble", "number", "advice"), [
+    (refuses(3001, "param error"), "3001", "a parameter is wrong"),
+    (refuses(30022, "open_id mismatch"), "30022", "--app-key"),
+    (refuses(90001, "out of response count"), "90001", "five replies .* 48 hours"),
+    (refuses(90002, "no permission"), "90002", "enable it"),
+    (refuses(12345, "something new"), "12345", "the platform's page"),
+    (gateway_refuses(6, "No permission to access data"), "6", "the platform's page"),
+    (says({"errno": "90001", "msg": "as text"}), "90001", "48 hours"),
+    (says({"errno": 3001, "msg": "with a status"}, 400), "3001", "a parameter is wrong"),
+    (says({"errno": 0, "error_code": 17, "error_msg": "both"}), "17", "the platform's page"),
+], ids=["parameter", "openid", "quota", "not enabled", "unknown", "gateway", "text", "status 400", "both"])
+def test_api_error_has_number_words_and_advice(
+        platform: SendApiServer, sender: Sender, trouble: Trouble, number: str, advice: str) -> None:
+    platform.send_troubles.append(trouble)
+    with pytest.raises(ApiError, match=advice) as caught:
+        sender.send(TEXT)
+    assert caught.value.number == number
+    assert (sender.rests, platform.send_requests) == ([], 1)
+
+
+def test_api_error_quotes_the_platform(platform: SendApiServer, sender: Sender) -> None:
+    platform.send_troubles.append(refuses(90001, "out of response count"))
+    with pytest.raises(ApiError, match=r"answered 90001 \(out of response count\): "):
+        sender.send("hello")
+
+
+@pytest.mark.parametrize("answer", [
+    {"errno": 3001, "msg": "one\nERROR another line"},
+    {"errno": 3001, "msg": "w" * 60000},
+    {"errno": "3\n" * 20000, "msg": ""},
+    {"errno": {"deep": ["down"] * 900}, "msg": None},
+], ids=["line", "words", "number", "structure"])
+def test_api_error_is_one_short_line(platform: SendApiServer, sender: Sender, answer: Dict[str, Any]) -> None:
+    platform.send_troubles.append(says(answer))
+    with pytest.raises(ApiError) as caught:
+        sender.send("hello")
+    assert len(str(caught.value)) < 1000
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("answer", [
+    {"errno": 0, "msg": "success"}, {"errno": "0"}, {"errno": 0, "msg": None, "data": {}},
+], ids=str)
+def test_send_api_knows_success(platform: SendApiServer, sender: Sender, answer: Dict[str, Any]) -> None:
+    platform.send_troubles.append(says(answer))
+    sender.send("hello")
+    assert platform.send_requests == 1
+
+
+def test_send_text_is_refused_without_a_text(sender: Sender) -> None:
+    with pytest.raises(ApiError) as caught:
+        sender.send("")
+    assert caught.value.number == "3001"
+
+
+# ---- Errors of the network: another try, after a rest
+
+
+TROUBLES = [
+    pytest.param(says({}, 500), id="500"),
+    pytest.param(says({"errno": 0, "msg": "success"}, 503), id="503 with success"),
+    pytest.param(resets, id="reset"),
+    pytest.param(hangs_up, id="hang-up"),
+    pytest.param(writes(b"SSH-2.0-OpenSSH\r\n"), id="another protocol"),
+    pytest.param(writes(b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n{"), id="half an answer"),
+    pytest.param(writes(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nxyz\r\n"), id="bad chunk"),
+    pytest.param(writes(b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 500 + b"\r\n{}"), id="too many headers"),
+    pytest.param(writes(b"HTTP/1.1 200 OK\r\nX: " + b"y" * 70000 + b"\r\n\r\n{}"), id="a header too long"),
+]
+
+
+@pytest.mark.parametrize("trouble", TROUBLES)
+def test_send_api_tries_again_to_send(platform: SendApiServer, sender: Sender, trouble: Trouble) -> None:
+    platform.send_troubles.append(trouble)
+    sender.send("hello")
+    assert (contents(platform), sender.rests, platform.send_requests) == (["hello"], [0.5], 2)
+
+
+@pytest.mark.parametrize("trouble", TROUBLES)
+def test_send_api_tries_again_to_fetch_a_token(platform: SendApiServer, sender: Sender, trouble: Trouble) -> None:
+    platform.token_troubles.append(trouble)
+    sender.send("hello")
+    assert (contents(platform), sender.rests, platform.token_requests) == (["hello"], [0.5], 2)
+
+
+@pytest.mark.parametrize(("random", "rests"), [
+    (0.0, [0.5, 2.0, 8.0]), (0.5, [0.375, 1.5, 6.0]), (1.0, [0.25, 1.0, 4.0]),
+])
+def test_send_api_gives_up_after_three_more_tries(platform: SendApiServer, random: float, rests: List[float]) -> None:
+    platform.send_troubles.extend([says({}, 500), resets, hangs_up, says({}, 502)])
+    with Sender(platform.base, random) as sender, pytest.raises(NetworkError, match="4 times, at last: status 502"):
+        sender.send("hello")
+    assert (sender.rests, platform.send_requests) == (rests, 4)
+
+
+def test_send_api_goes_on_after_it_gave_up(platform: SendApiServer, sender: Sender) -> None:
+    platform.send_troubles.extend([resets] * 4)
+    with pytest.raises(NetworkError):
+        sender.send("lost")
+    sender.send("hello")
+    assert contents(platform) == ["hello"]
+
+
+def test_send_api_does_not_wait_for_an_answer_for_ever(
+        platform: SendApiServer, sender: Sender, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kfserver, "SEND_TIMEOUT", 0.05)
+    platform.token_troubles.extend([stays_silent] * 4)
+    with pytest.raises(NetworkError, match="timeout|TimeoutError"):
+        sender.send("hello")
+    assert platform.token_requests == 4
+
+
+def test_send_api_waits_five_seconds() -> None:
+    assert kfserver.SEND_TIMEOUT == 5.0
+
+
+def test_send_api_tells_that_nobody_listens() -> None:
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))  # and does not listen: connections are refused
+        port = nobody.getsockname()[1]
+        with Sender(f"http://127.0.0.1:{port}") as sender, pytest.raises(NetworkError, match="ConnectionRefusedError"):
+            sender.send("hello")
+    assert len(sender.rests) == 3
+
+
+def test_send_api_follows_no_redirect(platform: SendApiServer, sender: Sender) -> None:
+    with SendApiServer() as elsewhere:
+        platform.send_troubles.append(redirects(elsewhere.base + SEND_PATH))
+        platform.token_troubles.append(redirects(elsewhere.base))
+        for _ in ("for the token", "for the reply"):
+            with pytest.raises(NetworkError, match="redirects.*--api-base"):
+                sender.send("hello")
+        assert (elsewhere.connections, sender.rests, platform.sent) == (0, [], [])
+
+
+def http_answer(body: bytes) -> bytes:
+    """A whole answer that closes its connection."""
+    return b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\nConnection: close\r\n\r\n" % len(body) + body
+
+
+@pytest.mark.parametrize("body", [
+    pytest.param(b"", id="nothing"),
+    pytest.param(b"success", id="text"),
+    pytest.param(b"<html></html>", id="HTML"),
+    pytest.param(b"null", id="null"),
+    pytest.param(b"0", id="number"),
+    pytest.param(b'"0"', id="string"),
+    pytest.param(b"[]", id="list"),
+    pytest.param(b"\xff\xfe", id="not UTF-8"),
+    pytest.param(b'{"errno": 0', id="half an object"),
+    pytest.param(b"[" * 60000, id="deep"),
+    pytest.param(b'{"errno": ' + b"1" * 60000 + b"}", id="long number"),
+    pytest.param(b'{"msg": "' + b"x" * 10_000_000 + b'", "errno": 0}', id="huge"),
+])
+@pytest.mark.parametrize("asked", ["token_troubles", "send_troubles"])
+def test_send_api_refuses_an_answer_that_is_no_object(
+        platform: SendApiServer, sender: Sender, asked: str, body: bytes) -> None:
+    getattr(platform, asked).append(writes(http_answer(body)))
+    # Of what kind does not matter, as long as the handler is not blamed for it, and run again.
+    with pytest.raises(ReplyError):
+        sender.send("hello")
+    sender.send("hello")
+    assert (contents(platform), sender.rests) == (["hello"], [])
+
+
+# ---- Connections
+
+
+def test_http_client_gives_status_and_json(platform: SendApiServer) -> None:
+    client = HttpClient(platform.base)
+    platform.send_troubles.append(says({"errno": 1}, 418))
+    form = "user_type=2&open_id=user&msg_type=text&content=hello&pic_url="
+    assert client.exchange("POST", SEND_PATH + "?access_token=x", form) == (418, {"errno": 1})
+    client.close()
+
+
+def test_send_api_keeps_one_connection(platform: SendApiServer, sender: Sender) -> None:
+    sender.send("one", "two", "three")
+    assert (platform.connections, platform.token_requests, len(platform.sent)) == (1, 1, 3)
+
+
+def test_send_api_has_as_many_connections_as_replies_at_once(platform: SendApiServer, sender: Sender) -> None:
+    for _ in range(3):
+        fill(platform, sender, 5)
+    assert (platform.connections, len(platform.sent)) == (5, 15)
+
+
+def fill(platform: SendApiServer, sender: Sender, count: int) -> None:
+    """Send so many replies that each of them is under way before the first is answered."""
+    gate, before = threading.Event(), platform.send_requests
+    platform.send_troubles.extend([held(gate)] * count)
+    crowd = threading.Thread(target=together, args=(count, lambda number: sender.send("hello")))
+    crowd.start()
+    wait_until(lambda: platform.send_requests == before + count)
+    gate.set()
+    crowd.join()
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_send_api_is_not_held_up_by_connections_that_the_platform_has_closed(
+        platform: SendApiServer, sender: Sender, count: int) -> None:
+    fill(platform, sender, count)
+    platform.hang_up()
+    wait_until(lambda: not platform.open)
+    sender.send("hello")
+    # To find an old connection closed is no failure: no rest, and none of the tries is used up.
+    assert (len(platform.sent), sender.rests) == (count + 1, [])
+
+
+def test_send_api_is_not_held_up_by_a_platform_that_keeps_nothing(platform: SendApiServer, sender: Sender) -> None:
+    platform.send_troubles.extend([closes_unsaid] * 3)
+    for number in range(3):
+        sender.send(str(number))
+        wait_until(lambda: not platform.open)
+    assert (contents(platform), sender.rests) == (["0", "1", "2"], [])
+
+
+def test_send_api_close_hangs_up(platform: SendApiServer) -> None:
+    with Sender(platform.base) as sender:
+        fill(platform, sender, 3)
+        assert len(platform.open) == 3
+    wait_until(lambda: not platform.open)
+
+
+def test_send_api_serves_many_threads(platform: SendApiServer, sender: Sender) -> None:
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)  # threads get into each other's way as often as they can
+    try:
+        errors = together(8, lambda number: sender.send(*(f"{number}-{count}" for count in range(25))))
+    finally:
+        sys.setswitchinterval(interval)
+    assert errors == []
+    assert sorted(contents(platform)) == sorted(f"{number}-{count}" for number in range(8) for count in range(25))
+    assert (platform.connections <= 8, platform.token_requests) == (True, 1)
+
+
+# ---- HTTPS
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A file with a key, and a certificate that it has signed itself, for this machine's own address."""
+    if not shutil.which("openssl"):
+        pytest.skip("no openssl on this machine")
+    path = tmp_path_factory.mktemp("tls") / "server.pem"
+    subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=127.0.0.1",
+                    "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(path), "-out", str(path) + ".crt"],
+                   check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=PATIENCE)
+    with path.open("a") as file:
+        file.write(pathlib.Path(str(path) + ".crt").read_text())
+    return str(path)
+
+
+def test_send_api_refuses_a_certificate_that_nobody_vouches_for(certificate: str) -> None:
+    with SendApiServer(certificate=certificate) as platform:
+        with Sender(platform.base) as sender, pytest.raises(NetworkError, match="SSL"):
+            sender.send("hello")
+        assert (platform.token_requests, platform.send_requests) == (0, 0)
+
+
+def test_send_api_refuses_a_certificate_of_another_name(certificate: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SSL_CERT_FILE", certificate)
+    with SendApiServer(certificate=certificate) as platform:
+        base = platform.base.replace("127.0.0.1", "localhost")
+        with Sender(base) as sender, pytest.raises(NetworkError, match="SSL|Certificate"):
+            sender.send("hello")
+        assert platform.token_requests == 0
+
+
+def test_send_api_takes_a_certificate_that_is_trusted(certificate: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Where the library looks for those whom it trusts. So it was the certificate that was refused above, nothing else.
+    monkeypatch.setenv("SSL_CERT_FILE", certificate)
+    with SendApiServer(certificate=certificate) as platform:
+        with Sender(platform.base) as sender:
+            sender.send("one", "two")
+        assert (contents(platform), platform.connections) == (["one", "two"], 1)
+
+
+# ---- What must not be told
+
+
+def whole_story(error: Optional[BaseException]) -> str:
+    """All that an error and those behind it say, the hidden ones too."""
+    if error is None:
+        return ""
+    lines = traceback.format_exception(type(error), error, error.__traceback__)
+    return "".join([*lines, repr(error.args), whole_story(error.__cause__), whole_story(error.__context__)])
+
+
+def chatty(token: str) -> str:
+    """Words of the platform that quote everything that it was sent."""
+    return f"token={token}&client_id={APP_KEY}&client_secret={APP_SECRET}"
+
+
+@pytest.mark.parametrize("trouble", [
+    *TROUBLES,
+    pytest.param(refuses(3001, chatty("given")), id="refused"),
+    pytest.param(gateway_refuses(110, chatty("given")), id="token refused"),
+    pytest.param(writes(http_answer(chatty("given").encode())), id="no JSON"),
+    pytest.param(redirects("https://elsewhere.example/?" + chatty("given")), id="redirect"),
+    pytest.param(writes(chatty("given").encode() + b"\r\n\r\n"), id="no HTTP"),
+])
+def test_send_api_tells_no_secret(platform: SendApiServer, sender: Sender, caplog: pytest.LogCaptureFixture,
+                                  trouble: Trouble) -> None:
+    caplog.set_level(logging.DEBUG)
+    platform.token_troubles.append(says({"access_token": "given", "expires_in": LIFETIME}))
+    platform.token_troubles.append(says({"error": "invalid_client", "error_description": chatty("given")}, 401))
+    platform.send_troubles.extend([trouble] * 4)
+    with pytest.raises(ReplyError) as caught:
+        sender.send(TEXT)
+    told = whole_story(caught.value) + caplog.text
+    assert [secret for secret in (APP_KEY, APP_SECRET, "given&", TEXT) if secret in told] == []
+
+
+@pytest.mark.parametrize("before", [150, 175, 185, 190, 195])
+def test_api_error_tells_no_part_of_a_secret(platform: SendApiServer, sender: Sender, before: int) -> None:
+    # Long words are cut, and the cut may go through a secret.
+    platform.send_troubles.append(refuses(3001, "w" * before + APP_SECRET + "w" * 100))
+    with pytest.raises(ApiError) as caught:
+        sender.send("hello")
+    assert APP_SECRET[:4] not in str(caught.value)
+
+
+def test_api_error_tells_no_token_that_was_replaced_meanwhile(platform: SendApiServer, sender: Sender) -> None:
+    sender.send("first")
+    (old,) = platform.tokens
+    gate = threading.Event()
+
+    def quote_late(exchange: Any) -> None:
+        gate.wait(PATIENCE)
+        exchange.answer({"errno": 3001, "msg": f"bad token={old}"})
+    platform.send_troubles.append(quote_late)
+    errors: List[BaseException] = []
+    late = threading.Thread(target=lambda: errors.extend(together(1, lambda number: sender.send("late"))))
+    late.start()
+    wait_until(lambda: platform.send_requests == 2)
+    platform.expire_tokens()
+    sender.send("another")  # fetches a token
+    gate.set()
+    late.join()
+    assert [type(error) for error in errors] == [ApiError]
+    assert old not in str(errors[0])
+
+
+# ---- list_answers
+
+
+@pytest.mark.parametrize(("answers", "listed"), [
+    (None, []),
+    ("hello", ["hello"]),
+    ("", []),
+    (Image(PICTURE), [Image(PICTURE)]),
+    (["one", Image(PICTURE)], ["one", Image(PICTURE)]),
+    (("one", "two"), ["one", "two"]),
+    (["one", None, "", "two"], ["one", "two"]),
+    ([], []),
+    (["x"] * 9, ["x"] * 9),
+], ids=repr)
+def test_list_answers(answers: Any, listed: List[Any]) -> None:
+    assert list_answers(answers) == listed
+
+
+@pytest.mark.parametrize("answers", [
+    7, True, False, 0, b"bytes", {"a": "dict"}, {"set"}, object, iter(["iterator"]), ["text", 7], ["text", ["list"]],
+], ids=lambda answers: type(answers).__name__)
+def test_list_answers_raises_for_what_cannot_be_sent(answers: Any) -> None:
+    with pytest.raises(HandlerError, match="None, a text, Image"):
+        list_answers(answers)
+
+
+# ---- Outbox
+
+
+@pytest.fixture
+def outbox(sender: Sender) -> Outbox:
+    """The way back to the sender of one message."""
+    return Outbox(sender.api, Message({"FromUserName": "user"}))
+
+
+def test_outbox_sends_in_order(platform: SendApiServer, outbox: Outbox) -> None:
+    outbox(["one", Image(PICTURE), "three"])
+    outbox("four")
+    assert contents(platform) == ["one", PICTURE, "three", "four"]
+    assert {reply.open_id for reply in platform.sent} == {"user"}
+
+
+@pytest.mark.parametrize("calls", [
+    [["1", "2", "3", "4", "5"]],
+    ["1", "2", "3", "4", "5"],
+    [["1", "2"], Image("3"), None, "", ["4", "5", None]],
+], ids=["at once", "one by one", "mixed, with nothing between"])
+def test_outbox_takes_five_replies(platform: SendApiServer, outbox: Outbox, calls: List[Any]) -> None:
+    for answers in calls:
+        outbox(answers)
+    assert contents(platform) == ["1", "2", "3", "4", "5"]
+    with pytest.raises(HandlerError, match="takes 5 replies to one message"):
+        outbox("6")
+    assert len(platform.sent) == 5
+
+
+def test_outbox_sends_nothing_of_what_is_too_much(platform: SendApiServer, outbox: Outbox) -> None:
+    outbox("one")
+    with pytest.raises(HandlerError):
+        outbox(["2", "3", "4", "5", "6"])
+    outbox(["2", "3", "4", "5"])
+    assert contents(platform) == ["one", "2", "3", "4", "5"]
+
+
+def test_outbox_sends_nothing_behind_what_failed(platform: SendApiServer, outbox: Outbox) -> None:
+    platform.send_troubles.append(refuses(90002, "no permission"))
+    with pytest.raises(ApiError):
+        outbox(["one", "two"])
+    assert platform.send_requests == 1
+
+
+def test_outbox_without_credentials_tells_each_reply_and_not_its_text(caplog: pytest.LogCaptureFixture) -> None:
+    message = Message({"FromUserName": "user"})
+    message.key = "app/user/text/1"
+    Outbox(None, message)([TEXT, Image("https://private.example/")])
+    assert [record.levelname for record in caplog.records] == ["WARNING", "WARNING"]
+    assert all(line.startswith("reply not sent: key=app/user/text/1") for line in caplog.messages)
+    assert "private" not in caplog.text
+
+
+# ---- The whole circle: KfServer
+
+
+@pytest.fixture
+def _no_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server's own client tries again without delay."""
+    monkeypatch.setattr(kfserver, "SEND_DELAYS", (0.0, 0.0, 0.0))
+
+
+class Shop:
+    """A server that replies through the platform, and what became of its messages.
+
+    ``answers`` maps the text of a message to what its handler returns; a function is called with the message.
+    """
+
+    def __init__(self, platform: SendApiServer, answers: Dict[str, Any], **settings: Any) -> None:
+        registry = HandlerRegistry()
+        registry.on("text")(self._handle)
+        registry.on_error(lambda message, error: self.errors.append(error))
+        self._answers = answers
+        self._pushed = 0
+        self.handled: List[str] = []
+        self.errors: List[BaseException] = []
+        self.server = KfServer(registry, Settings(
+            **{"api_base": platform.base, "app_key": APP_KEY, "app_secret": APP_SECRET, **settings}))
+
+    def __enter__(self) -> Shop:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.server.stop()
+
+    def _handle(self, message: Message) -> Any:
+        self.handled.append(message.content)
+        answer = self._answers[message.content]
+        return answer(message) if callable(answer) else answer
+
+    def push(self, *texts: str) -> None:
+        """Push messages of one user."""
+        for text in texts:
+            self._pushed += 1
+            assert self.server.feed(push(number=self._pushed, content=text)).body == b"success"
+
+    def serve(self, *texts: str) -> None:
+        """Push messages and wait until they are settled."""
+        self.push(*texts)
+        assert self.server.join(PATIENCE)
+
+
+@pytest.mark.parametrize(("answer", "sent"), [
+    (None, []),
+    ("hello", ["hello"]),
+    (Image(PICTURE), [PICTURE]),
+    (["one", Image(PICTURE), "three"], ["one", PICTURE, "three"]),
+    (("one", None, "two"), ["one", "two"]),
+    (["1", "2", "3", "4", "5"], ["1", "2", "3", "4", "5"]),
+], ids=repr)
+def test_kf_server_sends_what_a_handler_returns(platform: SendApiServer, answer: Any, sent: List[str]) -> None:
+    with Shop(platform, {"hi": answer}) as shop:
+        shop.serve("hi")
+    assert (contents(platform), shop.errors) == (sent, [])
+    assert {reply.open_id for reply in platform.sent} <= {"user"}
+
+
+def test_kf_server_keeps_the_order_of_a_senders_replies(platform: SendApiServer) -> None:
+    def slowly(message: Message) -> List[str]:
+        message.reply("a1")
+        message.reply(["a2", "a3"])
+        return ["a4", "a5"]
+    gate = threading.Event()
+    platform.send_troubles.append(held(gate))
+    with Shop(platform, {"a": slowly, "b": ["b1", "b2"], "c": "c1"}) as shop:
+        shop.push("a", "b", "c")
+        wait_until(lambda: platform.send_requests)
+        assert shop.handled == ["a"]  # its replies come first
+        gate.set()
+        assert shop.server.join(PATIENCE)
+    assert contents(platform) == ["a1", "a2", "a3", "a4", "a5", "b1", "b2", "c1"]
+
+
+def test_kf_server_replies_to_different_senders_beside_each_other(platform: SendApiServer) -> None:
+    gate = threading.Event()
+    platform.send_troubles.extend([held(gate)] * 4)
+    with Shop(platform, {"hi": "hello"}, workers=4) as shop:
+        for number in range(4):
+            shop.server.feed(push(f"user{number}", content="hi"))
+        wait_until(lambda: platform.send_requests == 4)
+        gate.set()
+        assert shop.server.join(PATIENCE)
+    assert {reply.open_id for reply in platform.sent} == {f"user{number}" for number in range(4)}
+
+
+def replying(*progress: str, end: Any = None) -> Callable[[Message], Any]:
+    """A handler that sends replies while it runs, and returns ``end``."""
+
+    def handle(message: Message) -> Any:
+        for text in progress:
+            message.reply(text)
+        return end
+    return handle
+
+
+@pytest.mark.parametrize(("answer", "sent"), [
+    pytest.param(["x"] * 6, 0, id="returned"),
+    pytest.param(replying("1", "2", "3", end=["4", "5", "6"]), 3, id="returned after replies"),
+    pytest.param(replying("1", "2", "3", "4", "5", "6"), 5, id="replies"),
+    pytest.param(replying("1", "2", "3", "4", "5", end="6"), 5, id="one returned after five replies"),
+])
+def test_kf_server_sends_no_sixth_reply(platform: SendApiServer, answer: Any, sent: int) -> None:
+    with Shop(platform, {"hi": answer}) as shop:
+        shop.serve("hi")
+    assert len(platform.sent) == sent
+    assert [type(error) for error in shop.errors] == [HandlerError]
+    assert shop.handled == ["hi"]
+
+
+@pytest.mark.usefixtures("_no_rest")
+@pytest.mark.parametrize(("trouble", "kind"), [
+    (refuses(90001, "out of response count"), ApiError),
+    (says({}, 500), NetworkError),
+    (resets, NetworkError),
+    (writes(http_answer(b"[" * 60000)), ReplyError),
+], ids=["refused", "500", "reset", "nonsense"])
+@pytest.mark.parametrize("answer", ["hello", replying("hello")], ids=["returned", "reply"])
+def test_kf_server_runs_no_handler_again_because_a_reply_failed(
+        platform: SendApiServer, answer: Any, trouble: Trouble, kind: Type[ReplyError]) -> None:
+    platform.send_troubles.extend([trouble] * 4)
+    with Shop(platform, {"hi": answer, "next": "fine"}) as shop:
+        shop.serve("hi")
+        platform.send_troubles.clear()
+        shop.serve("next")
+    assert shop.handled == ["hi", "next"]
+    assert [isinstance(error, kind) for error in shop.errors] == [True]
+    assert contents(platform) == ["fine"]
+
+
+@pytest.mark.usefixtures("_no_rest")
+def test_kf_server_tries_a_reply_again_and_not_its_handler(platform: SendApiServer) -> None:
+    platform.send_troubles.extend([resets, says({}, 500), hangs_up])
+    with Shop(platform, {"hi": "hello"}) as shop:
+        shop.serve("hi")
+    assert (contents(platform), shop.handled, shop.errors) == (["hello"], ["hi"], [])
+
+
+def test_kf_server_on_error_gets_the_api_error(platform: SendApiServer) -> None:
+    platform.send_troubles.append(refuses(90002, "no permission"))
+    with Shop(platform, {"hi": "hello"}) as shop:
+        shop.serve("hi")
+    (error,) = shop.errors
+    assert isinstance(error, ApiError)
+    assert error.number == "90002"
+
+
+def test_kf_server_lets_a_handler_go_on_when_a_reply_fails(platform: SendApiServer) -> None:
+    def stubborn(message: Message) -> str:
+        with pytest.raises(ApiError):
+            message.reply("progress")
+        return "result"
+    platform.send_troubles.append(refuses(3001, "param error"))
+    with Shop(platform, {"hi": stubborn}) as shop:
+        shop.serve("hi")
+    assert (contents(platform), shop.errors) == (["result"], [])
+
+
+def test_kf_server_logs_neither_secret_nor_text_of_a_reply_that_failed(
+        platform: SendApiServer, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    platform.send_troubles.append(refuses(3001, chatty("")))
+    with Shop(platform, {"hi": TEXT}) as shop:
+        shop.serve("hi")
+    assert "message failed for good: key=app/user/text/" in caplog.text
+    (token,) = platform.tokens
+    assert [secret for secret in (APP_KEY, APP_SECRET, token, TEXT) if secret in caplog.text] == []
+
+
+def test_kf_server_stop_drains_replies(platform: SendApiServer) -> None:
+    gate = threading.Event()
+    platform.send_troubles.append(held(gate))
+    shop = Shop(platform, {"hi": ["one", "two"], "more": "three"})
+    shop.push("hi", "more")
+    wait_until(lambda: platform.send_requests)
+    undone: List[List[str]] = []
+    stopping = threading.Thread(target=lambda: undone.append(shop.server.stop()))
+    stopping.start()
+    wait_until(lambda: shop.server.feed(push("late")).status == 503)  # it is shutting down
+    gate.set()
+    stopping.join(PATIENCE)
+    assert (contents(platform), undone) == (["one", "two", "three"], [[]])
+    wait_until(lambda: not platform.open)
+
+
+def test_kf_server_stop_does_not_wait_longer_than_its_grace(platform: SendApiServer) -> None:
+    gate = threading.Event()
+    platform.send_troubles.append(held(gate))
+    shop = Shop(platform, {"hi": "hello"}, grace=0.0)
+    shop.push("hi")
+    wait_until(lambda: platform.send_requests)
+    assert len(shop.server.stop()) == 1
+    gate.set()
+    assert shop.server.join(PATIENCE)
+    wait_until(lambda: not platform.open)  # the connection that was in use is closed when it is free
+
+
+def test_kf_server_without_credentials_handles_and_sends_nothing(
+        platform: SendApiServer, caplog: pytest.LogCaptureFixture) -> None:
+    with Shop(platform, {"hi": [TEXT, "and more"]}, app_key="", app_secret="") as shop:
+        shop.serve("hi")
+    assert (shop.handled, shop.errors, platform.connections) == (["hi"], [], 0)
+    assert [line.split(":")[0] for line in caplog.messages].count("reply not sent") == 2
+    assert TEXT not in caplog.text
+
+
+def test_kf_server_sends_as_a_third_party() -> None:
+    with SendApiServer(THIRD_PARTY_SEND_PATH) as platform:
+        platform.tokens.add("authorised")
+        with Shop(platform, {"hi": "hello"}, app_key="", app_secret="", access_token="authorised",
+                  third_party=True) as shop:
+            shop.serve("hi")
+        assert (contents(platform), platform.breaches) == (["hello"], [])
+
+
+# ---- Settings
+
+
+@pytest.mark.parametrize(("settings", "told"), [
+    pytest.param({"app_key": "key"}, "--app-secret", id="a key alone"),
+    pytest.param({"app_secret": "secret"}, "--app-key", id="a secret alone"),
+    pytest.param({"app_key": "key", "app_secret": "secret", "access_token": "token"}, "--access-token", id="both ways"),
+    pytest.param({"third_party": True}, "--access-token", id="third party without a token"),
+    pytest.param({"third_party": True, "app_key": "key", "app_secret": "secret"}, "--access-token",
+                 id="third party with an app's own key"),
+    pytest.param({"user_type": 0}, "--user-type", id="user type 0"),
+    pytest.param({"user_type": 3}, "--user-type", id="user type 3"),
+    pytest.param({"user_type": "2"}, "--user-type", id="user type as text"),
+    *(pytest.param({"api_base": base}, "--api-base", id=repr(base)) for base in [
+        "", "openapi.baidu.com", "ftp://openapi.baidu.com", "https://", "https:///path", "https://host/?query=1",
+        "https://host/#part", "https://two words", "https://host:port", "https://host:65536", "https://[::1",
+        "https://user:password@host",
+    ]),
+])
+def test_settings_refuses_what_makes_no_sense(settings: Dict[str, Any], told: str) -> None:
+    with pytest.raises(SettingsError, match=re.escape(told)) as caught:
+        Settings(**settings)
+    assert not re.search("'(key|secret|token)'", str(caught.value))
+
+
+@pytest.mark.parametrize("base", [
+    "https://openapi.baidu.com", "https://openapi.baidu.com/", "http://127.0.0.1:8000", "http://[::1]:8000/proxy",
+])
+def test_settings_takes_an_api_base(base: str) -> None:
+    assert Settings(api_base=base).api_base == base
+
+
+# ---- Command line
+
+
+HANDLERS = """
+from kfserver import HandlerRegistry
+
+registry = HandlerRegistry()
+
+@registry.on("text")
+def echo(message):
+    return message.content
+"""
+
+
+class Process:
+    """kfserver as a process of its own, with the handlers above and the given options."""
+
+    def __init__(self, folder: pathlib.Path, *options: str) -> None:
+        (folder / "handlers.py").write_text(HANDLERS, encoding="utf-8")
+        self._process = subprocess.Popen(
+            [sys.executable, "-W", "error", str(ROOT / "kfserver.py"), "--host", "127.0.0.1", "--port", "0", *options],
+            cwd=str(folder), env={"PYTHONIOENCODING": "utf-8", "PYTHONDONTWRITEBYTECODE": "1"},
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8")
+        # A read from a pipe has no time-out of its own.
+        self._watchdog = threading.Timer(PATIENCE, self._process.kill)
+        self._watchdog.start()
+        assert self._process.stdout
+        self._first = self._process.stdout.readline()
+
+    def push(self, *texts: str) -> None:
+        """Push messages of one user."""
+        with Client(int(re.findall(r":(\d+)", self._first)[0])) as client:
+            for number, text in enumerate(texts):
+                assert client.ask(post(push(number=number, content=text))).status == 200
+
+    def end(self) -> str:
+        """End it in good order; all that it has printed and logged."""
+        self._process.send_signal(signal.SIGTERM)
+        rest, _ = self._process.communicate()
+        self._watchdog.cancel()
+        assert self._process.returncode == 0
+        return self._first + rest
+
+
+def test_command_line_sends_what_handlers_return(platform: SendApiServer, tmp_path: pathlib.Path) -> None:
+    process = Process(tmp_path, "--api-base", platform.base, "--app-key", APP_KEY, "--app-secret", APP_SECRET)
+    process.push("one", "two", TEXT)
+    output = process.end()
+    assert (contents(platform), platform.token_requests) == (["one", "two", TEXT], 1)
+    assert [secret for secret in (APP_KEY, APP_SECRET, *platform.tokens, TEXT) if secret in output] == []
+
+
+def test_command_line_says_once_that_credentials_are_missing(tmp_path: pathlib.Path) -> None:
+    process = Process(tmp_path)
+    process.push("one", "two", TEXT)
+    output = process.end()
+    assert output.count("no --app-key is set") == 1
+    assert output.count("reply not sent") == 3
+    assert TEXT not in output
