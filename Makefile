@@ -13,7 +13,7 @@ MYPY_OPTIONS := --strict --ignore-missing-imports --python-version 3.7 --cache-d
 SOURCES := kfserver.py handlers.py
 export PYTHONDONTWRITEBYTECODE := 1
 
-.PHONY: help run demo test test-all check clean
+.PHONY: help run demo test test-all check fuzz crash bench promises soak clean
 
 help: ## Show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -26,7 +26,7 @@ demo: ## Start a server, push a signed packet, show the answer and the handler's
 
 $(VENV)/installed:
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check pytest
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check pytest redis
 	touch $@
 
 test: $(VENV)/installed ## Run the tests on $(PYTHON), warnings as errors
@@ -43,6 +43,30 @@ test-all: ## Run the tests on every interpreter from 3.7 to 3.13 that is found
 check: .venv/check/installed ## Types and style
 	.venv/check/bin/mypy $(MYPY_OPTIONS) $(SOURCES)
 	.venv/check/bin/ruff check $(RUFF_OPTIONS) $(SOURCES) tests
+
+fuzz: $(VENV)/installed ## 200,000 mutated pushes through the endpoint
+	$(VENV)/bin/python tests/fuzz.py --cases 200000
+
+crash: $(VENV)/installed ## Kill a server with a journal 100 times, and count every message
+	$(VENV)/bin/python tests/crash.py --kills 100
+
+.venv-bench/installed: tests/bench/requirements.txt
+	$(PYTHON) -m venv .venv-bench
+	.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check -r tests/bench/requirements.txt
+	touch $@
+
+bench: .venv-bench/installed ## Measure kfserver against its peers with wrk, and renew the README's tables
+	.venv-bench/bin/python tests/bench/bench.py --update-readme README.md
+	.venv-bench/bin/python tests/bench/growth.py --update-readme README.md
+
+promises: ## Measure what the README promises: latency, exactly once, idle cost, slow clients, nginx, replies
+	$(PYTHON) tests/bench/promises.py
+	$(PYTHON) tests/bench/hostage.py
+	$(PYTHON) tests/bench/behind_nginx.py
+	$(PYTHON) tests/bench/replies.py
+
+soak: ## Ten minutes at 1,000 pushes a second: memory, descriptors and threads
+	$(PYTHON) tests/bench/soak.py --minutes 10
 
 clean: ## Remove what the other targets made
 	rm -rf .venv .venv-bench

@@ -36,10 +36,11 @@ Sections, in the order of dependence; a name refers only to what stands above it
     14 Dispatcher
     15 HTTP server
     16 Server
-    17 Handlers file
-    18 Chat
-    19 Journal command
-    20 Command line
+    17 Push
+    18 Handlers file
+    19 Chat
+    20 Journal command
+    21 Command line
 
 Sections 1 to 8 are pure: they touch no socket, file, clock or thread, and are given
 the clock, the claims and the queue as arguments.
@@ -87,7 +88,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from socketserver import TCPServer
 from types import CodeType, MappingProxyType, ModuleType, TracebackType
 from typing import (TYPE_CHECKING, Any, Callable, Deque, Dict, Generator, Iterable, Iterator, List, Mapping, NamedTuple,
-                    NoReturn, Optional, Pattern, Sequence, Set, Tuple, Type, TypeVar, Union)
+                    NoReturn, Optional, Pattern, Sequence, Set, TextIO, Tuple, Type, TypeVar, Union)
 from urllib.parse import parse_qsl, quote, urlencode, urlsplit
 from xml.parsers.expat import ErrorString, ParserCreate
 
@@ -185,6 +186,12 @@ class Busy(PushError):
     status = 503
     advice = "handlers are slower than messages come: raise --workers or --queue-size, or make the handlers faster"
     headers = (("Retry-After", "1"),)
+
+
+class BeingTaken(Busy):
+    """The same message is just being taken by another thread or instance, which may yet refuse it."""
+
+    advice = ""
 
 
 class JournalError(Busy):
@@ -995,7 +1002,7 @@ class ClaimCache:
     def _repeat_of_held(self, key: str) -> bool:
         if self._held[key]:
             return False
-        raise Busy("the same message is just being taken")
+        raise BeingTaken("the same message is just being taken")
 
     def _make_room(self) -> None:
         if len(self) < self._size:
@@ -1021,6 +1028,10 @@ class ClaimCache:
         """The message was refused, or failed for good: the same push may come again."""
         with self._lock:
             self._held.pop(key, None)
+
+    def remember(self, key: str) -> None:
+        """The message was finished before a restart."""
+        self.finish(key)
 
     def restore(self, key: str) -> None:
         """The message was accepted before a restart, and is in hand again, room or not."""
@@ -1653,7 +1664,9 @@ _CREATE = """CREATE TABLE messages (id INTEGER PRIMARY KEY, key TEXT NOT NULL UN
 _ADD = "INSERT OR REPLACE INTO messages (key, state, tries, received, payload) VALUES (?, 0, 0, ?, ?)"
 _TRIED = "UPDATE messages SET tries = ? WHERE key = ?"
 _FINISH = "UPDATE messages SET state = 1, payload = NULL WHERE key = ?"
-_FAIL = "UPDATE messages SET state = 2, error = ? WHERE key = ?"
+# For a message whose row went with a file that was deleted or moved away while the handler was at work.
+_REMEMBER = "INSERT INTO messages (key, state, tries, received) VALUES (?, 1, 0, strftime('%s', 'now'))"
+_FAIL = "UPDATE messages SET state = 2, tries = tries + 1, error = ? WHERE key = ?"
 _TRIM = """DELETE FROM messages WHERE state = 1 AND id <=
     (SELECT id FROM messages WHERE state = 1 ORDER BY id DESC LIMIT 1 OFFSET ?)"""
 _SELECT = "SELECT key, tries, received, payload, error FROM messages WHERE state = ? ORDER BY id"
@@ -1690,21 +1703,29 @@ class JournalFile:
 
     def __init__(self, path: str, sync: str) -> None:
         import sqlite3
-        self._path, self._sync = path, sync
+        self._path, self._sync = os.path.realpath(path), sync
         self._connect = functools.partial(sqlite3.connect, isolation_level=None, check_same_thread=False,
                                           timeout=LOCK_SECONDS)
-        self.errors = (sqlite3.Error, OSError)
-        _refuse_foreign_file(path)
+        self.errors = (sqlite3.Error, OSError, SettingsError)
+        _refuse_foreign_file(self._path)
+        self._db = self._guard = self._lock_file()
         try:
-            self._guard = self._lock_file()
             self.open()
+            self._db.execute("SELECT 1 FROM messages LIMIT 1")
+            found, = self._db.execute("PRAGMA quick_check(1)").fetchone()
+            if found != "ok":
+                raise OSError(found)
         except self.errors as error:
+            self.close()
             raise SettingsError(f"cannot use the journal {path}: {error}; "
                                 "move it away, or name another --journal") from error
 
     def _lock_file(self) -> sqlite3.Connection:
         """Hold the right to write until the process ends, however it ends: the system frees the lock."""
-        guard = self._connect(self._path + "-lock", timeout=0)
+        try:
+            guard = self._connect(self._path + "-lock", timeout=0)
+        except self.errors as error:
+            raise SettingsError(f"cannot use the journal {self._path}: {error}; name another --journal") from error
         try:
             guard.execute("BEGIN EXCLUSIVE")
         except self.errors:
@@ -1715,6 +1736,7 @@ class JournalFile:
 
     def open(self) -> None:
         """Open the file, and make it if there is none."""
+        _refuse_foreign_file(self._path)
         self._db = self._connect(self._path)
         if not self._db.execute("PRAGMA application_id").fetchone()[0]:
             # Before the switch to WAL: the head of the file itself must say whose it is from the first moment.
@@ -1733,7 +1755,8 @@ class JournalFile:
             raise OSError("the file was deleted or replaced")
         self._db.execute("BEGIN IMMEDIATE")
         for sql, values in changes:
-            self._db.execute(sql, values)
+            if not self._db.execute(sql, values).rowcount and sql is _FINISH:
+                self._db.execute(_REMEMBER, values)
         self._db.execute("COMMIT")
 
     def rows(self, state: int) -> List[Row]:
@@ -1769,6 +1792,7 @@ class Journal:
         self._turn = threading.Lock()  # guards all below and the file: whoever holds it writes for all who wait
         self._finished = 0  # since the last clean-up
         self._failing = False
+        self._closed = False
 
     def add(self, key: str, payload: bytes, then: Callable[[], None]) -> Callable[[], None]:
         """Take a message to be written down. What this returns waits until it is safe, with all that was added
@@ -1805,6 +1829,10 @@ class Journal:
 
     def _write_pending(self) -> None:
         entries = [self._pending.popleft() for _ in range(len(self._pending))]
+        if self._closed:
+            for entry in entries:
+                entry.error = JournalError("closed")
+            return
         try:
             self._commit(entries)
         except self._file.errors as error:
@@ -1858,6 +1886,7 @@ class Journal:
         with self._turn:
             if self._pending:
                 self._write_pending()
+            self._closed = True
             self._file.close()
 
 
@@ -1875,7 +1904,7 @@ def _refuse_foreign_file(path: str) -> None:
     except FileNotFoundError:
         return
     except OSError as error:
-        raise SettingsError(f"cannot read the journal {path}: {error.strerror}") from error
+        raise SettingsError(f"cannot read the journal {path}: {error.strerror}; name another --journal") from error
     if not head:
         return
     if not head.startswith(b"SQLite format 3\0") or int.from_bytes(head[68:72], "big") != JOURNAL_ID:
@@ -1905,7 +1934,12 @@ REDIS_TIMEOUT = 0.1
 REDIS_PAUSE = 1.0
 
 # Only who has the claim may give it back: it may have run out meanwhile, and be another instance's.
-_RELEASE = "if redis.call('get', KEYS[1]) == ARGV[1] then return redis.call('del', KEYS[1]) end"
+# A key's value is the owner's name, with "+" before it once the message is accepted.
+_OURS = "local value = redis.call('get', KEYS[1]); local ours = value == ARGV[1] or value == '+' .. ARGV[1]; "
+_RELEASE = _OURS + "if ours then redis.call('del', KEYS[1]) end"
+_ACCEPT = _OURS + "if value == ARGV[1] then redis.call('set', KEYS[1], '+' .. ARGV[1], 'PX', ARGV[2]) end"
+_RENEW = _OURS + """if ours then redis.call('pexpire', KEYS[1], ARGV[2])
+    elseif not value then redis.call('set', KEYS[1], '+' .. ARGV[1], 'PX', ARGV[2]) end"""
 
 
 class SharedClaims:
@@ -1932,8 +1966,10 @@ class SharedClaims:
         if self._ask(lambda: self._redis.set(_name(key), self._owner, nx=True, px=CLAIM_MS), True):
             self._hold(key)
             return True
-        self._local.finish(key)  # it is another instance's: its repeats are ours to drop from now on
-        return False
+        self._local.release(key)
+        if (self._ask(lambda: self._redis.get(_name(key)), b"") or b"").startswith(b"+"):
+            return False
+        raise Busy("another instance is just taking the same message")
 
     def __len__(self) -> int:
         return len(self._local)
@@ -1941,12 +1977,13 @@ class SharedClaims:
     def accept(self, key: str) -> None:
         """The claimed message is safe."""
         self._local.accept(key)
+        self._ask(lambda: self._redis.eval(_ACCEPT, 1, _name(key), self._owner, CLAIM_MS), None)
 
     def finish(self, key: str) -> None:
         """The message is through: remembered by all instances for a day."""
         self._local.finish(key)
         self._let_go(key)
-        self._ask(lambda: self._redis.set(_name(key), self._owner, px=FINISHED_MS), None)
+        self._ask(lambda: self._redis.set(_name(key), "+" + self._owner, px=FINISHED_MS), None)
 
     def release(self, key: str) -> None:
         """The message was refused, or failed for good: the same push may come again, to any instance."""
@@ -1954,9 +1991,14 @@ class SharedClaims:
         self._let_go(key)
         self._ask(lambda: self._redis.eval(_RELEASE, 1, _name(key), self._owner), None)
 
+    def remember(self, key: str) -> None:
+        """The message was finished before a restart; Redis remembers that for itself."""
+        self._local.finish(key)
+
     def restore(self, key: str) -> None:
         """The message was accepted before a restart, and is in hand again."""
         self._local.restore(key)
+        self._ask(lambda: self._redis.set(_name(key), "+" + self._owner, px=CLAIM_MS), None)
         self._hold(key)
 
     def _hold(self, key: str) -> None:
@@ -1982,7 +2024,7 @@ class SharedClaims:
     def _renew_all(self, keys: Sequence[str]) -> None:
         pipeline = self._redis.pipeline(transaction=False)
         for key in keys:
-            pipeline.pexpire(_name(key), CLAIM_MS)
+            pipeline.eval(_RENEW, 1, _name(key), self._owner, CLAIM_MS)
         pipeline.execute()
 
     def _ask(self, command: Callable[[], Any], otherwise: Any) -> Any:
@@ -2021,8 +2063,10 @@ def connect_redis(url: str) -> Tuple[Any, Type[Exception]]:
     try:
         client = redis.Redis.from_url(url, socket_timeout=REDIS_TIMEOUT, socket_connect_timeout=REDIS_TIMEOUT,
                                       retry=redis.retry.Retry(redis.backoff.NoBackoff(), 0))
-    except ValueError as error:
-        raise SettingsError(f"--redis (KF_REDIS) takes an address like redis://127.0.0.1:6379/0: {error}") from None
+        client.connection_pool.make_connection()  # it connects later, and knows its options now
+    except (ValueError, TypeError):  # whose texts may hold a part of the password
+        raise SettingsError("--redis (KF_REDIS) takes an address like redis://127.0.0.1:6379/0, "
+                            "a password in it percent-encoded") from None
     return client, redis.RedisError
 
 
@@ -2387,23 +2431,20 @@ class Dispatcher:
 
     def post(self, message: Message) -> None:
         """Put a message into the place that was reserved for it; `wake` sees to it that a worker comes."""
-        self._enqueue(_Job(message, 0))
+        with self._empty:
+            self._mailboxes.add(_Job(message, 0))
 
     def wake(self) -> None:
         """Call a worker if there is something to do. Apart from `post`, because once is enough for many messages."""
-        with self._empty:
-            self._call_worker()
+        if self._mailboxes.ready and not self._called:
+            with self._empty:
+                self._call_worker()
 
     def restore(self, message: Message, tries: int) -> None:
-        """Take a message that was accepted before a restart, full or not, after so many failed tries."""
+        """Take a message that was accepted before a restart, full or not, after so many failed tries; then `wake`."""
         with self._empty:
             self._open += 1
-        self._enqueue(_Job(message, tries))
-        self.wake()
-
-    def _enqueue(self, job: _Job) -> None:
-        with self._empty:
-            self._mailboxes.add(job)
+            self._mailboxes.add(_Job(message, tries))
 
     def _call_worker(self) -> None:
         """See to it that a worker comes for what is ready. One is called at a time, and calls the next when it has
@@ -2470,6 +2511,7 @@ class Dispatcher:
 
     def join(self, seconds: Optional[float] = None) -> bool:
         """Wait until nothing is left to do, for so many seconds at most; whether that was reached."""
+        self.wake()
         with self._empty:
             return self._empty.wait_for(lambda: not self._mailboxes, seconds)
 
@@ -2599,7 +2641,7 @@ class ConnectionTable:
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._left = threading.Condition()  # guards all below; told when a connection leaves
+        self._lock = threading.RLock()  # guards all below; taken again when a connection that is sent away leaves
         self._open: Set[Channel] = set()
         self._waiting: OrderedDict[Channel, None] = OrderedDict()  # for the client, longest first
 
@@ -2608,20 +2650,20 @@ class ConnectionTable:
 
     def make_room(self) -> bool:
         """See to it that there is a place for one more; False if there is none yet."""
-        with self._left:
-            if len(self._open) >= self._limit and self.make_way() and len(self._open) >= self._limit:
-                self._left.wait(0.05)  # a thread that serves a connection leaves in its own time
+        with self._lock:
+            if len(self._open) >= self._limit:
+                self.make_way()
             return len(self._open) < self._limit
 
     def admit(self, handler: Channel) -> None:
         """Take in one more connection, for which there is room."""
-        with self._left:
+        with self._lock:
             self._open.add(handler)
             self._waiting[handler] = None
 
     def make_way(self) -> bool:
         """Send away the connection that has waited longest; False if there is none."""
-        with self._left:
+        with self._lock:
             while self._waiting:
                 handler = next(iter(self._waiting))
                 handler.last_look()
@@ -2632,19 +2674,18 @@ class ConnectionTable:
 
     def leave(self, handler: Channel) -> None:
         """Forget a connection."""
-        with self._left:
+        with self._lock:
             self._open.discard(handler)
             self._waiting.pop(handler, None)
-            self._left.notify_all()
 
     def wait(self, handler: Channel) -> None:
         """From now on the client is waited for."""
-        with self._left:
+        with self._lock:
             self._waiting[handler] = None
 
     def proceed(self, handler: Channel) -> None:
         """The client has done its part, and is not sent away while ours is done."""
-        with self._left:
+        with self._lock:
             self._waiting.pop(handler, None)
 
     def reap(self) -> None:
@@ -2666,7 +2707,7 @@ class ConnectionTable:
             handler.abort()
 
     def _snapshot(self) -> List[Channel]:
-        with self._left:
+        with self._lock:
             return list(self._open)
 
 
@@ -2829,10 +2870,12 @@ class Channel(BaseHTTPRequestHandler):
         """Whether the client is between two requests."""
         return self.phase == IDLE and not self.unsent
 
-    def serve(self, tls: ssl.SSLContext) -> None:
+    def serve(self) -> None:
         """Serve the whole connection on a thread of its own; waits for the client, until `abort` ends that."""
+        if self.server.tls is None:
+            return
         with contextlib.suppress(OSError):  # plain HTTP, an old version of TLS, or nothing at all
-            self.connection = tls.wrap_socket(self.request, server_side=True, do_handshake_on_connect=False)
+            self.connection = self.server.tls.wrap_socket(self.request, server_side=True, do_handshake_on_connect=False)
             self.connection.do_handshake()
             while not self.over:
                 self.receive()
@@ -3154,6 +3197,32 @@ class Round:
         responses.extend(self._endpoint.handle_all(requests))
 
 
+class ThreadPerConnection:
+    """Serves each connection of a server with TLS on a thread of its own."""
+
+    def __init__(self, server: PushServer) -> None:
+        self._server = server
+        self._threads = ThreadCache("kfserver-connection")
+
+    def serve(self, handler: Channel) -> None:
+        """Serve the connection, and close it."""
+        try:
+            self._threads.run(functools.partial(self._serve, handler))
+        except RuntimeError as error:
+            log.error("no thread for a connection: %s; lower --max-connections, or raise the limit of threads", error)
+            self._end(handler)
+
+    def _serve(self, handler: Channel) -> None:
+        error = attempt(handler.serve)
+        if error:
+            report_bug(error)
+        self._end(handler)
+
+    def _end(self, handler: Channel) -> None:
+        self._server.connections.leave(handler)
+        self._server.shutdown_request(handler.connection)
+
+
 class PushServer(Listener):
     """Accepts and serves. One thread watches all connections, and answers what is complete: an answer takes
     microseconds, a change of threads as much again, and a slow client only waits. With TLS, whose handshakes take
@@ -3168,7 +3237,7 @@ class PushServer(Listener):
         self.connections = ConnectionTable(_connection_limit(settings.max_connections))
         # Heads differ in their first line only, as long as one client or proxy speaks: the rest is understood once.
         self.framing = functools.lru_cache(maxsize=256)(parse_framing)
-        self._threads_of_tls = ThreadCache("kfserver-connection")
+        self._tls_threads = ThreadPerConnection(self)
         self._round = Round(endpoint)
         self.hand_in = self._round.add
         self.date = DateHeader()
@@ -3212,8 +3281,7 @@ class PushServer(Listener):
         self.close(0.0)
 
     def _stop_listening(self) -> None:
-        self._accept(0)
-        self._answer_round()
+        self._turn(0.0)  # who has come, and what has come from them, is still answered
         self.watcher.forget(self.socket)
         self.server_close()
         self.connections.dismiss_idle()
@@ -3235,6 +3303,8 @@ class PushServer(Listener):
         while not self.connections.make_room():
             self._answer_round()  # those in hand wait again after it, or are gone
             self.service_actions()
+            if self.threaded:
+                time.sleep(0.01)  # a thread that serves a connection leaves in its own time
 
     def _out_of_descriptors(self) -> None:
         """One connection gives way; if there is none, the loop pauses, or it would spin on the one that cannot come."""
@@ -3252,18 +3322,11 @@ class PushServer(Listener):
             return
         self.connections.admit(handler)
         if self.threaded:
-            self._threads_of_tls.run(functools.partial(self._serve_on_thread, handler))
+            self._tls_threads.serve(handler)
             return
         handler.receive()  # mostly the request is here already
         if not (handler.over or handler.handed_in):
             self.watcher.watch(handler)
-
-    def _serve_on_thread(self, handler: Channel) -> None:
-        error = attempt(functools.partial(handler.serve, self.tls))
-        if error:
-            report_bug(error)
-        self.connections.leave(handler)
-        self.shutdown_request(handler.connection)
 
     def _answer_round(self) -> None:
         for handler in self._round.answer():
@@ -3359,7 +3422,6 @@ class Pipeline:
 
     def submit(self, message: Message, payload: bytes) -> Confirm:
         """Take the message; what this returns waits until it is safe. Raises `Busy`, now or then."""
-        message.outbox = Outbox(self._api, message, self.metrics.count)
         self._dispatcher.reserve()
         if self._journal:
             confirm = self._journal.add(message.key, payload, functools.partial(self._dispatcher.post, message))
@@ -3376,17 +3438,26 @@ class Pipeline:
         self._dispatcher.wake()
 
     def _recover(self, journal: Journal) -> None:
-        """Go on where the last process ended: remember what was finished, and run what was not."""
+        """Go on where the last process ended: remember what was finished, and queue what was not."""
         for key in journal.finished_keys():
-            self.claims.finish(key)
+            self.claims.remember(key)
         rows = journal.waiting()
         for row in rows:
-            message = parse(row.payload)
-            message.key, message.outbox = row.key, Outbox(self._api, message, self.metrics.count)
+            try:
+                message = parse(row.payload)
+            except PushError as error:
+                journal.fail(row.key, describe_error(error))
+                log.error("left by the last run, and cannot be read: key=%s", row.key)
+                continue
+            message.key = row.key
             self.claims.restore(row.key)
             self._dispatcher.restore(message, row.tries)
         if rows:
-            log.info("%d messages of the last run are handled now", len(rows))
+            log.info("%d messages are left from the last run", len(rows))
+
+    def begin(self) -> None:
+        """Handle what is left from the last run; the first message that comes makes that begin too."""
+        self._dispatcher.wake()
 
     def _tried(self, message: Message, tries: int) -> None:
         self.metrics.count("handler_retries")
@@ -3394,13 +3465,18 @@ class Pipeline:
             self._journal.tried(message.key, tries)
 
     def _run(self, message: Message) -> None:
+        if message.outbox is None:
+            message.outbox = Outbox(self._api, message, self.metrics.count)
+        answers = self._timed_handle(message) if self._settings.admin else self.registry.handle(message)
+        if answers is not None:
+            message.outbox(answers)
+
+    def _timed_handle(self, message: Message) -> Answers:
         started = time.monotonic()
         try:
-            answers = self.registry.handle(message)
+            return self.registry.handle(message)
         finally:
             self.metrics.handler(time.monotonic() - started)
-        if message.outbox:
-            message.outbox(answers)
 
     def _settle(self, message: Message, error: Optional[BaseException]) -> None:
         if error is None:
@@ -3495,6 +3571,7 @@ class KfServer:
             address = {"host": host.strip("[]"), "port": int(port), "unix": "", "tls_cert": "", "tls_key": ""}
             plain = dataclasses.replace(self.settings, **address)
             self._admin = listen(plain, AdminEndpoint(self._render_metrics, self._pipeline.trouble))
+        self._pipeline.begin()
         return self
 
     def _render_metrics(self) -> str:
@@ -3564,13 +3641,1017 @@ class KfServer:
         length = environ.get("CONTENT_LENGTH") or "0"
         if not length.isdecimal():
             raise MalformedPush("Content-Length must be one number")
-        # One byte more than is allowed is enough for the endpoint to see that it is too much.
-        body = environ["wsgi.input"].read(min(int(length), self.settings.max_body + 1))
+        if int(length) > self.settings.max_body:
+            raise PushTooLarge(f"more than {self.settings.max_body} bytes")
+        body = environ["wsgi.input"].read(int(length))
         path = environ.get("SCRIPT_NAME", "") + environ.get("PATH_INFO", "")
         return Request(environ["REQUEST_METHOD"], path or "/", environ.get("QUERY_STRING", ""), body)
 
 
-# ---- 17 Handlers file -----------------------------------------------------------------------------------------------
+# ---- 17 Push --------------------------------------------------------------------------------------------------------
+# Law: plays the platform against any receiver, over real connections, and judges answers as the platform does. Shares
+# signatures, envelopes and framing with the sections above; knows nothing of how a push is received and handled.
+
+# How a run stays fast: one thread, one write and one read a push, heads of answers understood once a second. A change
+# of threads, or the layers of http.client, would each cost more than all of that.
+
+# Bodies that the platform takes for an answer, with status 200 (its page on customer-service messages).
+GOOD_ANSWERS = (b"success", b"")
+# Messages that may wait for another try: a receiver that is down shall not fill the memory with them.
+MAX_UNANSWERED = 10000
+# Characters of a request or an answer that are shown.
+MAX_SHOWN = 4000
+# Columns of the progress bar itself, and seconds between two states of it, and between two lines where no terminal is.
+BAR_WIDTH = 30
+BAR_SECONDS = 0.1
+LINE_SECONDS = 1.0
+
+
+class Patience(NamedTuple):
+    """How long the sender of a push waits for the answer, and how often it sends again what was not answered.
+
+    The platform's own, by default: 2 s for messages, and the three retries of its page on coupon events. How soon it
+    sends again is not documented; a second is what a receiver that is busy asks for.
+    """
+
+    answer_seconds: float = 2.0
+    retries: int = 3
+    pause_seconds: float = 1.0
+
+
+PLATFORM_PATIENCE = Patience()
+
+
+class PushUrl(NamedTuple):
+    """Where pushes go: to ``host`` and ``port``, or to the Unix socket ``unix``. ``authority`` is for the Host header,
+    ``target`` is the path, with the query if there is one."""
+
+    secure: bool
+    host: str
+    port: int
+    unix: str
+    authority: str
+    target: str
+
+
+def read_push_url(text: str) -> PushUrl:
+    """The URL that ``text`` writes: http://, https://, unix:PATH or, with a path for HTTP, unix:PATH:/kf as in nginx.
+    Raises `SettingsError`."""
+    local = re.fullmatch(r"unix:(.+?)(?::(/[!-~]*))?", text)
+    if local and UNIX_FAMILY >= 0:
+        return PushUrl(False, "", 0, local.group(1), "localhost", local.group(2) or "/")
+    url = _read_web_url(text) if re.fullmatch(r"(?i)https?://[!-~]+", text) else None
+    if not url:
+        # Without the text, which can hold a password.
+        raise SettingsError("push takes a URL like http://127.0.0.1:8080/kf, https://… or unix:/run/kf.sock")
+    return url
+
+
+def _read_web_url(text: str) -> Optional[PushUrl]:
+    """None for what is no URL, and for one with a user's name and password, which no push carries."""
+    try:
+        parts = urlsplit(text)
+        port = parts.port
+    except ValueError:  # half of a bracket, or a port above 65535
+        return None
+    if not parts.hostname or parts.username is not None:
+        return None
+    secure = parts.scheme == "https"
+    target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+    return PushUrl(secure, parts.hostname, port or (443 if secure else 80), "", parts.netloc, target)
+
+
+# An address family and what a socket of it connects to.
+Address = Tuple[int, Any]
+
+
+def find_listener(url: PushUrl) -> Address:
+    """The first of the URL's addresses where somebody listens. Raises OSError, and `SettingsError` for no host.
+
+    A name can stand for several, as localhost does, and a receiver mostly listens on one of them.
+    """
+    problem = OSError("no address")
+    for family, place in _list_addresses(url):
+        with contextlib.closing(socket.socket(family)) as probe:
+            probe.settimeout(PLATFORM_PATIENCE.answer_seconds)
+            try:
+                probe.connect(place)
+                return family, place
+            except OSError as error:
+                problem = error
+    raise problem
+
+
+def _list_addresses(url: PushUrl) -> List[Address]:
+    if url.unix:
+        return [(UNIX_FAMILY, url.unix)]
+    try:
+        found = socket.getaddrinfo(url.host, url.port, type=socket.SOCK_STREAM)
+    except UnicodeError:  # the codec for host names refuses empty and long parts this way
+        raise SettingsError(f"push takes a URL with the name of a host, which {url.host!r} cannot be") from None
+    return [(family, place) for family, _, _, _, place in found]
+
+
+class Target(NamedTuple):
+    """What connections are made to; with ``tls`` the receiver must be ``host``."""
+
+    address: Address
+    host: str
+    tls: Optional[ssl.SSLContext]
+
+
+Fields = Dict[str, Union[str, int]]
+Encode = Callable[[Fields], bytes]
+
+_TO_JSON = json.JSONEncoder(ensure_ascii=False).encode
+
+
+def encode_xml(fields: Fields) -> bytes:
+    """The fields laid out as on the platform's pages: text in CDATA, numbers bare."""
+    lines = [f"   <{name}>{_to_xml(value)}</{name}>" for name, value in fields.items()]
+    return "\n".join(("<xml>", *lines, "</xml>")).encode("utf-8", "surrogateescape")
+
+
+def _to_xml(value: Union[str, int]) -> str:
+    # The end of a section cannot stand in one, so it is parted between two.
+    return str(value) if isinstance(value, int) else f"<![CDATA[{value.replace(']]>', ']]]]><![CDATA[>')}]]>"
+
+
+def encode_json(fields: Fields) -> bytes:
+    """The fields laid out as on the platform's pages, one a line; characters as they are, not escaped, to be read."""
+    lines = [f"  {_TO_JSON(name)}: {_TO_JSON(value)}" for name, value in fields.items()]
+    return ("{\n" + ",\n".join(lines) + "\n}").encode("utf-8", "surrogateescape")
+
+
+# The types of message that are written here, and the field that makes each.
+_MAIN_FIELDS: Mapping[str, str] = MappingProxyType({"text": "Content", "image": "PicUrl", "event": "Event"})
+
+
+class MessageWriter:
+    """Writes the messages of a run, to the app ``app_id``. ``source`` is random, ``clock`` gives Unix seconds.
+
+    Each is a message of its own, or a receiver would drop it as a repeat: its MsgId of 63 bits is no other's. An event
+    has none, and is known by its CreateTime: a sender's events lie a second apart, the last of them now.
+    """
+
+    def __init__(self, arguments: argparse.Namespace, app_id: str, source: random.Random,
+                 clock: Callable[[], float]) -> None:
+        self._type = _chosen_kind(arguments)
+        content = getattr(arguments, self._type)
+        self._constant: Fields = {"ToUserName": arguments.to or app_id or "app", "FromUserName": "", "CreateTime": 0,
+                                  "MsgType": self._type,
+                                  _MAIN_FIELDS[self._type]: "hello" if content is None else content}
+        self._wanted: Fields = dict(arguments.field)
+        self._encode = _chosen_encoding(arguments)
+        self._sender, self._senders, self._count = arguments.sender, arguments.senders, arguments.count
+        # Another start for each run, high enough that a receiver which reads ids as floating point shows it.
+        self._first_id = 2 ** 62 + source.getrandbits(61)
+        self._clock = clock
+
+    def write(self, number: int) -> bytes:
+        """The message of that number, from 0."""
+        fields, now = self._constant.copy(), int(self._clock())
+        fields["FromUserName"] = f"{self._sender}-{number % self._senders + 1}" if self._senders > 1 else self._sender
+        if self._type == "event":
+            fields["CreateTime"] = now - (self._count - 1 - number) // self._senders
+        else:
+            fields["CreateTime"], fields["MsgId"] = now, self._first_id + number
+        fields.update(self._wanted)
+        return self._encode(fields)
+
+
+def _chosen_kind(arguments: argparse.Namespace) -> str:
+    """What is to be pushed; a text, unless something else is asked for."""
+    kinds = ("text", "image", "event", "file", "handshake")
+    chosen = [kind for kind in kinds if getattr(arguments, kind) not in (None, False)] or ["text"]
+    if len(chosen) > 1:
+        raise SettingsError(f"--{chosen[0]} and --{chosen[1]} are different pushes: choose one")
+    if arguments.field and chosen[0] not in _MAIN_FIELDS:
+        raise SettingsError(f"--field goes into a message that push writes itself: leave out --field, or --{chosen[0]}")
+    return chosen[0]
+
+
+def _chosen_encoding(arguments: argparse.Namespace) -> Encode:
+    """The same for a message and for the envelope around it, as the platform's console sets it."""
+    return encode_json if arguments.form == "json" else encode_xml
+
+
+class Draft(NamedTuple):
+    """A push before it is framed for HTTP: the message in the clear, what rides in the query, the body, and the bodies
+    that answer it."""
+
+    message: bytes
+    query: Mapping[str, str]
+    body: bytes
+    expected: Sequence[bytes] = GOOD_ANSWERS
+
+
+class PlatformSigner:
+    """Signs with the platform's token. ``source`` makes nonces, ``clock`` gives Unix seconds."""
+
+    def __init__(self, token: str, source: random.Random, clock: Callable[[], float]) -> None:
+        self._token, self._source, self._clock = token, source, clock
+
+    def values(self) -> Dict[str, str]:
+        """A signature of now, with the values that it is made of."""
+        timestamp, nonce = str(int(self._clock())), str(self._source.getrandbits(32))
+        return {"signature": sign(self._token, timestamp, nonce), "timestamp": timestamp, "nonce": nonce}
+
+    def values_for(self, encrypted: str) -> Dict[str, str]:
+        """The same, and the signature that covers what is encrypted."""
+        values = self.values()
+        values["msg_signature"] = sign(self._token, values["timestamp"], values["nonce"], encrypted)
+        return values
+
+    def sign_message(self, message: bytes) -> Draft:
+        """The message as it is, signed in the query."""
+        return Draft(message, self.values(), message)
+
+    def shake_hands(self) -> Draft:
+        """A handshake, in the query; only its echoStr answers it."""
+        echo = str(self._source.getrandbits(62))
+        return Draft(b"", {**self.values(), "echoStr": echo}, b"", (echo.encode(),))
+
+    def shake_hands_in_body(self) -> Draft:
+        """The same, form-encoded in the body."""
+        draft = self.shake_hands()
+        return draft._replace(query={}, body=urlencode(draft.query).encode())
+
+
+class PlatformSealer:
+    """Seals messages as the platform does in safe mode. ``encode`` writes what is around Encrypt.
+
+    Both places of the signature are published, so a receiver must take it from either.
+    """
+
+    def __init__(self, settings: Settings, signer: PlatformSigner, encode: Encode, source: random.Random) -> None:
+        self._envelope = Envelope(settings.aes_key, settings.app_id)
+        self._app_id = settings.app_id
+        self._signer, self._encode, self._source = signer, encode, source
+
+    def seal(self, message: bytes) -> Draft:
+        """The message encrypted in the body, and signed in the query."""
+        encrypted = self._encrypt(message)
+        body = self._encode({"ToUserName": self._app_id, "Encrypt": encrypted})
+        return Draft(message, self._signer.values_for(encrypted), body)
+
+    def seal_in_body(self, message: bytes) -> Draft:
+        """The message encrypted in the body, and signed there."""
+        encrypted = self._encrypt(message)
+        values = self._signer.values_for(encrypted)
+        return Draft(message, {}, self._encode({"Encrypt": encrypted, "MsgSignature": values["msg_signature"],
+                                                "TimeStamp": values["timestamp"], "Nonce": values["nonce"]}))
+
+    def _encrypt(self, message: bytes) -> str:
+        return self._envelope.seal(message, self._source.getrandbits(8 * RANDOM_HEAD).to_bytes(RANDOM_HEAD, "big"))
+
+
+def make_drafter(arguments: argparse.Namespace, settings: Settings, source: random.Random,
+                 clock: Callable[[], float]) -> Callable[[int], Draft]:
+    """What drafts the push of a number, as the arguments ask. Raises `SettingsError` for what does not go together."""
+    signer = PlatformSigner(settings.token, source, clock)
+    kind = _chosen_kind(arguments)
+    if kind == "handshake":
+        shake_hands = signer.shake_hands_in_body if arguments.in_body else signer.shake_hands
+        return lambda number: shake_hands()
+    wrap = _choose_wrap(arguments, settings, signer, source)
+    if kind == "file":
+        packet = read_packet(arguments.file)
+        return lambda number: wrap(packet)
+    writer = MessageWriter(arguments, settings.app_id, source, clock)
+    return lambda number: wrap(writer.write(number))
+
+
+def _choose_wrap(arguments: argparse.Namespace, settings: Settings, signer: PlatformSigner,
+                 source: random.Random) -> Callable[[bytes], Draft]:
+    """How the bytes of a message become a push. Without a token they go as they are, for a receiver without one."""
+    if settings.aes_key:
+        sealer = PlatformSealer(settings, signer, _chosen_encoding(arguments), source)
+        return sealer.seal_in_body if arguments.in_body else sealer.seal
+    if arguments.in_body:
+        raise SettingsError("--in-body is for encrypted pushes and handshakes: add --aes-key, --app-id, or --handshake")
+    return signer.sign_message if settings.token else lambda message: Draft(message, {}, message)
+
+
+def read_packet(path: str) -> bytes:
+    """The bytes of a file, or of the standard input for ``-``. Raises `SettingsError`."""
+    if path == "-":
+        return sys.stdin.buffer.read()
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except OSError as error:
+        raise SettingsError(f"cannot read {path}: {error.strerror}; --file names a packet, or - for the standard input"
+                            ) from None
+
+
+class Outgoing:
+    """One message on its way. Each try sends the same bytes: a receiver must know the message again by what is in it,
+    and takes a signature as often as it comes."""
+
+    __slots__ = ("draft", "request", "lose_answer", "tries", "due")
+
+    def __init__(self, draft: Draft, request: bytes, lose_answer: bool) -> None:
+        self.draft = draft
+        self.request = request
+        self.lose_answer = lose_answer  # the first that counts: the message is then sent again, though it was answered
+        self.tries = 0
+        self.due = 0.0  # by the monotonic clock, not before
+
+
+# By the first byte of the body; the platform documents none.
+_CONTENT_TYPES: Mapping[bytes, str] = MappingProxyType({b"<": "text/xml", b"{": "application/json"})
+
+
+def frame_push(url: PushUrl, draft: Draft) -> bytes:
+    """The whole HTTP request, to be sent in one piece: in two, the second would wait for the receipt of the first."""
+    joint = "" if not draft.query else "&" if "?" in url.target else "?"
+    first = draft.body.lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
+    kind = _CONTENT_TYPES.get(first, "application/x-www-form-urlencoded")
+    head = (f"POST {url.target}{joint}{urlencode(draft.query)} HTTP/1.1\r\nHost: {url.authority}\r\n"
+            f"Content-Type: {kind}\r\nContent-Length: {len(draft.body)}\r\n\r\n")
+    return head.encode("ascii") + draft.body
+
+
+def is_lost(number: int, percent: int) -> bool:
+    """Whether the first answer to the push of that number counts as lost: so many in a hundred, evenly spread and not
+    by chance, so that the figures of a run can be checked to the unit."""
+    return (number + 1) * percent // 100 > number * percent // 100
+
+
+class Outcome(NamedTuple):
+    """What became of one try: an answer, or status 0 where none came. ``reason`` says why it does not count, and is
+    empty if it does. ``seconds`` went by since the try began."""
+
+    status: int
+    body: bytes
+    reason: str
+    seconds: float
+
+
+class MalformedAnswer(KfError):
+    """What came back is no HTTP answer, or none that has one meaning."""
+
+
+class AnswerHead(NamedTuple):
+    """What the head of an answer says. ``length`` is -1 for a chunked body, and None for one that ends with the
+    connection."""
+
+    status: int
+    length: Optional[int]
+    keep_alive: bool
+
+
+# RFC 9112, section 4. Interim answers, 1xx, come only to who asks for them.
+_STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([2-5][0-9]{2})(?: [\t -~\x80-\xff]*)?\r\n")
+
+
+def parse_answer_head(head: bytes) -> AnswerHead:
+    """Understand a status line and header lines, CR LF behind each. Raises `MalformedAnswer`, and `PushError` for
+    framing that has two meanings."""
+    line = _STATUS_LINE.match(head)
+    if not line or not _FIELDS.fullmatch(head, line.end()):
+        raise MalformedAnswer("what came back is not HTTP")
+    minor, status = int(line.group(1)), int(line.group(2))
+    found: Dict[bytes, List[bytes]] = {}
+    for name, value in _FRAMING_FIELD.findall(head, line.end()):
+        found.setdefault(name.lower(), []).append(value.lower())
+    options = {option.strip() for value in found.get(b"connection", ()) for option in value.split(b",")}
+    keep_alive = b"close" not in options and (minor > 0 or b"keep-alive" in options)
+    framed = status in (204, 304) or not found.keys().isdisjoint((b"content-length", b"transfer-encoding"))
+    return AnswerHead(status, _body_length(found, minor) if framed else None, keep_alive and framed)
+
+
+# A push under way: yields the events that it waits for, ends with the status and the body of the answer.
+Steps = Generator[int, None, Tuple[int, bytes]]
+ResultT = TypeVar("ResultT")
+
+
+class PushConnection:
+    """A connection to the receiver: opened when there is something to send, and kept as long as both sides like.
+
+    One push at a time, and by steps that never wait: the selector tells when the next one is due. The steps are written
+    as straight generators, which stop wherever they would wait.
+    """
+
+    outgoing: Outgoing
+    started: float  # by the monotonic clock, when the try began
+
+    def __init__(self, target: Target, selector: selectors.BaseSelector,
+                 understand: Callable[[bytes], AnswerHead]) -> None:
+        self._target, self._selector, self._understand = target, selector, understand
+        self._socket: Optional[socket.socket] = None
+        self._watched = 0
+        self._steps: Steps
+
+    def begin(self, outgoing: Outgoing) -> Optional[Outcome]:
+        """Try to push; what became of it, if that is known at once."""
+        self.outgoing, self.started = outgoing, time.monotonic()
+        outgoing.tries += 1
+        self._steps = self._exchange(outgoing.request)
+        return self.step()
+
+    def step(self) -> Optional[Outcome]:
+        """Go on with the push as far as possible; what became of it, once that is known."""
+        try:
+            self._watch(next(self._steps))
+        except StopIteration as end:
+            status, body = end.value
+            return self._outcome(status, body, judge(status, body, self.outgoing.draft.expected))
+        except (OSError, KfError) as error:
+            return self.fail(_explain_failure(error))
+        return None
+
+    def fail(self, reason: str) -> Outcome:
+        """Hang up, and say why."""
+        self.close()
+        return self._outcome(0, b"", reason)
+
+    def _outcome(self, status: int, body: bytes, reason: str) -> Outcome:
+        return Outcome(status, body, reason, time.monotonic() - self.started)
+
+    def close(self) -> None:
+        """Hang up; the next push opens the connection anew."""
+        if self._socket:
+            if self._watched:
+                self._selector.unregister(self._socket)
+            self._socket.close()
+        self._socket, self._watched = None, 0
+
+    def _watch(self, events: int) -> None:
+        if events == self._watched or not self._socket:
+            return
+        if self._watched:
+            self._selector.modify(self._socket, events, self)
+        else:
+            self._selector.register(self._socket, events, self)
+        self._watched = events
+
+    def _exchange(self, request: bytes) -> Steps:
+        # Nothing can have come before all is sent, so the first look for an answer waits for the selector's word.
+        connection = self._socket or (yield from self._open())
+        while request:
+            sent = yield from _patiently(functools.partial(connection.send, request), selectors.EVENT_WRITE)
+            request = request[sent:]
+        yield selectors.EVENT_READ
+        head, body = yield from _read_answer(functools.partial(connection.recv, RECEIVE), self._understand)
+        if not head.keep_alive:
+            self.close()
+        return head.status, body
+
+    def _open(self) -> Generator[int, None, socket.socket]:
+        """Connect and, if need be, agree on keys, without making the other connections wait for that."""
+        family, place = self._target.address
+        self._socket = connection = socket.socket(family)
+        connection.setblocking(False)
+        if family != UNIX_FAMILY:
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
+        with contextlib.suppress(BlockingIOError):
+            connection.connect(place)
+        yield selectors.EVENT_WRITE
+        error = connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if error:
+            raise OSError(error, os.strerror(error))
+        if self._target.tls:
+            self._socket = secured = self._target.tls.wrap_socket(
+                connection, server_hostname=self._target.host, do_handshake_on_connect=False)
+            yield from _patiently(secured.do_handshake, selectors.EVENT_READ)
+            return secured
+        return connection
+
+
+def _patiently(operation: Callable[[], ResultT], events: int) -> Generator[int, None, ResultT]:
+    """The operation's result, once it has one; until then the ``events`` that it waits for, unless TLS wants others."""
+    while True:
+        try:
+            return operation()
+        except BlockingIOError:
+            yield events
+        except ssl.SSLWantReadError:
+            yield selectors.EVENT_READ
+        except ssl.SSLWantWriteError:
+            yield selectors.EVENT_WRITE
+
+
+Receive = Callable[[], bytes]
+
+
+def _read_answer(receive: Receive, understand: Callable[[bytes], AnswerHead]
+                 ) -> Generator[int, None, Tuple[AnswerHead, bytes]]:
+    """Only one answer can be under way, so nothing may be left over behind it."""
+    received = b""
+    while b"\r\n\r\n" not in received:
+        received += yield from _receive_more(receive, received)
+    first, _, rest = received.partition(b"\r\n\r\n")
+    head = understand(first + b"\r\n")
+    body = yield from _read_body(receive, head, rest)
+    return head, body
+
+
+def _check_size(size: int) -> None:
+    if size > MAX_ANSWER:
+        raise MalformedAnswer(f"an answer of more than {MAX_ANSWER} bytes")
+
+
+def _receive_more(receive: Receive, received: bytes) -> Generator[int, None, bytes]:
+    """More of an answer of which ``received`` is here."""
+    _check_size(len(received))
+    data = yield from _patiently(receive, selectors.EVENT_READ)
+    if not data:
+        raise MalformedAnswer("hung up before the answer was complete")
+    return data
+
+
+def _read_body(receive: Receive, head: AnswerHead, rest: bytes) -> Generator[int, None, bytes]:
+    """The body, of which ``rest`` is here already."""
+    if head.length is None:
+        return (yield from _read_to_end(receive, rest))
+    if head.length < 0:
+        return (yield from _read_chunks(receive, rest))
+    _check_size(head.length)
+    while len(rest) < head.length:
+        rest += yield from _receive_more(receive, rest)
+    if len(rest) > head.length:
+        raise MalformedAnswer("more came back than one answer")
+    return rest
+
+
+def _read_to_end(receive: Receive, rest: bytes) -> Generator[int, None, bytes]:
+    # Simple receivers, as those on http.server, say no length and speak HTTP/1.0.
+    while True:
+        _check_size(len(rest))
+        data = yield from _patiently(receive, selectors.EVENT_READ)
+        if not data:
+            return rest
+        rest += data
+
+
+def _read_chunks(receive: Receive, rest: bytes) -> Generator[int, None, bytes]:
+    # A wire takes a head first; this one has been understood already.
+    wire = Wire(lambda head: Framing(-1, True, False), MAX_ANSWER)
+    wire.feed(b"chunked\r\n\r\n" + rest)
+    body = wire.next_body()
+    while body is None:
+        wire.feed((yield from _receive_more(receive, b"")))
+        body = wire.next_body()
+    return body
+
+
+def judge(status: int, body: bytes, expected: Sequence[bytes]) -> str:
+    """Why the platform would not take this for an answer; empty if it would."""
+    if status != 200:
+        return str(status)
+    return "" if body in expected else "200 with a wrong body"
+
+
+def _explain_failure(error: Exception) -> str:
+    """Why no answer came, in the words of who can do something about it."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"certificate refused: {error.verify_message} (--insecure takes any)"
+    if isinstance(error, ssl.SSLError):
+        return f"TLS failed: {error.reason or error}"
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+
+
+class PushTally:
+    """What became of the pushes of a run of so many ``messages``, each of which can be sent several times.
+
+    Tries are counted by what came back, messages by how they ended; what is neither answered nor given up when a run is
+    interrupted was never answered either.
+    """
+
+    def __init__(self, messages: int) -> None:
+        self.messages = messages
+        self.sent = 0  # tries, of all messages
+        self.answered = 0  # messages that the platform would not send again
+        self.given_up = 0  # messages whose last try has failed
+        self.repeated = 0  # sent again as if the answer had been lost
+        self.retried = 0  # sent again because no answer came that counts
+        self.refused: Counter[str] = Counter()
+        self.failed: Counter[str] = Counter()
+        self.times: List[float] = []  # seconds to each answer that counts
+        self.seconds = 0.0  # of the whole run
+
+    def note(self, outcome: Outcome) -> None:
+        """Count what became of a try."""
+        if not outcome.reason:
+            self.times.append(outcome.seconds)
+        elif outcome.status:
+            self.refused[outcome.reason] += 1
+        else:
+            self.failed[outcome.reason] += 1
+
+    def report(self) -> Dict[str, Any]:
+        """Everything in plain values, for JSON: times in milliseconds, None where there was no answer."""
+        times = sorted(self.times)
+        return {"messages": self.messages, "sent": self.sent, "answered": self.answered,
+                "unanswered": self.messages - self.answered, "repeated": self.repeated, "retried": self.retried,
+                "refused": dict(self.refused), "failed": dict(self.failed),
+                "p50_ms": percentile_ms(times, 50), "p99_ms": percentile_ms(times, 99),
+                "max_ms": percentile_ms(times, 100), "seconds": round(self.seconds, 3),
+                "pushes_per_second": round(len(times) / self.seconds, 1) if self.seconds else 0.0}
+
+
+def percentile_ms(times: Sequence[float], percent: int) -> Optional[float]:
+    """The one of ``times``, seconds in order, that so many in a hundred do not exceed (the nearest rank), in
+    milliseconds; None if there are none."""
+    if not times:
+        return None
+    return round(times[max(0, -(-len(times) * percent // 100) - 1)] * 1000, 3)
+
+
+def format_table(report: Mapping[str, Any]) -> str:
+    """A report for people, one figure a line."""
+    rows = [(name, str(report[name])) for name in ("messages", "sent", "answered")]
+    rows.append(("never answered", str(report["unanswered"])))
+    rows += [(f"refused {reason}", str(number)) for reason, number in sorted(report["refused"].items())]
+    rows += [(reason, str(number)) for reason, number in sorted(report["failed"].items())]
+    rows += [(name, str(report[name])) for name in ("retried", "repeated")]
+    if report["max_ms"] is not None:
+        rows += [(name, f"{report[name + '_ms']:.2f} ms") for name in ("p50", "p99", "max")]
+    rows.append(("pushes a second", f"{report['pushes_per_second']:.0f}"))
+    return "\n".join(f"{name:<24} {figure:>12}" for name, figure in rows)
+
+
+class RunPlan(NamedTuple):
+    """How a run goes: so many messages, so many new ones a second (0: as fast as it goes), on so many connections."""
+
+    target: Target
+    messages: int
+    rate: float
+    connections: int
+    patience: Patience
+
+
+class PushRun:
+    """Pushes until every message is answered, or was tried as often as the platform tries. One thread watches all
+    connections: a change of threads for each push would take longer than the push.
+
+    ``compose`` makes the message of a number, ``told`` hears of each try. A connection is idle or busy; a message is in
+    the hands of a busy connection, or waits to be sent again.
+    """
+
+    def __init__(self, plan: RunPlan, compose: Callable[[int], Outgoing], tally: PushTally,
+                 told: Callable[[Outgoing, Outcome], None]) -> None:
+        self._plan, self._compose, self._tally, self._told = plan, compose, tally, told
+        self._selector = selectors.DefaultSelector()
+        # Heads of answers differ by their date alone: what is the same for a second is understood once.
+        understand = functools.lru_cache(maxsize=16)(parse_answer_head)
+        self._idle = [PushConnection(plan.target, self._selector, understand) for _ in range(plan.connections)]
+        self._busy: OrderedDict[PushConnection, None] = OrderedDict()  # the longest first
+        self._again: Deque[Outgoing] = deque()  # in the order in which they are due
+        self._composed = 0
+        self._started = time.monotonic()
+
+    def run(self) -> None:
+        """Push them all. KeyboardInterrupt ends it early; the tally then holds what was done."""
+        try:
+            while self._tally.answered + self._tally.given_up < self._plan.messages:
+                self._launch()
+                self._serve()
+                self._expire()
+        finally:
+            self._tally.seconds = time.monotonic() - self._started
+            for connection in (*self._idle, *self._busy):
+                connection.close()
+            self._selector.close()
+
+    def _launch(self) -> None:
+        """Give what is due to idle connections, the one used last first: so few are opened where few are needed."""
+        while self._idle:
+            outgoing = self._next_due()
+            if not outgoing:
+                return
+            connection = self._idle.pop()
+            self._busy[connection] = None
+            self._tally.sent += 1
+            self._conclude(connection, connection.begin(outgoing))
+
+    def _next_due(self) -> Optional[Outgoing]:
+        """What is to be sent now, if anything: first what was sent before, since its user waits longest."""
+        now = time.monotonic()
+        if self._again and self._again[0].due <= now:
+            return self._again.popleft()
+        if self._new_due() > now:
+            return None
+        self._composed += 1
+        return self._compose(self._composed - 1)
+
+    def _new_due(self) -> float:
+        """When the next new message is to be sent, by the monotonic clock."""
+        if self._composed == self._plan.messages or len(self._again) >= MAX_UNANSWERED:
+            return float("inf")
+        return self._started + self._composed / self._plan.rate if self._plan.rate else 0.0
+
+    def _serve(self) -> None:
+        """Wait until something can go on, and go on with all that can."""
+        for key, _ in self._selector.select(self._seconds_to_wait()):
+            connection: PushConnection = key.data
+            if connection in self._busy:
+                self._conclude(connection, connection.step())
+            else:
+                connection.close()  # the receiver hung up between two pushes
+
+    def _seconds_to_wait(self) -> float:
+        """Until something is due that no connection tells of: a message to send, or the end of an answer's time."""
+        due = float("inf")
+        if self._idle:
+            due = min(self._new_due(), self._again[0].due if self._again else due)
+        if self._busy:
+            due = min(due, next(iter(self._busy)).started + self._plan.patience.answer_seconds)
+        return max(0.0, due - time.monotonic())
+
+    def _expire(self) -> None:
+        """Give up on answers that take too long."""
+        limit = self._plan.patience.answer_seconds
+        while self._busy:
+            connection = next(iter(self._busy))
+            if connection.started + limit > time.monotonic():
+                return
+            self._conclude(connection, connection.fail(f"no answer in {limit:g} s"))
+
+    def _conclude(self, connection: PushConnection, outcome: Optional[Outcome]) -> None:
+        """Take note of how a try ended, if it has ended: the connection is free, the message perhaps not through."""
+        if not outcome:
+            return
+        del self._busy[connection]
+        self._idle.append(connection)
+        self._tally.note(outcome)
+        self._told(connection.outgoing, outcome)
+        self._settle(connection.outgoing, outcome)
+
+    def _settle(self, outgoing: Outgoing, outcome: Outcome) -> None:
+        """Decide whether the message is sent again: at once, where its answer counts as lost, else after a pause."""
+        if not outcome.reason and outgoing.lose_answer:
+            outgoing.lose_answer = False
+            self._tally.repeated += 1
+            self._again.appendleft(outgoing)
+        elif not outcome.reason:
+            self._tally.answered += 1
+        elif outgoing.tries <= self._plan.patience.retries:
+            self._tally.retried += 1
+            outgoing.due = time.monotonic() + self._plan.patience.pause_seconds
+            self._again.append(outgoing)
+        else:
+            self._tally.given_up += 1
+
+
+_NOT_FOR_SCREENS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+# What can be done about an answer that does not count, by the reason of `judge`.
+_PUSH_ADVICE: Mapping[str, str] = MappingProxyType({
+    "200 with a wrong body": "a push is answered by success or nothing, a handshake by its echoStr, to the letter",
+    "403": "push with the receiver's own --token, and with its --aes-key and --app-id if it has them",
+    "404": "the receiver takes pushes at another path, its --path: put that into the URL",
+    "503": "the receiver's queue is full: see its log, or push slower with --rate"})
+
+
+def readable(data: bytes) -> str:
+    """The bytes as text that a terminal can show: neither broken UTF-8 nor control characters."""
+    text = data.decode("utf-8", "backslashreplace").replace("\r\n", "\n")
+    shown = _NOT_FOR_SCREENS.sub(lambda found: f"\\x{ord(found.group()):02x}", text)
+    return shown if len(shown) <= MAX_SHOWN else f"{shown[:MAX_SHOWN]}… ({len(shown) - MAX_SHOWN} more)"
+
+
+def _say(out: TextIO, text: str, end: str = "\n") -> None:
+    """Print, whatever characters the screen knows."""
+    encoding = out.encoding or "utf-8"
+    print(text.encode(encoding, "backslashreplace").decode(encoding), end=end, file=out, flush=True)
+
+
+class PushStory:
+    """Tells of a single push: the request as it goes out, and each answer."""
+
+    def __init__(self, out: TextIO, patience: Patience) -> None:
+        self._out, self._patience = out, patience
+
+    def begin(self, outgoing: Outgoing) -> None:
+        """Show the request, and what is sealed in it."""
+        self._quote(">", outgoing.request)
+        if outgoing.draft.message not in outgoing.request:
+            _say(self._out, "sealed in it:")
+            self._quote("|", outgoing.draft.message)
+
+    def _quote(self, mark: str, data: bytes) -> None:
+        for line in readable(data).split("\n"):
+            _say(self._out, f"{mark} {line}".rstrip())
+
+    def tell(self, outgoing: Outgoing, outcome: Outcome) -> None:
+        """Show what became of a try, and what follows."""
+        if outcome.status:
+            self._quote(f"< {outcome.status}", outcome.body.strip() or b"(nothing)")
+        verdict = f"not answered: {outcome.reason}" if outcome.reason else "answered"
+        _say(self._out, f"{verdict}, after {outcome.seconds * 1000:.2f} ms")
+        self._tell_next(outgoing, outcome)
+
+    def _tell_next(self, outgoing: Outgoing, outcome: Outcome) -> None:
+        if outcome.reason in _PUSH_ADVICE and outgoing.tries == 1:
+            _say(self._out, _PUSH_ADVICE[outcome.reason])
+        if not outcome.reason and outgoing.lose_answer:
+            _say(self._out, "sent again, as if that answer had been lost")
+        if outcome.reason and outgoing.tries <= self._patience.retries:
+            _say(self._out, f"try {outgoing.tries + 1} of {self._patience.retries + 1} "
+                            f"in {self._patience.pause_seconds:g} s")
+
+
+class PushProgress:
+    """Shows how far a run is: on a terminal by a bar that is drawn over itself, else by a line now and then.
+
+    ``timer`` gives seconds from anywhere.
+    """
+
+    def __init__(self, out: TextIO, tally: PushTally, timer: Callable[[], float] = time.monotonic) -> None:
+        self._out, self._tally, self._timer = out, tally, timer
+        self._started = timer()
+        self._draw, self._interval = (self._bar, BAR_SECONDS) if out.isatty() else (self._line, LINE_SECONDS)
+        self._next = self._started + self._interval
+
+    def tell(self, outgoing: Outgoing, outcome: Outcome) -> None:
+        """Show the state, unless that was done just now."""
+        if self._timer() >= self._next:
+            self._next = self._timer() + self._interval
+            self._draw()
+
+    def end(self) -> None:
+        """Show the last state of a bar, and leave it on the screen; lines need no end."""
+        if self._out.isatty():
+            self._bar()
+            _say(self._out, "")
+
+    def _line(self) -> None:
+        _say(self._out, self._state())
+
+    def _bar(self) -> None:
+        done = BAR_WIDTH * (self._tally.answered + self._tally.given_up) // self._tally.messages
+        _say(self._out, f"\r[{'#' * done:.<{BAR_WIDTH}}] {self._state():<46}", end="")
+
+    def _state(self) -> str:
+        tally, seconds = self._tally, max(self._timer() - self._started, 0.001)
+        wrong = sum(tally.refused.values()) + sum(tally.failed.values())
+        # Tries, not messages: these are not lost yet, and the reader shall see at once that something is wrong.
+        state = f"{tally.answered}/{tally.messages}, {len(tally.times) / seconds:.0f}/s"
+        return f"{state}, {wrong} tries failed" if wrong else state
+
+
+def _number_option(option: str, kind: Callable[[str], float], low: int, high: int) -> Callable[[str], float]:
+    """What reads the value of an option; it raises `SettingsError`."""
+    def read(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = float("nan")
+        if not low <= value <= high:
+            noun = "a whole number" if kind is int else "a number"
+            raise SettingsError(f"{option} takes {noun} from {low} to {high}, not {text!r}")
+        return value
+    return read
+
+
+def _field_option(text: str) -> Tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals or not re.fullmatch(r"[A-Za-z_][\w.-]*", name, re.ASCII):
+        raise SettingsError(f"--field takes NAME=VALUE, as in CouponId=7, not {text!r}")
+    return name, value
+
+
+def build_push_parser() -> argparse.ArgumentParser:
+    """The parser of the push command. Its numbers and fields are read already; a bad one raises `SettingsError`."""
+    parser = argparse.ArgumentParser(
+        prog="kfserver.py push", allow_abbrev=False, usage="kfserver.py push [options] URL",
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=28, width=79),
+        description="Plays the platform: pushes messages to a receiver and judges its answers.",
+        epilog="URL: http://host:port/path, https://…, unix:/path/of/socket or unix:/socket:/path.")
+    parser.add_argument("url", metavar="URL", help="where the receiver is")
+    for add in (_add_message_options, _add_platform_options, _add_run_options):
+        add(parser)
+    return parser
+
+
+def _add_message_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--text", metavar="T", help="a text message (hello)")
+    parser.add_argument("--image", metavar="URL", help="a message with the picture at URL")
+    parser.add_argument("--event", metavar="NAME", help="an event, as user_get_coupon")
+    parser.add_argument("--field", metavar="K=V", action="append", type=_field_option, default=[],
+                        help="one more field, or another value; repeatable")
+    parser.add_argument("--file", metavar="PACKET", help="a packet, sent as it is; - for the standard input")
+    parser.add_argument("--handshake", action="store_true", help="the handshake of saving the URL in the console")
+    parser.add_argument("--to", metavar="APP", help="the app it is for (--app-id, or app)")
+    parser.add_argument("--sender", metavar="ID", default="user", help="the openid it is from (user)")
+    parser.add_argument("--xml", dest="form", action="store_const", const="xml", default="xml", help="in XML (default)")
+    parser.add_argument("--json", dest="form", action="store_const", const="json", help="in JSON")
+
+
+def _add_platform_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--token", metavar="T", help="sign with this Token (KF_TOKEN)")
+    parser.add_argument("--aes-key", metavar="KEY", help="encrypt with this EncodingAESKey (KF_AES_KEY)")
+    parser.add_argument("--app-id", metavar="APP", help="the app that is sealed in (KF_APP_ID)")
+    parser.add_argument("--in-body", action="store_true", help="signature in the body instead of the query")
+    parser.add_argument("--insecure", action="store_true", help="accept any certificate")
+
+
+def _add_run_options(parser: argparse.ArgumentParser) -> None:
+    numbers: Sequence[Tuple[str, Callable[[str], float], int, int, int, str]] = (
+        ("--count", int, 1, 10 ** 7, 1, "messages to push (1)"),
+        ("--rate", float, 0, 10 ** 6, 0, "new ones a second; 0 (default): as fast as it goes"),
+        ("--senders", int, 1, 10 ** 7, 1, "senders that they come from in turn (1)"),
+        ("--repeat", int, 0, 100, 0, "of 100, so many sent again as after a lost answer"),
+        ("--connections", int, 1, 10 ** 4, 16, "connections to push on (16)"))
+    for option, kind, low, high, default, text in numbers:
+        read = _number_option(option, kind, low, high)
+        parser.add_argument(option, metavar="N", type=read, default=default, help=text)
+    parser.add_argument("--json-report", metavar="FILE", help="write the figures as JSON too; - for stdout")
+
+
+def read_push_settings(arguments: argparse.Namespace, environment: Mapping[str, str]) -> Settings:
+    """The token, the key and the app id to play the platform with. Raises `SettingsError`."""
+    given: Dict[str, Any] = {name: getattr(arguments, name) or environment.get(f"KF_{name.upper()}", "")
+                             for name in ("token", "aes_key", "app_id")}
+    return Settings(**given)
+
+
+@contextlib.contextmanager
+def open_report(path: Optional[str]) -> Iterator[Optional[TextIO]]:
+    """Where the report goes; None for none. It is opened before the run, lest that turn out to have been in vain.
+    Raises `SettingsError`."""
+    if path is None or path == "-":
+        yield sys.stdout if path else None
+        return
+    with contextlib.ExitStack() as opened:
+        try:
+            file = opened.enter_context(open(path, "w", encoding="utf-8"))
+        except OSError as error:
+            raise SettingsError(f"cannot write {path}: {error.strerror}; let --json-report name another file") from None
+        yield file
+
+
+def make_composer(arguments: argparse.Namespace, url: PushUrl) -> Callable[[int], Outgoing]:
+    """What makes the push of a number ready to be sent. Raises as `make_drafter` does."""
+    draft = make_drafter(arguments, read_push_settings(arguments, os.environ), random.Random(), time.time)
+
+    def compose(number: int) -> Outgoing:
+        drafted = draft(number)
+        return Outgoing(drafted, frame_push(url, drafted), is_lost(number, arguments.repeat))
+    return compose
+
+
+def plan_run(arguments: argparse.Namespace, url: PushUrl, patience: Patience) -> RunPlan:
+    """The run that the arguments ask for, to who listens at the URL. Raises as `find_listener` does."""
+    tls = _make_client_context(arguments) if url.secure else None
+    target = Target(find_listener(url), url.host, tls)
+    return RunPlan(target, arguments.count, arguments.rate, arguments.connections, patience)
+
+
+def _make_client_context(arguments: argparse.Namespace) -> ssl.SSLContext:
+    context = ssl.create_default_context()
+    if arguments.insecure:
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    return context
+
+
+def push(arguments: argparse.Namespace, patience: Patience = PLATFORM_PATIENCE) -> int:
+    """Push as the arguments of `build_push_parser` ask, and show what comes of it; 0 if all was answered, 1 if not.
+
+    Raises `SettingsError` before anything is sent. A report on the standard output has that for itself.
+    """
+    url = read_push_url(arguments.url)
+    compose = make_composer(arguments, url)
+    tally = PushTally(arguments.count)
+    with open_report(arguments.json_report) as report:
+        out = sys.stderr if report is sys.stdout else sys.stdout
+        try:
+            plan = plan_run(arguments, url, patience)
+        except OSError as error:
+            reason = error.strerror or str(error)
+            tally.failed[reason] += 1
+            _say(sys.stderr, f"nobody listens at {arguments.url}: {reason}; start the receiver, or correct the URL")
+        else:
+            show = _push_one if plan.messages == 1 else _push_many
+            show(plan, compose, tally, out)
+        if report:
+            _say(report, json.dumps(tally.report(), indent=2))
+    return 0 if tally.answered == tally.messages else 1
+
+
+def _push_one(plan: RunPlan, compose: Callable[[int], Outgoing], tally: PushTally, out: TextIO) -> None:
+    """Show the request before it is sent: the answer may take its time."""
+    outgoing, story = compose(0), PushStory(out, plan.patience)
+    story.begin(outgoing)
+    with contextlib.suppress(KeyboardInterrupt):
+        PushRun(plan, lambda number: outgoing, tally, story.tell).run()
+
+
+def _push_many(plan: RunPlan, compose: Callable[[int], Outgoing], tally: PushTally, out: TextIO) -> None:
+    """Show how it goes, and the figures at the end, be it an early one."""
+    progress = PushProgress(out, tally)
+    with contextlib.suppress(KeyboardInterrupt):
+        PushRun(plan, compose, tally, progress.tell).run()
+    progress.end()
+    _say(out, format_table(tally.report()))
+    for reason in sorted(tally.refused.keys() & _PUSH_ADVICE.keys()):
+        _say(out, f"{reason}: {_PUSH_ADVICE[reason]}")
+
+
+# ---- 18 Handlers file -----------------------------------------------------------------------------------------------
 # Law: from a path or a module's name to a registry, and to the next one when the file changes. What is wrong with the
 # file is told to its author: a line with what to do, and that file's traceback.
 
@@ -3717,7 +4798,7 @@ def watch_handlers(server: KfServer, handlers: ReloadingHandlers, later: Callabl
     later(WATCH_SECONDS, functools.partial(watch_handlers, server, handlers, later))
 
 
-# ---- 18 Chat --------------------------------------------------------------------------------------------------------
+# ---- 19 Chat --------------------------------------------------------------------------------------------------------
 # Law: a terminal or a script in the place of the platform. Messages are made from bytes as those of a push, and replies
 # pass the same `Outbox`; only the network is missing. Knows nothing of servers and settings.
 
@@ -3937,7 +5018,7 @@ def _converse(talk: Chat) -> None:
             print("\n  interrupted; /quit ends", flush=True)
 
 
-# ---- 19 Journal command ---------------------------------------------------------------------------------------------
+# ---- 20 Journal command ---------------------------------------------------------------------------------------------
 # Law: tells what is in a journal, and puts the dead back. Works beside the server that writes the file; shows a user's
 # words only to who asks for them.
 
@@ -4024,8 +5105,8 @@ def _print_safely(text: str) -> None:
     print(text.encode(encoding, "backslashreplace").decode(encoding))
 
 
-# ---- 20 Command line ------------------------------------------------------------------------------------------------
-# Law: arguments and environment in, an exit status out. The only section that prints.
+# ---- 21 Command line ------------------------------------------------------------------------------------------------
+# Law: arguments and environment in, an exit status out. Knows all, and is known by none.
 
 
 def read_setting(name: str, text: str) -> Any:
@@ -4061,8 +5142,8 @@ def find_command(arguments: Sequence[str]) -> Tuple[Command, Sequence[str]]:
 
     Raises `SettingsError` for a word that is no command, and suggests a near one.
     """
-    commands = {"serve": Command(build_parser, serve), "chat": Command(build_chat_parser, chat),
-                "journal": Command(build_journal_parser, journal_command)}
+    commands = {"serve": Command(build_parser, serve), "push": Command(build_push_parser, push),
+                "chat": Command(build_chat_parser, chat), "journal": Command(build_journal_parser, journal_command)}
     if not arguments or arguments[0].startswith("-"):
         return commands["serve"], arguments
     if arguments[0] in commands:
@@ -4120,13 +5201,13 @@ def serve(arguments: argparse.Namespace) -> int:
     handlers = ReloadingHandlers(settings.handlers)
     if arguments.check:
         check_parts(settings)
-        _print_handlers(handlers)
+        print("\n".join(describe_handlers(handlers)))
         return 0
     signals = _catch_signals()
     server = KfServer(handlers.registry, settings).start()
-    print(f"kfserver {__version__} listening on {server.url}", flush=True)
-    _print_handlers(handlers)
-    _print_advice(settings)
+    # In one write: what handlers print must not come between.
+    print("\n".join([f"kfserver {__version__} listening on {server.url}", *describe_handlers(handlers),
+                     *_advice(settings)]), flush=True)
     if settings.reload:
         watch_handlers(server, handlers, Alarm().later)
     signals.get()
@@ -4141,20 +5222,19 @@ def check_parts(settings: Settings) -> None:
         make_tls_context(settings)
 
 
-def _print_advice(settings: Settings) -> None:
-    if not settings.token:
-        print("no token is set: anyone who reaches this port can push; set --token (KF_TOKEN)", flush=True)
-    if not (settings.app_key or settings.access_token):
-        print("no --app-key is set: what handlers return is not sent to users", flush=True)
-
-
-def _print_handlers(handlers: ReloadingHandlers) -> None:
+def describe_handlers(handlers: ReloadingHandlers) -> List[str]:
+    """How many handlers there are, from where, and each, in lines."""
     if not handlers.path:
-        print("0 handlers: no handlers.py here; every message is answered and dropped", flush=True)
-        return
-    print(f"{len(handlers.registry)} handlers from {handlers.path}", flush=True)
-    for rule in handlers.registry.rules:
-        print(f"  {rule}", flush=True)
+        return ["0 handlers: no handlers.py here; every message is answered and dropped"]
+    count = len(handlers.registry)
+    return [f"{count} handlers from {handlers.path}", *(f"  {rule}" for rule in handlers.registry.rules)]
+
+
+def _advice(settings: Settings) -> Iterator[str]:
+    if not settings.token:
+        yield "no token is set: anyone who reaches this port can push; set --token (KF_TOKEN)"
+    if not (settings.app_key or settings.access_token):
+        yield "no --app-key is set: what handlers return is not sent to users"
 
 
 def _catch_signals() -> queue.SimpleQueue[int]:
@@ -4187,6 +5267,8 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     except SettingsError as error:
         print(f"kfserver: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130  # as shells count it: 128 and the signal's number
 
 
 if __name__ == "__main__":

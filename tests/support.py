@@ -139,16 +139,19 @@ class Client:
 
 
 class RecordingEndpoint(Endpoint):
-    """The real endpoint, which keeps each request that it was asked. Its messages go nowhere."""
+    """The real endpoint, which keeps what it was asked, and answers while ``open`` is set. Its messages go nowhere."""
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings, Surroundings(
             ClaimCache(settings.dedup_size), lambda message, payload: lambda: None, time.time, time.monotonic))
         self.requests: List[Request] = []
+        self.open = threading.Event()
+        self.open.set()
 
     def handle_all(self, requests: Sequence[Request]) -> List[Response]:
         """Keep the requests, and answer them as the real endpoint does."""
         self.requests.extend(requests)
+        assert self.open.wait(PATIENCE)
         return super().handle_all(requests)
 
 
@@ -177,6 +180,7 @@ class Receiver:
 
     def close(self) -> None:
         """Hang up every client and stop the server; fails if it does not stop."""
+        self.endpoint.open.set()
         self._clients.close()
         if self._loop.is_alive():  # else the test has stopped it
             threading.Thread(target=self.server.close, args=(PATIENCE,), daemon=True).start()

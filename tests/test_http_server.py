@@ -457,22 +457,22 @@ class ImpatientServer(PushServer):
 
 def limit_only(monkeypatch: pytest.MonkeyPatch, limited: str) -> None:
     """Let one limit of time be over as soon as it begins, and the others never be reached."""
-    names = ("HEAD_SECONDS", "BODY_SECONDS", "IDLE_SECONDS", "WRITE_SECONDS", "LINGER_SECONDS")
-    seconds = {name: 0.0 if name == limited else 600.0 for name in names}
-    for name in names:
-        monkeypatch.setattr(kfserver, name, seconds[name])
-    monkeypatch.setattr(kfserver, "PHASE_SECONDS", {
-        IDLE: seconds["IDLE_SECONDS"], HEAD: seconds["HEAD_SECONDS"], BODY: seconds["BODY_SECONDS"]})
+    def seconds(name: str) -> float:
+        return 0.0 if name == limited else 600.0
+    for name in ("HEAD_SECONDS", "WRITE_SECONDS", "LINGER_SECONDS"):
+        monkeypatch.setattr(kfserver, name, seconds(name))
+    monkeypatch.setattr(kfserver, "PHASE_SECONDS", {phase: seconds(phase) for phase in (IDLE, HEAD, BODY)})
+    monkeypatch.setattr(kfserver, "IDLE_SECONDS", seconds(IDLE))
 
 
 @pytest.mark.parametrize(("limited", "do"), [
     pytest.param("HEAD_SECONDS", lambda client: None, id="silent"),
-    pytest.param("HEAD_SECONDS", lambda client: client.send(b"POST / HT"), id="in a head"),
-    pytest.param("HEAD_SECONDS", lambda client: client.send(GET + b"POST / HT"), id="in a second head"),
-    pytest.param("HEAD_SECONDS", lambda client: client.send(b"\r\n"), id="sends empty lines"),
-    pytest.param("BODY_SECONDS", lambda client: client.send(head("Content-Length: 9") + b"half"), id="in a body"),
-    pytest.param("BODY_SECONDS", lambda client: client.send(chunked(b"5\r\nhe")), id="in a chunk"),
-    pytest.param("IDLE_SECONDS", lambda client: client.ask(GET), id="between requests"),
+    pytest.param(HEAD, lambda client: client.send(b"POST / HT"), id="in a head"),
+    pytest.param(HEAD, lambda client: client.send(GET + b"POST / HT"), id="in a second head"),
+    pytest.param(HEAD, lambda client: client.send(b"\r\n"), id="sends empty lines"),
+    pytest.param(BODY, lambda client: client.send(head("Content-Length: 9") + b"half"), id="in a body"),
+    pytest.param(BODY, lambda client: client.send(chunked(b"5\r\nhe")), id="in a chunk"),
+    pytest.param(IDLE, lambda client: client.ask(GET), id="between requests"),
     pytest.param("LINGER_SECONDS", lambda client: client.ask(b"garbage\r\n\r\n"), id="refused, and stays"),
 ])
 def test_push_server_sends_away_whose_time_is_up(
@@ -494,22 +494,24 @@ class NarrowServer(ImpatientServer):
         return accepted, address
 
 
-def flood(client: Client) -> None:
-    """Send requests and read no answer, until no buffer between the two takes any more."""
+def flood(client: Client) -> bool:
+    """Send requests and read no answer, until no buffer between the two takes any more; whether the server hung up."""
     client.socket.setblocking(False)
     sent = 0
     while select.select([], [client.socket], [], 0.05)[1]:
         try:
             sent += client.socket.send((GET * 1000)[sent % len(GET):])
         except ConnectionError:
-            return
+            return True
+    return False
 
 
 def test_push_server_sends_away_who_reads_no_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     limit_only(monkeypatch, "WRITE_SECONDS")
     with receiver(NarrowServer) as kf:
         client = kf.connect()
-        wait_until(lambda: flood(client) or len(kf.server.connections) == 0)
+        wait_until(lambda: flood(client))
+        assert len(kf.server.connections) == 0
 
 
 def test_push_server_makes_room_though_nobody_reads_his_answers() -> None:
@@ -811,11 +813,20 @@ def test_push_server_close_finishes_the_request_in_flight(kf: Receiver) -> None:
 
 
 def test_push_server_close_answers_what_has_come(kf: Receiver) -> None:
-    clients = [kf.connect() for _ in range(20)]
+    clients = [kf.connect() for _ in range(5)]
+    wait_until(lambda: len(kf.server.connections) == 5)
+    kf.endpoint.open.clear()
+    kf.connect().send(GET)  # the server is busy with this one, and has not yet seen the others' requests
+    wait_until(lambda: kf.requests)
     for number, client in enumerate(clients):
         client.send(post(push(number=number)))
-    kf.server.close(PATIENCE)
-    assert [client.read_answer().body for client in clients] == [b"success"] * 20
+    closing = threading.Thread(target=kf.server.close, args=(PATIENCE,), daemon=True)
+    closing.start()
+    wait_until(lambda: kf.server.closing)
+    kf.endpoint.open.set()
+    assert [client.read_answer().body for client in clients] == [b"success"] * 5
+    closing.join(PATIENCE)
+    assert not closing.is_alive()
 
 
 def test_push_server_close_sends_away_whoever_is_not_through_in_time(kf: Receiver) -> None:

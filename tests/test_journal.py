@@ -1,0 +1,701 @@
+"""The journal: what was acknowledged outlives the process and is handled, whatever becomes of the disk meanwhile."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import os
+import pathlib
+import re
+import sqlite3
+import subprocess
+import sys
+import threading
+from typing import Any, Callable, ContextManager, Dict, Iterator, List, NamedTuple, Optional
+
+import pytest
+from support import PATIENCE, ROOT, push, wait_until
+
+import kfserver
+from kfserver import (
+    JOURNAL_ID,
+    JOURNAL_VERSION,
+    HandlerRegistry,
+    Journal,
+    KfServer,
+    Message,
+    Request,
+    Response,
+    Settings,
+    SettingsError,
+    dedup_key,
+    main,
+    parse,
+)
+
+WAITING, FINISHED, DEAD = kfserver.WAITING, kfserver.FINISHED, kfserver.DEAD
+# How the tests themselves open a file, apart from the connections of kfserver's that they watch.
+connect = sqlite3.connect
+
+
+class Shop:
+    """A registry with one handler for texts, which keeps their contents, and waits while the shop is closed."""
+
+    def __init__(self) -> None:
+        self.registry = HandlerRegistry()
+        self.registry.on("text")(self._serve)
+        self.served: List[str] = []
+        self.open = threading.Event()
+        self.open.set()
+
+    def _serve(self, message: Message) -> None:
+        self.served.append(message.content)
+        assert self.open.wait(PATIENCE)
+
+
+class Stored(NamedTuple):
+    """A row of the journal, as another program reads it."""
+
+    key: str
+    state: int
+    tries: int
+    payload: Optional[bytes]
+    error: Optional[str]
+
+
+class Connections:
+    """The connections that kfserver opens, by path: to listen to them, or to hamper them by a ``pragma``."""
+
+    def __init__(self) -> None:
+        self._opened: Dict[str, sqlite3.Connection] = {}
+        self._pragma = ""
+
+    def open(self, path: str, **options: Any) -> sqlite3.Connection:
+        """Stands in for ``sqlite3.connect``."""
+        connection = self._opened[path] = connect(path, **options)
+        if not path.endswith("-lock") and self._pragma:
+            connection.execute(self._pragma)
+        return connection
+
+    def ask(self, path: str, question: str) -> Any:
+        """The one value that the connection to a file answers."""
+        return self._opened[path].execute(question).fetchone()[0]
+
+    def listen(self, path: str) -> List[str]:
+        """The statements that are executed on a file from now on."""
+        heard: List[str] = []
+        self._opened[path].set_trace_callback(lambda statement: heard.append(statement))  # 3.7 hashes it
+        return heard
+
+    @contextlib.contextmanager
+    def hampered(self, path: str, pragma: str) -> Iterator[None]:
+        """Every connection to the file, the one that is open too, is under a pragma."""
+        self._opened[path].execute(pragma)
+        self._pragma = pragma
+        yield
+        self._pragma = ""
+        # The program opens the file anew when it could not write; if it could all the same, this is still the old one.
+        with contextlib.suppress(sqlite3.ProgrammingError):
+            self._opened[path].execute("PRAGMA query_only = OFF")
+
+
+@pytest.fixture
+def connections(monkeypatch: pytest.MonkeyPatch) -> Connections:
+    """The connections that kfserver opens in this test."""
+    made = Connections()
+    monkeypatch.setattr(sqlite3, "connect", made.open)
+    return made
+
+
+@pytest.fixture
+def path(tmp_path: pathlib.Path) -> str:
+    """Where the journal of a test is, alone in its folder."""
+    (tmp_path / "disk").mkdir()
+    return str(tmp_path / "disk" / "kf.db")
+
+
+@pytest.fixture
+def shop() -> Iterator[Shop]:
+    """A shop that is open, and at the end at the latest."""
+    made = Shop()
+    yield made
+    made.open.set()
+
+
+Start = Callable[..., KfServer]
+
+
+@pytest.fixture
+def start(path: str) -> Iterator[Start]:
+    """Makes servers with the journal of this test, and stops them at its end."""
+    with contextlib.ExitStack() as servers:
+        def make(registry: HandlerRegistry, **settings: Any) -> KfServer:
+            server = KfServer(registry, Settings(**{"journal": path, "grace": PATIENCE, **settings}))
+            servers.callback(server.stop)
+            return server
+        yield make
+
+
+def stored(path: str) -> List[Stored]:
+    """What is in the journal, oldest first, on a connection of our own: only what is committed is seen."""
+    with contextlib.closing(connect(path)) as db:
+        found = db.execute("SELECT key, state, tries, payload, error FROM messages ORDER BY id").fetchall()
+    return [Stored(*row) for row in found]
+
+
+def states(path: str) -> Dict[str, int]:
+    """The number and the state of each message of "user" in the journal."""
+    return {row.key.rpartition("/")[2]: row.state for row in stored(path)}
+
+
+def leave(path: str, *bodies: bytes) -> Journal:
+    """An open journal with messages that were acknowledged and not handled, as a killed process leaves them."""
+    journal = Journal(path, "normal", 100)
+    for body in bodies:
+        journal.add(dedup_key(parse(body)), body, lambda: None)()
+    return journal
+
+
+def outcomes(server: KfServer, *bodies: bytes) -> List[str]:
+    """The word for each push's answer, "refused 503" without its reason; each is waited for until it is handled."""
+    words: List[str] = []
+    for body in bodies:
+        words.append(server.feed(body).outcome.partition(":")[0])
+        assert server.join(PATIENCE)
+    return words
+
+
+def errors_in(caplog: pytest.LogCaptureFixture) -> List[str]:
+    """The lines of the log at the level ERROR."""
+    return [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR]
+
+
+# ---- Written down, and marked
+
+
+def test_kf_server_writes_a_message_down_before_it_answers(start: Start, shop: Shop, path: str) -> None:
+    shop.open.clear()
+    server = start(shop.registry)
+    assert server.feed(push(number=1)).body == b"success"
+    assert stored(path) == [Stored("app/user/text/1", WAITING, 0, push(number=1), None)]
+
+
+def test_kf_server_writes_a_message_down_before_its_handler_sees_it(start: Start, path: str) -> None:
+    registry, seen = HandlerRegistry(), []
+    registry.on("text")(lambda message: seen.append(states(path)))
+    assert outcomes(start(registry), push(number=1)) == ["accepted"]
+    assert seen == [{"1": WAITING}]
+
+
+def test_kf_server_marks_what_is_through(start: Start, shop: Shop, path: str) -> None:
+    assert outcomes(start(shop.registry), push(number=1)) == ["accepted"]
+    assert stored(path) == [Stored("app/user/text/1", FINISHED, 0, None, None)]
+
+
+def test_kf_server_writes_nothing_down_of_what_it_refuses(start: Start, shop: Shop, path: str) -> None:
+    shop.open.clear()
+    server = start(shop.registry, workers=1, queue_size=1)
+    server.feed(push(number=1))
+    wait_until(lambda: shop.served)
+    assert [server.feed(push(number=number)).status for number in (2, 3)] == [200, 503]
+    assert server.feed(b"?").status == 400
+    assert states(path) == {"1": WAITING, "2": WAITING}
+
+
+def test_kf_server_leaves_nothing_of_what_users_wrote_when_it_was_handled(start: Start, shop: Shop, path: str) -> None:
+    server = start(shop.registry)
+    assert outcomes(server, push(number=1, content="a secret")) == ["accepted"]
+    server.stop()
+    files = list(pathlib.Path(path).parent.iterdir())
+    assert [file.name for file in files if b"a secret" in file.read_bytes()] == []
+
+
+class Misbehaviour(Exception):
+    """An error of the handlers' own."""
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyError, Misbehaviour, SystemExit])
+def test_kf_server_keeps_what_failed_for_good_with_its_error_and_without_a_users_words(
+        start: Start, path: str, error: Callable[[str], BaseException]) -> None:
+    registry = HandlerRegistry()
+
+    @registry.on("text")
+    def fail(message: Message) -> None:
+        raise error(message.content)
+    assert outcomes(start(registry, tries=1), push(number=1, content="a secret")) == ["accepted"]
+    row, = stored(path)
+    assert row[:4] == ("app/user/text/1", DEAD, 1, push(number=1, content="a secret"))
+    assert re.fullmatch(error.__name__ + r" at test_journal\.py:\d+", row.error or "")
+
+
+# ---- Restart
+
+
+def test_kf_server_handles_what_the_last_process_left_oldest_first(start: Start, shop: Shop, path: str) -> None:
+    senders = ["ann", "bob", "eve"]
+    leave(path, *[push(sender, number, f"{sender} {number}") for number in (1, 2) for sender in senders]).close()
+    server = start(shop.registry, workers=1)
+    assert server.join(PATIENCE)
+    assert shop.served == ["ann 1", "bob 1", "eve 1", "ann 2", "bob 2", "eve 2"]
+    assert {row.state for row in stored(path)} == {FINISHED}
+
+
+def test_kf_server_keeps_each_senders_order_over_a_restart(start: Start, shop: Shop, path: str) -> None:
+    leave(path, *[push("user", number, str(number)) for number in range(20)]).close()
+    server = start(shop.registry)
+    assert outcomes(server, push("user", 20, "20")) == ["accepted"]  # behind those that wait
+    assert shop.served == [str(number) for number in range(21)]
+
+
+def test_kf_server_handles_what_was_left_though_it_is_more_than_fits(start: Start, shop: Shop, path: str) -> None:
+    leave(path, *[push(number=number, content=str(number)) for number in range(5)]).close()
+    assert start(shop.registry, queue_size=1, dedup_size=2).join(PATIENCE)
+    assert shop.served == ["0", "1", "2", "3", "4"]
+
+
+def test_kf_server_drops_repeats_of_what_was_handled_before_a_restart(start: Start, shop: Shop) -> None:
+    first = start(shop.registry)
+    assert outcomes(first, push(number=1)) == ["accepted"]
+    first.stop()
+    assert outcomes(start(shop.registry), push(number=1), push(number=2)) == ["repeat", "accepted"]
+    assert len(shop.served) == 2
+
+
+def test_kf_server_drops_repeats_of_what_was_left_by_the_last_process(start: Start, shop: Shop, path: str) -> None:
+    leave(path, push(number=1)).close()
+    shop.open.clear()
+    server = start(shop.registry)
+    assert server.feed(push(number=1)).outcome == "repeat"
+    shop.open.set()
+    assert server.join(PATIENCE)
+    assert len(shop.served) == 1
+
+
+def test_kf_server_leaves_the_dead_alone_and_takes_them_when_they_come_again(
+        start: Start, shop: Shop, path: str) -> None:
+    left = leave(path, push(number=1))
+    left.fail("app/user/text/1", "ValueError")
+    left.close()
+    server = start(shop.registry)
+    assert server.join(PATIENCE)
+    assert shop.served == []
+    assert outcomes(server, push(number=1)) == ["accepted"]
+    assert states(path) == {"1": FINISHED}
+
+
+def test_kf_server_counts_tries_over_a_restart(start: Start, path: str) -> None:
+    left = leave(path, push(number=1))
+    left.tried("app/user/text/1", 2)
+    left.close()
+    registry, failures = HandlerRegistry(), []
+    registry.on("text")(lambda message: 1 / 0)
+    registry.on_error(lambda message, error: failures.append(message.key))
+    assert start(registry, tries=3).join(PATIENCE)  # without the seconds that lie between two tries
+    assert failures == ["app/user/text/1"]
+    assert [(row.state, row.tries) for row in stored(path)] == [(DEAD, 3)]
+
+
+def test_kf_server_writes_down_a_failed_try_that_another_will_follow(
+        start: Start, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kfserver.Alarm, "later", lambda alarm, seconds, job: None)  # the other does not come here
+    registry = HandlerRegistry()
+    registry.on("text")(lambda message: 1 / 0)
+    server = start(registry, tries=2, grace=0.0)
+    server.feed(push(number=1))
+    wait_until(lambda: [(row.state, row.tries) for row in stored(path)] == [(WAITING, 1)])
+
+
+def test_kf_server_starts_though_a_message_that_was_left_cannot_be_read(start: Start, shop: Shop, path: str) -> None:
+    left = leave(path)
+    left.add("app/user/text/1", b"?", lambda: None)()
+    left.add("app/user/text/2", push(number=2, content="good"), lambda: None)()
+    left.close()
+    assert start(shop.registry).join(PATIENCE)
+    assert shop.served == ["good"]
+    assert states(path) == {"1": DEAD, "2": FINISHED}
+
+
+def test_kf_server_leaves_a_message_to_the_next_start_that_was_in_hand_when_it_stopped(
+        start: Start, shop: Shop, path: str, caplog: pytest.LogCaptureFixture) -> None:
+    shop.open.clear()
+    first = start(shop.registry, grace=0.0)
+    first.feed(push(number=1))
+    wait_until(lambda: shop.served)
+    assert first.stop() == ["app/user/text/1"]
+    second = Shop()
+    assert start(second.registry).join(PATIENCE)
+    assert second.served == ["hi"]
+    shop.open.set()
+    assert first.join(PATIENCE)  # its handler comes to its end now, and the journal is not its own any more
+    assert errors_in(caplog) == []
+
+
+def test_main_check_leaves_the_journal_to_the_server_that_runs(path: str) -> None:
+    with contextlib.closing(leave(path, push(number=1))):
+        assert main(["--check", "--journal", path]) == 0
+        assert states(path) == {"1": WAITING}
+
+
+# ---- Commits
+
+
+def test_kf_server_writes_pushes_that_come_together_in_one_commit(
+        start: Start, shop: Shop, path: str, connections: Connections) -> None:
+    shop.open.clear()
+    server = start(shop.registry)
+    heard = connections.listen(path)
+    requests = [Request("POST", "/", "", push(f"user {number}")) for number in range(10)]
+    assert [response.status for response in server.endpoint.handle_all(requests)] == [200] * 10
+    assert heard.count("COMMIT") == 1
+
+
+def test_journal_add_shares_the_next_commit_with_all_who_come_during_one(path: str, connections: Connections) -> None:
+    with contextlib.closing(Journal(path, "normal", 100)) as journal:
+        heard = connections.listen(path)
+        begun, released = threading.Event(), threading.Event()
+
+        def hold() -> None:
+            begun.set()
+            assert released.wait(PATIENCE)
+        threads = [threading.Thread(target=journal.add("first", b"", hold))]
+        threads[0].start()
+        assert begun.wait(PATIENCE)
+        threads += [threading.Thread(target=journal.add(str(number), b"", lambda: None)) for number in range(8)]
+        for thread in threads[1:]:
+            thread.start()
+        released.set()
+        for thread in threads:
+            thread.join(PATIENCE)
+        assert heard.count("COMMIT") == 2
+        assert len(journal.waiting()) == 9
+
+
+def test_journal_add_calls_then_in_the_order_of_the_journal(path: str) -> None:
+    with contextlib.closing(Journal(path, "normal", 100)) as journal:
+        called: List[int] = []
+        confirms = [journal.add(str(number), b"", functools.partial(called.append, number)) for number in range(5)]
+        assert called == []  # nothing is safe yet
+        for confirm in reversed(confirms):
+            confirm()
+        assert called == [0, 1, 2, 3, 4]
+        assert [row.key for row in journal.waiting()] == ["0", "1", "2", "3", "4"]
+
+
+@pytest.mark.parametrize(("sync", "level"), [("normal", 1), ("full", 2)])
+def test_settings_journal_sync_is_the_databases_own(
+        start: Start, shop: Shop, path: str, connections: Connections, sync: str, level: int) -> None:
+    start(shop.registry, journal_sync=sync)
+    assert connections.ask(path, "PRAGMA synchronous") == level
+    assert connections.ask(path, "PRAGMA journal_mode") == "wal"
+
+
+# ---- Size
+
+
+def test_journal_remembers_as_many_finished_messages_as_it_shall(
+        path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kfserver, "TRIM_EVERY", 5)
+    with contextlib.closing(Journal(path, "normal", 3)) as journal:
+        for key in ["dead", "waiting", *map(str, range(20))]:
+            journal.add(key, b"", lambda: None)()
+        journal.fail("dead", "ValueError")
+        for number in range(20):
+            journal.finish(str(number))
+        assert journal.finished_keys() == ["17", "18", "19"]
+        assert [row.key for row in journal.waiting()] == ["waiting"]
+        assert [row.key for row in stored(path)] == ["dead", "waiting", "17", "18", "19"]
+
+
+def test_journal_stops_growing(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kfserver, "TRIM_EVERY", 10)
+    sizes: List[int] = []
+    with contextlib.closing(Journal(path, "normal", 20)) as journal:
+        for number in range(2000):
+            journal.add(str(number), b"x" * 1000, lambda: None)()
+            journal.finish(str(number))
+            sizes.append(sum(file.stat().st_size for file in pathlib.Path(path).parent.iterdir()))
+    assert max(sizes[1000:]) <= max(sizes[:1000])
+
+
+# ---- A disk that fails, and comes back
+
+
+@contextlib.contextmanager
+def no_room(path: str, connections: Connections) -> Iterator[None]:
+    """Files may not grow, as with a quota. The system's signal for it is one that Python ignores."""
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@contextlib.contextmanager
+def locked(path: str, connections: Connections) -> Iterator[None]:
+    """Another program is writing, and does not come to an end."""
+    with contextlib.closing(connect(path, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        yield
+
+
+@contextlib.contextmanager
+def vanished(path: str, connections: Connections) -> Iterator[None]:
+    """The folder is not there: a volume that is not mounted."""
+    folder = pathlib.Path(path).parent
+    folder.rename(folder.with_name("elsewhere"))
+    yield
+    folder.with_name("elsewhere").rename(folder)
+
+
+@contextlib.contextmanager
+def deleted(path: str, connections: Connections) -> Iterator[None]:
+    """Somebody has tidied up."""
+    os.unlink(path)
+    yield
+
+
+@contextlib.contextmanager
+def damaged(path: str, connections: Connections, offset: int = 0) -> Iterator[None]:
+    """The file's pages are garbage from ``offset`` on; at last somebody moves it away, as the log advises."""
+    with contextlib.closing(connect(path)) as other:
+        other.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # or what is in the log would hide the damage
+    with open(path, "r+b") as file:
+        file.seek(offset)
+        file.write(b"garbage" * 2000)
+    yield
+    os.rename(path, path + ".damaged")
+
+
+def read_only(path: str, connections: Connections) -> ContextManager[None]:
+    """Nothing can be written; rights alone do not bind every user who runs tests."""
+    return connections.hampered(path, "PRAGMA query_only = ON")
+
+
+def full(path: str, connections: Connections) -> ContextManager[None]:
+    """No page is left: what SQLite makes of a disk without space."""
+    return connections.hampered(path, "PRAGMA max_page_count = 1")  # that is, what there is and no more
+
+
+Outage = Callable[[str, Connections], ContextManager[None]]
+OUTAGES = [
+    pytest.param(full, id="full"),
+    pytest.param(no_room, id="no room"),
+    pytest.param(read_only, id="read-only"),
+    pytest.param(locked, id="locked by another program"),
+    pytest.param(vanished, id="folder vanished"),
+    pytest.param(deleted, id="deleted"),
+    pytest.param(damaged, id="damaged"),
+    pytest.param(functools.partial(damaged, offset=4096), id="damaged behind its first page"),
+]
+# More than fits into the pages that a small message leaves.
+LONG = "x" * 50_000
+
+
+@pytest.fixture(autouse=True)
+def _little_patience_with_locks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is locked here stays so."""
+    monkeypatch.setattr(kfserver, "LOCK_SECONDS", 0.01)
+
+
+@pytest.mark.parametrize("outage", OUTAGES)
+def test_kf_server_refuses_what_it_cannot_write_down_and_takes_it_when_the_disk_is_back(
+        start: Start, shop: Shop, path: str, connections: Connections, caplog: pytest.LogCaptureFixture,
+        outage: Outage) -> None:
+    server = start(shop.registry, queue_size=1)  # a place that were not given back would be missed
+    assert outcomes(server, push(number=1, content="one")) == ["accepted"]
+    with outage(path, connections):
+        refused = server.feed(push(number=2, content=LONG))
+        assert (refused.status, dict(refused.headers)["Retry-After"]) == (503, "1")
+        assert server.join(PATIENCE)
+        assert shop.served == ["one"]
+    assert outcomes(server, push(number=2, content=LONG), push(number=2, content=LONG)) == ["accepted", "repeat"]
+    assert shop.served == ["one", LONG]
+    assert states(path)["2"] == FINISHED
+    error, = errors_in(caplog)
+    assert error.startswith(f"the journal {path} cannot be written: ")
+    assert f"the journal {path} is written again" in caplog.messages
+
+
+@pytest.mark.parametrize("outage", OUTAGES)
+def test_kf_server_remembers_over_an_outage_what_it_handled_meanwhile(
+        start: Start, shop: Shop, path: str, connections: Connections, outage: Outage) -> None:
+    shop.open.clear()
+    first = start(shop.registry)
+    first.feed(push(number=1, content="one"))
+    wait_until(lambda: shop.served)
+    with outage(path, connections):
+        assert first.feed(push(number=2, content=LONG)).status == 503
+        shop.open.set()
+        assert first.join(PATIENCE)
+    first.stop()
+    second = start(shop.registry)
+    assert second.join(PATIENCE)
+    assert outcomes(second, push(number=1, content="one"), push(number=2, content=LONG)) == ["repeat", "accepted"]
+    assert shop.served == ["one", LONG]
+
+
+@pytest.mark.parametrize("outage", OUTAGES)
+def test_kf_server_stops_in_an_outage(
+        start: Start, shop: Shop, path: str, connections: Connections, outage: Outage) -> None:
+    shop.open.clear()
+    server = start(shop.registry)
+    server.feed(push(number=1))
+    with outage(path, connections):
+        server.feed(push(number=2, content=LONG))
+        shop.open.set()
+        assert server.stop() == []
+
+
+def test_kf_server_logs_an_outage_once_and_each_anew(
+        start: Start, shop: Shop, path: str, connections: Connections, caplog: pytest.LogCaptureFixture) -> None:
+    server = start(shop.registry)
+    for outage in range(2):
+        with locked(path, connections):
+            refused = [server.feed(push(number=number)) for number in range(3)]
+            assert {response.status for response in refused} == {503}
+        assert outcomes(server, push(number=3 + outage)) == ["accepted"]
+    assert len(errors_in(caplog)) == 2
+
+
+def test_kf_server_waits_for_a_program_that_locks_the_journal_for_a_moment(
+        start: Start, shop: Shop, path: str, connections: Connections, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kfserver, "LOCK_SECONDS", PATIENCE)
+    server = start(shop.registry)
+    answers: List[Response] = []
+    with locked(path, connections):
+        heard = connections.listen(path)
+        pushing = threading.Thread(target=lambda: answers.append(server.feed(push())))
+        pushing.start()
+        wait_until(lambda: heard)
+    pushing.join(PATIENCE)
+    assert [answer.outcome for answer in answers] == ["accepted"]
+
+
+def test_kf_server_leaves_a_foreign_file_alone_that_took_its_journals_place(
+        start: Start, shop: Shop, path: str, tmp_path: pathlib.Path) -> None:
+    server = start(shop.registry)
+    write_database(str(tmp_path / "other.db"), application_id=0)
+    content = (tmp_path / "other.db").read_bytes()
+    os.replace(str(tmp_path / "other.db"), path)
+    assert [server.feed(push(number=number)).status for number in range(3)] == [503] * 3
+    assert pathlib.Path(path).read_bytes() == content
+    os.unlink(path)
+    assert outcomes(server, push(number=0)) == ["accepted"]
+
+
+# ---- Files that are no journal of ours
+
+
+def write_database(path: str, application_id: int, version: int = 0) -> None:
+    """Make a database of another program, or of another version of ours."""
+    with contextlib.closing(connect(path)) as db:
+        db.execute("CREATE TABLE notes (text)")
+        db.execute("INSERT INTO notes VALUES ('precious')")
+        db.execute(f"PRAGMA application_id = {application_id}")
+        db.execute(f"PRAGMA user_version = {version}")
+        db.commit()
+
+
+def write_text(path: str, text: str) -> None:
+    """Make a file with some text."""
+    pathlib.Path(path).write_text(text)
+
+
+@pytest.mark.parametrize(("make", "told"), [
+    pytest.param(functools.partial(write_text, text="Dear diary,"), "no journal of kfserver", id="text"),
+    pytest.param(functools.partial(write_text, text="x" * 5000), "no journal of kfserver", id="more text"),
+    pytest.param(functools.partial(write_text, text="SQLite format 3\0"), "no journal of kfserver", id="cut off"),
+    pytest.param(functools.partial(write_database, application_id=0), "no journal of kfserver", id="a database"),
+    pytest.param(functools.partial(write_database, application_id=1), "no journal of kfserver", id="a program's own"),
+    pytest.param(functools.partial(write_database, application_id=JOURNAL_ID, version=JOURNAL_VERSION + 1),
+                 "written by a newer kfserver", id="newer"),
+])
+def test_kf_server_refuses_a_foreign_file_and_leaves_it_as_it_is(
+        path: str, shop: Shop, make: Callable[[str], None], told: str) -> None:
+    make(path)
+    content = pathlib.Path(path).read_bytes()
+    with pytest.raises(SettingsError, match=told) as caught:
+        KfServer(shop.registry, Settings(journal=path))
+    assert path in str(caught.value)
+    assert pathlib.Path(path).read_bytes() == content
+    assert os.listdir(os.path.dirname(path)) == ["kf.db"]
+
+
+def damage(path: str, offset: int, data: bytes) -> None:
+    """A journal of ours that has lost a part of itself."""
+    leave(path, push(number=1)).close()
+    with open(path, "r+b") as file:
+        file.seek(offset)
+        file.write(data)
+
+
+@pytest.mark.parametrize("make", [
+    pytest.param(os.mkdir, id="a folder"),
+    pytest.param(functools.partial(damage, offset=100, data=b"garbage" * 2000), id="damaged"),
+    pytest.param(functools.partial(damage, offset=4096, data=b"garbage" * 2000), id="damaged behind its first page"),
+    pytest.param(functools.partial(write_database, application_id=JOURNAL_ID, version=JOURNAL_VERSION),
+                 id="without a table"),
+])
+def test_kf_server_says_in_one_line_that_the_journal_cannot_be_used(
+        path: str, shop: Shop, make: Callable[[str], None]) -> None:
+    make(path)
+    with pytest.raises(SettingsError, match=r"^[^\n]*kf\.db[^\n]*--journal[^\n]*$"):
+        KfServer(shop.registry, Settings(journal=path))
+
+
+def test_main_says_in_one_line_that_the_journals_folder_is_missing(
+        tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = str(tmp_path / "missing" / "kf.db")
+    assert main(["--port", "0", "--journal", path]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"kfserver: cannot use the journal {path}: ")
+    assert error.count("\n") == 1
+
+
+def test_kf_server_takes_an_empty_file_for_a_new_journal(start: Start, shop: Shop, path: str) -> None:
+    write_text(path, "")
+    assert outcomes(start(shop.registry), push(number=1)) == ["accepted"]
+    assert states(path) == {"1": FINISHED}
+
+
+# ---- One process at a time
+
+
+def test_program_refuses_a_journal_in_another_process(start: Start, shop: Shop, path: str) -> None:
+    server = start(shop.registry)
+    second = subprocess.run([sys.executable, str(ROOT / "kfserver.py"), "--port", "0", "--journal", path],
+                            capture_output=True, timeout=PATIENCE)
+    assert second.returncode == 2
+    assert second.stdout == b""
+    assert second.stderr.startswith(f"kfserver: the journal {path} is in another process's hands: ".encode())
+    assert second.stderr.count(b"\n") == 1
+    assert outcomes(server, push()) == ["accepted"]
+
+
+def test_kf_server_refuses_a_journal_that_is_open_under_another_name(
+        start: Start, shop: Shop, path: str, tmp_path: pathlib.Path) -> None:
+    start(shop.registry)
+    (tmp_path / "link.db").symlink_to(path)
+    with pytest.raises(SettingsError, match="in another process's hands"):
+        start(shop.registry, journal=str(tmp_path / "link.db"))
+
+
+def test_kf_server_keeps_to_its_journal_when_a_handler_changes_the_folder(
+        start: Start, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(os.path.dirname(path))
+    registry = HandlerRegistry()
+    registry.on("text")(lambda message: os.chdir("/"))
+    server = start(registry, journal="kf.db")
+    assert outcomes(server, push(number=1), push(number=2)) == ["accepted", "accepted"]
+    assert states(path) == {"1": FINISHED, "2": FINISHED}
+
+
+def test_kf_server_takes_a_journal_over_from_one_that_stopped(start: Start, shop: Shop) -> None:
+    for number in range(3):
+        server = start(shop.registry)
+        assert outcomes(server, push(number=number)) == ["accepted"]
+        server.stop()
+    assert len(shop.served) == 3
