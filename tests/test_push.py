@@ -1,0 +1,743 @@
+"""The push command: what it writes, how it reads answers, when it sends again, and what it prints.
+
+It is run in this process, against the real HTTP server and endpoint where those can say what is asked, and against a
+receiver that answers by a script where they would not. One test runs it as a program.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import pathlib
+import random
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+from typing import Callable, Dict, Iterator, List, Optional
+
+import pytest
+from conftest import NOW, PUSHES, TOKEN, World
+from support import PATIENCE, ROOT, Receiver, local, receiver
+
+import kfserver
+from kfserver import (
+    AnswerHead,
+    Draft,
+    KfError,
+    Message,
+    MessageWriter,
+    Outcome,
+    Outgoing,
+    Patience,
+    PlatformSealer,
+    PlatformSigner,
+    PushProgress,
+    PushRun,
+    PushTally,
+    PushUrl,
+    Request,
+    RunPlan,
+    SettingsError,
+    Target,
+    build_push_parser,
+    encode_json,
+    encode_xml,
+    format_table,
+    frame_push,
+    is_lost,
+    judge,
+    parse,
+    parse_answer_head,
+    percentile_ms,
+    read_push_url,
+    readable,
+)
+
+AES_KEY = "abcdefghijklmnopqrstuvwxyz0123456789ABCDEFG"
+# As persistent as the platform, and back sooner; as patient as tests are, since machines that run them are busy.
+QUICK = Patience(answer_seconds=PATIENCE, retries=3, pause_seconds=0.01)
+# For receivers that never answer.
+IMPATIENT = QUICK._replace(answer_seconds=0.1)
+SUCCESS = b"HTTP/1.1 200 OK\r\nContent-Length: 7\r\n\r\nsuccess"
+URL = PushUrl(False, "kf", 80, "", "kf", "/")
+
+
+@pytest.fixture(autouse=True)
+def _without_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No token and no key but what a test gives."""
+    for name in [name for name in os.environ if name.startswith("KF_")]:
+        monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def kf() -> Iterator[Receiver]:
+    """The real HTTP server and endpoint, without any settings."""
+    with receiver() as running:
+        yield running
+
+
+def push(url: str, *options: object, patience: Patience = QUICK) -> int:
+    """Run the command here; its exit status."""
+    return kfserver.push(build_push_parser().parse_args([url, *map(str, options)]), patience)
+
+
+def url_of(running: Receiver) -> str:
+    """The address of a server."""
+    return f"http://127.0.0.1:{running.server.server_port}/"
+
+
+def messages_of(running: Receiver) -> List[Message]:
+    """What a server was pushed, in order."""
+    return [parse(request.body) for request in running.requests]
+
+
+class Farewell(bytes):
+    """An answer after which the receiver hangs up, without a word about it."""
+
+
+class ScriptedReceiver:
+    """Reads requests, and answers each with the next line of its script: bytes as they are, b"" to hang up, None to say
+    nothing. The last line is for all further requests, on whatever connection they come."""
+
+    def __init__(self, *script: Optional[bytes]) -> None:
+        self._script = list(script)
+        self._listener = socket.socket()
+        self._listener.bind(("127.0.0.1", 0))
+        self._listener.listen(64)
+        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}/"
+        self.requests: List[bytes] = []
+        self.connections: List[socket.socket] = []
+        self._lock = threading.Lock()  # guards the script
+
+    def __enter__(self) -> ScriptedReceiver:
+        threading.Thread(target=self._accept, daemon=True).start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        # Shut down, not only closed, or the threads that wait in a call would wait on.
+        for each in (self._listener, *self.connections):
+            with contextlib.suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+            each.close()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                connection = self._listener.accept()[0]
+                self.connections.append(connection)
+                threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
+
+    def _serve(self, connection: socket.socket) -> None:
+        with contextlib.suppress(OSError), contextlib.closing(connection):
+            while True:
+                request = connection.recv(65536)
+                answer = self._answer_to(request) if request else b""
+                if answer == b"":
+                    return
+                connection.sendall(answer or b"")
+                if isinstance(answer, Farewell):
+                    return
+
+    def _answer_to(self, request: bytes) -> Optional[bytes]:
+        with self._lock:
+            self.requests.append(request)
+            return self._script.pop(0) if len(self._script) > 1 else self._script[0]
+
+
+# ---- URLs
+
+
+@pytest.mark.parametrize(("text", "url"), [
+    ("http://kf", PushUrl(False, "kf", 80, "", "kf", "/")),
+    ("http://kf:8080/kf?a=b", PushUrl(False, "kf", 8080, "", "kf:8080", "/kf?a=b")),
+    ("http://kf?a=b", PushUrl(False, "kf", 80, "", "kf", "/?a=b")),
+    ("http://kf/kf#there", PushUrl(False, "kf", 80, "", "kf", "/kf")),
+    ("https://kf/", PushUrl(True, "kf", 443, "", "kf", "/")),
+    ("HTTPS://kf:1/", PushUrl(True, "kf", 1, "", "kf:1", "/")),
+    ("http://[::1]:80/", PushUrl(False, "::1", 80, "", "[::1]:80", "/")),
+    ("unix:/run/kf.sock", PushUrl(False, "", 0, "/run/kf.sock", "localhost", "/")),
+    ("unix:kf.sock:/kf?a=b", PushUrl(False, "", 0, "kf.sock", "localhost", "/kf?a=b")),
+])
+def test_read_push_url(text: str, url: PushUrl) -> None:
+    assert read_push_url(text) == url
+
+
+@pytest.mark.parametrize("text", [
+    "", "kf", "kf:8080", "ftp://kf/", "http:/kf", "http://", "http:///kf", "http://kf:port/", "http://kf:65536/", "http://[::1/",
+    "http://a b/", "http://kf/\r\nX: y", "http://kf/\u4f60", "http://me:secret@kf/", "unix:"])
+def test_read_push_url_refuses(text: str) -> None:
+    with pytest.raises(SettingsError, match="push takes a URL like http://127.0.0.1:8080/kf") as told:
+        read_push_url(text)
+    assert "secret" not in str(told.value)
+
+
+# ---- What is pushed
+
+
+@pytest.mark.parametrize("encode", [encode_xml, encode_json])
+@pytest.mark.parametrize("text", [
+    "", "hello", " hello ", "你好 😀", "]]>", "a]]]]>>b]]>", "<b>&amp;</b>", "\"quoted\" \\", "two\nlines\tand a tab"])
+def test_encode_xml_and_encode_json_write_what_parse_reads(encode: kfserver.Encode, text: str) -> None:
+    fields = parse(encode({"Content": text, "MsgId": 2 ** 63 - 1})).fields
+    assert fields == {"Content": text, "MsgId": str(2 ** 63 - 1)}
+
+
+@pytest.mark.parametrize("encode", [encode_xml, encode_json])
+def test_encode_xml_and_encode_json_pass_on_bytes_that_are_no_text(encode: kfserver.Encode) -> None:
+    # As an argument in another encoding reaches a program.
+    assert b"a\xffb" in encode({"Content": b"a\xffb".decode("utf-8", "surrogateescape")})
+
+
+@pytest.mark.parametrize(("encode", "published"), [(encode_xml, "text, XML"), (encode_json, "text, JSON")])
+def test_encode_xml_and_encode_json_write_as_the_platform_publishes(encode: kfserver.Encode, published: str) -> None:
+    assert encode({"ToUserName": "toUser", "FromUserName": "fromUser", "CreateTime": 1482048670, "MsgType": "text",
+                   "Content": "this is a test", "MsgId": 1234567890123456}) == PUSHES[published]
+
+
+def write(*options: object) -> List[Message]:
+    """The messages that the options ask for."""
+    arguments = build_push_parser().parse_args(["http://kf/", *map(str, options)])
+    writer = MessageWriter(arguments, "", random.Random(1), lambda: NOW)
+    return [parse(writer.write(number)) for number in range(arguments.count)]
+
+
+@pytest.mark.parametrize(("options", "fields"), [
+    ([], {"MsgType": "text", "Content": "hello", "FromUserName": "user", "ToUserName": "app", "CreateTime": str(NOW)}),
+    (["--text", ""], {"MsgType": "text", "Content": ""}),
+    (["--json", "--text", "你好"], {"MsgType": "text", "Content": "你好"}),
+    (["--image", "https://kf/a.png"], {"MsgType": "image", "PicUrl": "https://kf/a.png"}),
+    (["--event", "user_get_coupon", "--field", "CouponId=7"],
+     {"MsgType": "event", "Event": "user_get_coupon", "CouponId": "7", "CreateTime": str(NOW)}),
+    (["--field", "MsgType=video", "--field", "Url=a=b"], {"MsgType": "video", "Url": "a=b"}),
+    (["--field", "MsgId=1"], {"MsgId": "1"}),
+    (["--to", "shop", "--sender", "me"], {"ToUserName": "shop", "FromUserName": "me"}),
+], ids=str)
+def test_message_writer_writes_what_is_asked_for(options: List[str], fields: Dict[str, str]) -> None:
+    written = write(*options)[0].fields
+    assert {name: written.get(name) for name in fields} == fields
+
+
+def test_message_writer_gives_every_message_an_id_of_64_bits() -> None:
+    ids = {int(message.msg_id or 0) for message in write("--count", 50)}
+    assert len(ids) == 50
+    assert 2 ** 62 <= min(ids) <= max(ids) < 2 ** 63
+
+
+def test_message_writer_gives_every_event_of_a_sender_a_second_of_its_own() -> None:
+    events = write("--event", "x", "--count", 5, "--senders", 2)
+    assert [(event.from_user_name, event.create_time - NOW) for event in events] == [
+        ("user-1", -2), ("user-2", -1), ("user-1", -1), ("user-2", 0), ("user-1", 0)]
+    assert {event.msg_id for event in events} == {None}
+
+
+def test_message_writer_lets_senders_take_turns() -> None:
+    messages = write("--count", 5, "--senders", 2, "--sender", "me")
+    assert [message.from_user_name for message in messages] == ["me-1", "me-2", "me-1", "me-2", "me-1"]
+
+
+# ---- Signed, sealed, framed
+
+
+def request(draft: Draft) -> Request:
+    """What a server makes of a draft's request."""
+    head, _, body = frame_push(URL, draft).partition(b"\r\n\r\n")
+    return Request("POST", "/", head.split()[1].decode().partition("?")[2], body)
+
+
+def signer() -> PlatformSigner:
+    """Signs in the second in which a `World` stands."""
+    return PlatformSigner(TOKEN, random.Random(1), lambda: NOW)
+
+
+def sealer(encode: kfserver.Encode) -> PlatformSealer:
+    """Seals for the app that `sealed_world` is."""
+    return PlatformSealer(local(token=TOKEN, aes_key=AES_KEY, app_id="app"), signer(), encode, random.Random(1))
+
+
+def test_platform_signer_signs_what_the_endpoint_takes() -> None:
+    world = World(token=TOKEN, max_age=10)
+    assert world.ask(request(signer().sign_message(encode_xml({"MsgId": 1})))).status == 200
+    assert world.ask(request(signer().sign_message(encode_xml({"MsgId": 1}))._replace(query=""))).status == 403
+
+
+@pytest.mark.parametrize("shake_hands", [PlatformSigner.shake_hands, PlatformSigner.shake_hands_in_body])
+def test_platform_signer_shakes_hands_with_the_endpoint(shake_hands: Callable[[PlatformSigner], Draft]) -> None:
+    draft = shake_hands(signer())
+    response = World(token=TOKEN, max_age=10).ask(request(draft))
+    assert (response.status, (response.body,)) == (200, draft.expected)
+
+
+@pytest.mark.parametrize("encode", [encode_xml, encode_json])
+@pytest.mark.parametrize("seal", [PlatformSealer.seal, PlatformSealer.seal_in_body])
+def test_platform_sealer_seals_what_the_endpoint_takes(
+        encode: kfserver.Encode, seal: Callable[[PlatformSealer, bytes], Draft]) -> None:
+    world = World(token=TOKEN, aes_key=AES_KEY, app_id="app", max_age=10)
+    draft = seal(sealer(encode), encode({"Content": "你好", "MsgId": 1}))
+    assert world.ask(request(draft)).status == 200
+    assert [message.content for message in world.submitted] == ["你好"]
+    assert bool(draft.query) == (seal is PlatformSealer.seal)
+
+
+@pytest.mark.parametrize(("target", "query", "written"), [
+    ("/", {}, b"POST / HTTP/1.1"),
+    ("/kf?a=b", {}, b"POST /kf?a=b HTTP/1.1"),
+    ("/kf", {"nonce": "1", "echoStr": "a b"}, b"POST /kf?nonce=1&echoStr=a+b HTTP/1.1"),
+    ("/kf?a=b", {"nonce": "1"}, b"POST /kf?a=b&nonce=1 HTTP/1.1"),
+])
+def test_frame_push_writes_the_target(target: str, query: Dict[str, str], written: bytes) -> None:
+    assert frame_push(URL._replace(target=target), Draft(b"", query, b"")).startswith(written + b"\r\n")
+
+
+@pytest.mark.parametrize(("body", "kind"), [
+    (b"<xml/>", b"text/xml"), (b"\xef\xbb\xbf \n<xml/>", b"text/xml"), (b"{}", b"application/json"),
+    (b"echoStr=1", b"application/x-www-form-urlencoded")])
+def test_frame_push_writes_type_and_length(body: bytes, kind: bytes) -> None:
+    head, _, sent = frame_push(URL, Draft(body, {}, body)).partition(b"\r\n\r\n")
+    assert head.split(b"\r\n")[1:] == [b"Host: kf", b"Content-Type: " + kind, b"Content-Length: %d" % len(body)]
+    assert sent == body
+
+
+# ---- Answers
+
+
+@pytest.mark.parametrize(("head", "understood"), [
+    (b"HTTP/1.1 200 OK\r\nContent-Length: 7\r\n", AnswerHead(200, 7, True)),
+    (b"HTTP/1.1 200\r\ncontent-length:7\r\n", AnswerHead(200, 7, True)),
+    (b"HTTP/1.1 503 Busy\r\nContent-Length: 0\r\nConnection: Close\r\n", AnswerHead(503, 0, False)),
+    (b"HTTP/1.0 200 OK\r\nContent-Length: 7\r\n", AnswerHead(200, 7, False)),
+    (b"HTTP/1.0 200 OK\r\nContent-Length: 7\r\nConnection: keep-alive\r\n", AnswerHead(200, 7, True)),
+    (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n", AnswerHead(200, -1, True)),
+    (b"HTTP/1.1 200 OK\r\n", AnswerHead(200, None, False)),
+    (b"HTTP/1.1 204 No Content\r\n", AnswerHead(204, 0, True)),
+])
+def test_parse_answer_head(head: bytes, understood: AnswerHead) -> None:
+    assert parse_answer_head(head) == understood
+
+
+@pytest.mark.parametrize("head", [
+    b"", b"SSH-2.0-OpenSSH\r\n", b"HTTP/2 200\r\n", b"HTTP/1.1 100 Continue\r\n", b"HTTP/1.1 2000 OK\r\n",
+    b"HTTP/1.1 200 OK\r\nno colon\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: 7\r\nContent-Length: 7\r\n",
+    b"HTTP/1.1 200 OK\r\nContent-Length: -1\r\n",
+    b"HTTP/1.1 200 OK\r\nContent-Length: 7\r\nTransfer-Encoding: chunked\r\n"])
+def test_parse_answer_head_refuses(head: bytes) -> None:
+    with pytest.raises(KfError):
+        parse_answer_head(head)
+
+
+@pytest.mark.parametrize(("status", "body", "reason"), [
+    (200, b"success", ""), (200, b"", ""), (200, b"Success", "200 with a wrong body"),
+    (200, b"success\n", "200 with a wrong body"), (204, b"", "204"), (403, b"success", "403"), (503, b"", "503")])
+def test_judge_as_the_platform_does(status: int, body: bytes, reason: str) -> None:
+    assert judge(status, body, kfserver.GOOD_ANSWERS) == reason
+
+
+@pytest.mark.parametrize(("answer", "connections"), [
+    (SUCCESS, 1),
+    (b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n", 1),
+    (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nsuc\r\n4;x=y\r\ncess\r\n0\r\nX: y\r\n\r\n", 1),
+    (b"HTTP/1.1 200 OK\r\nContent-Length: 7\r\nConnection: close\r\n\r\nsuccess", 3),
+    (b"HTTP/1.0 200 OK\r\nContent-Length: 7\r\n\r\nsuccess", 3),
+    (Farewell(b"HTTP/1.1 200 OK\r\n\r\nsuccess"), 3),
+], ids=str)
+def test_push_understands_an_answer(answer: bytes, connections: int) -> None:
+    with ScriptedReceiver(answer) as other:
+        assert push(other.url, "--count", 3, "--connections", 1) == 0
+        assert len(other.requests) == 3
+        assert len(other.connections) == 1 + connections  # the first is a look at whether anybody listens
+
+
+def test_push_understands_an_answer_that_comes_byte_by_byte_or_ends_with_the_connection() -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(8)
+        thread = threading.Thread(target=_answer_slowly, args=(listener,), daemon=True)
+        thread.start()
+        assert push(f"http://127.0.0.1:{listener.getsockname()[1]}/", patience=Patience()) == 0
+        thread.join(PATIENCE)
+
+
+def _answer_slowly(listener: socket.socket) -> None:
+    listener.accept()[0].close()  # the look at whether anybody listens
+    with listener.accept()[0] as connection:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
+        connection.recv(65536)
+        for byte in b"HTTP/1.0 200 OK\r\nServer: slow\r\n\r\nsuccess":
+            connection.sendall(bytes((byte,)))
+
+
+@pytest.mark.parametrize(("answer", "told"), [
+    (b"HTTP/1.1 403 Forbidden\r\nContent-Length: 2\r\n\r\nno", "403 no\nnot answered: 403"),
+    (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok", "200 ok\nnot answered: 200 with a wrong body"),
+    (b"", "not answered: hung up before the answer was complete"),
+    (b"nonsense\r\n\r\n", "not answered: what came back is not HTTP"),
+    (SUCCESS + b"!", "not answered: more came back than one answer"),
+    (b"HTTP/1.1 200 OK\r\nContent-Length: 70000\r\n\r\n" + b"x" * 70000, "not answered: an answer of more than 65536"),
+    (b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 20000, "not answered: an answer of more than 65536"),
+    (b"HTTP/1.1 200 OK\r\nContent-Length: 8\r\n\r\n\x1b[1m\xff\r\nx", "200 \\x1b[1m\\xff\n< 200 x\nnot answered"),
+], ids=["403", "ok", "hangs up", "not HTTP", "too much", "long body", "long head", "controls"])
+def test_push_sends_again_what_was_not_answered(
+        answer: bytes, told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with ScriptedReceiver(answer, SUCCESS) as other:
+        assert push(other.url) == 0
+        assert len(other.requests) == 2
+        assert other.requests[0] == other.requests[1]
+        # What may come yet on a connection that went wrong is no answer to anything.
+        assert len(other.connections) == 1 + (2 if told.startswith("not answered") else 1)
+    shown = capsys.readouterr().out
+    assert told in shown
+    assert "try 2 of 4 in 0.01 s\n< 200 success\nanswered, after" in shown
+
+
+@pytest.mark.parametrize("answer", [None, SUCCESS[:-1]])
+def test_push_gives_up_after_three_retries(answer: Optional[bytes], capsys: pytest.CaptureFixture[str]) -> None:
+    with ScriptedReceiver(answer) as other:
+        assert push(other.url, patience=IMPATIENT._replace(answer_seconds=0.02)) == 1
+    assert capsys.readouterr().out.count("not answered: no answer in 0.02 s") == 4
+
+
+def test_push_opens_a_connection_anew_when_the_receiver_hangs_up_instead_of_answering() -> None:
+    with ScriptedReceiver(SUCCESS, b"", SUCCESS) as other:
+        assert push(other.url, "--count", 3, "--connections", 1) == 0
+        assert len(other.requests) == 4
+
+
+def test_push_opens_a_connection_anew_when_the_receiver_has_left_between_two_pushes() -> None:
+    # The rate gives it the time to leave; one that leaves later is sent the push again.
+    with ScriptedReceiver(Farewell(SUCCESS)) as other:
+        assert push(other.url, "--count", 3, "--connections", 1, "--rate", 20) == 0
+        assert len(other.requests) == 3
+
+
+def test_push_sends_again_at_once_when_the_answer_counts_as_lost_and_else_after_a_pause() -> None:
+    with ScriptedReceiver(b"HTTP/1.1 503 Busy\r\nContent-Length: 0\r\n\r\n", SUCCESS) as other:
+        patience = QUICK._replace(pause_seconds=0.1)
+        assert push(other.url, "--count", 2, "--connections", 1, "--repeat", 100, patience=patience) == 0
+        first, second = other.requests[:2]
+        assert other.requests == [first, second, second, first, first]
+
+
+def test_push_holds_new_messages_back_while_many_wait_to_be_sent_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kfserver, "MAX_UNANSWERED", 3)
+    with ScriptedReceiver(b"HTTP/1.1 503 Busy\r\nContent-Length: 0\r\n\r\n") as other:
+        assert push(other.url, "--count", 6, "--connections", 1) == 1
+        assert len(set(other.requests[:12])) == 3
+        assert len(other.requests) == 24
+
+
+def test_push_sends_what_the_receiver_does_not_take_at_once(tmp_path: pathlib.Path) -> None:
+    packet = encode_json({"Content": "x" * 5_000_000, "MsgId": 1})
+    (tmp_path / "packet").write_bytes(packet)
+    with receiver(max_body=6_000_000) as running:
+        assert push(url_of(running), "--file", tmp_path / "packet") == 0
+        assert [each.body for each in running.requests] == [packet]
+
+
+def test_push_gives_up_an_answer_in_time_for_others() -> None:
+    # One connection is silent all the time; the others go on.
+    with ScriptedReceiver(None, SUCCESS) as other:
+        started = time.monotonic()
+        assert push(other.url, "--count", 50, "--connections", 2, patience=IMPATIENT) == 0
+        assert time.monotonic() - started >= IMPATIENT.answer_seconds
+        assert len(other.requests) >= 51
+
+
+# ---- One push
+
+
+def test_push_shows_request_and_answer(kf: Receiver, capsys: pytest.CaptureFixture[str]) -> None:
+    assert push(url_of(kf) + "kf?a=b", "--text", "你好", "--json") == 0
+    shown = capsys.readouterr().out.split("\n")
+    assert shown[0] == "> POST /kf?a=b HTTP/1.1"
+    assert shown[4:6] == [">", "> {"]
+    assert '>   "Content": "你好",' in shown
+    assert shown[-3] == "< 200 success"
+    assert shown[-2].startswith("answered, after ")
+    assert [(each.path, each.query) for each in kf.requests] == [("/kf", "a=b")]
+
+
+def test_push_shows_what_is_sealed_and_no_secret(capsys: pytest.CaptureFixture[str]) -> None:
+    with receiver(token=TOKEN, aes_key=AES_KEY, app_id="app") as running:
+        assert push(url_of(running), "--token", TOKEN, "--aes-key", AES_KEY, "--app-id", "app") == 0
+    shown = capsys.readouterr().out
+    assert "\nsealed in it:\n| <xml>\n" in shown
+    assert "|    <Content><![CDATA[hello]]></Content>\n" in shown
+    assert TOKEN not in shown
+    assert AES_KEY not in shown
+
+
+@pytest.mark.parametrize("form", ["--xml", "--json"])
+@pytest.mark.parametrize("options", [
+    [], ["--in-body"], ["--handshake"], ["--handshake", "--in-body"], ["--event", "x"], ["--image", "https://kf/"]
+], ids=str)
+def test_push_plays_safe_mode(form: str, options: List[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KF_TOKEN", TOKEN)
+    monkeypatch.setenv("KF_AES_KEY", AES_KEY)
+    monkeypatch.setenv("KF_APP_ID", "app")
+    with receiver(token=TOKEN, aes_key=AES_KEY, app_id="app", max_age=60) as running:
+        assert push(url_of(running), form, *options) == 0
+
+
+@pytest.mark.parametrize("options", [[], ["--handshake"], ["--handshake", "--in-body"]], ids=str)
+def test_push_signs_with_the_token(options: List[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with receiver(token=TOKEN, max_age=60) as running:
+        assert push(url_of(running), "--token", TOKEN, *options) == 0
+        assert push(url_of(running), "--token", "another", *options) == 1
+    shown = capsys.readouterr().out
+    assert shown.count("push with the receiver's own --token") == 1
+    assert shown.count("not answered: 403") == 4
+
+
+def test_push_takes_only_the_echo_for_an_answer_to_a_handshake() -> None:
+    with ScriptedReceiver(SUCCESS) as other:
+        assert push(other.url, "--handshake") == 1
+
+
+def test_push_sends_a_file_as_it_is(kf: Receiver, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    packet = b" \xef\xbb\xbf{\xff not even JSON"
+    (tmp_path / "packet").write_bytes(packet)
+    assert push(url_of(kf), "--file", tmp_path / "packet") == 1
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(packet)))
+    assert push(url_of(kf), "--file", "-") == 1
+    assert {each.body for each in kf.requests} == {packet}
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:{port}/", "http://no.such.host.invalid/", "unix:/no/such.sock"])
+def test_push_says_that_nobody_listens(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        assert push(url.format(port=bound.getsockname()[1]), "--json-report", "-") == 1
+    shown = capsys.readouterr()
+    assert shown.err.startswith("nobody listens at " + url[:5])
+    assert shown.err.endswith("; start the receiver, or correct the URL\n")
+    report = json.loads(shown.out)
+    assert (report["sent"], report["unanswered"], list(report["failed"].values())) == (0, 1, [1])
+
+
+@pytest.mark.parametrize(("options", "told"), [
+    (["--count", "0"], "--count takes a whole number from 1 to 10000000, not '0'"),
+    (["--count", "1.5"], "--count takes a whole number from 1 to 10000000, not '1.5'"),
+    (["--rate", "-1"], "--rate takes a number from 0 to 1000000, not '-1'"),
+    (["--rate", "nan"], "--rate takes a number from 0 to 1000000, not 'nan'"),
+    (["--repeat", "101"], "--repeat takes a whole number from 0 to 100, not '101'"),
+    (["--senders", "none"], "--senders takes a whole number from 1 to"),
+    (["--connections", "0"], "--connections takes a whole number from 1 to 10000, not '0'"),
+    (["--field", "CouponId"], "--field takes NAME=VALUE, as in CouponId=7, not 'CouponId'"),
+    (["--field", "<a>=b"], "--field takes NAME=VALUE"),
+    (["--text", "", "--image", ""], "--text and --image are different pushes: choose one"),
+    (["--event", "x", "--handshake"], "--event and --handshake are different pushes: choose one"),
+    (["--file", "x", "--field", "a=b"], "leave out --field, or --file"),
+    (["--file", "/no/packet"], "cannot read /no/packet: No such file or directory; --file names a packet"),
+    (["--json-report", "/no/report"], "cannot write /no/report: No such file or directory; let --json-report name"),
+    (["--in-body"], "add --aes-key, --app-id, or --handshake"),
+    (["--aes-key", AES_KEY], "--aes-key (KF_AES_KEY) needs --token and --app-id too"),
+    (["--aes-key", "short", "--token", "t", "--app-id", "a"], "--aes-key (KF_AES_KEY) takes the 43"),
+], ids=str)
+def test_push_names_a_bad_option_before_it_sends(kf: Receiver, options: List[str], told: str) -> None:
+    with pytest.raises(SettingsError) as error:
+        push(url_of(kf), *options)
+    assert told in str(error.value)
+    assert kf.requests == []
+
+
+# ---- Many pushes
+
+
+def test_push_sends_many_and_counts_them(kf: Receiver, capsys: pytest.CaptureFixture[str]) -> None:
+    assert push(url_of(kf), "--count", 300, "--senders", 7, "--json-report", "-") == 0
+    shown = capsys.readouterr()
+    report = json.loads(shown.out)
+    assert {name: report[name] for name in ("messages", "sent", "answered", "unanswered", "repeated", "retried")} == {
+        "messages": 300, "sent": 300, "answered": 300, "unanswered": 0, "repeated": 0, "retried": 0}
+    assert 0 < report["p50_ms"] <= report["p99_ms"] <= report["max_ms"]
+    assert report["pushes_per_second"] == pytest.approx(300 / report["seconds"], rel=0.05)
+    assert "never answered                      0\n" in shown.err
+    messages = messages_of(kf)
+    assert len({message.msg_id for message in messages}) == len(messages) == 300
+    assert len({message.from_user_name for message in messages}) == 7
+
+
+@pytest.mark.parametrize(("percent", "repeated"), [(0, 0), (10, 5), (100, 50)])
+def test_push_repeats_a_share_as_after_a_lost_answer(
+        kf: Receiver, percent: int, repeated: int, tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "report.json"
+    assert push(url_of(kf), "--count", 50, "--repeat", percent, "--json-report", path) == 0
+    report = json.loads(path.read_text("utf-8"))
+    assert (report["sent"], report["answered"], report["repeated"]) == (50 + repeated, 50, repeated)
+    ids = [message.msg_id for message in messages_of(kf)]
+    assert (len(ids), len(set(ids))) == (50 + repeated, 50)
+
+
+@pytest.mark.parametrize("percent", [0, 1, 33, 50, 99, 100])
+def test_is_lost_for_so_many_of_a_hundred(percent: int) -> None:
+    assert sum(is_lost(number, percent) for number in range(100)) == percent
+    assert sum(is_lost(number, percent) for number in range(300, 400)) == percent
+
+
+def test_push_keeps_to_the_rate(kf: Receiver) -> None:
+    started = time.monotonic()
+    assert push(url_of(kf), "--count", 11, "--rate", 50) == 0
+    assert time.monotonic() - started >= 10 / 50
+
+
+def test_push_uses_so_many_connections_and_keeps_them() -> None:
+    with ScriptedReceiver(SUCCESS) as other:
+        assert push(other.url, "--count", 100, "--connections", 3) == 0
+        assert len(other.connections) == 1 + 3  # the first was a look at whether anybody listens
+
+
+def test_push_counts_refusals_by_status(capsys: pytest.CaptureFixture[str]) -> None:
+    with receiver(token=TOKEN) as running:
+        assert push(url_of(running), "--count", 3) == 1
+    shown = capsys.readouterr().out
+    for line in ("sent                               12", "answered                            0",
+                 "never answered                      3", "refused 403                        12",
+                 "retried                             9", "403: push with the receiver's own --token"):
+        assert line in shown
+
+
+def test_push_run_ends_early_with_everything_closed_and_counted(kf: Receiver) -> None:
+    def compose(number: int) -> Outgoing:
+        if number == 20:
+            raise KeyboardInterrupt
+        draft = Draft(b"", {}, b"{}")
+        return Outgoing(draft, frame_push(URL, draft), False)
+
+    tally = PushTally(100)
+    target = Target((socket.AF_INET, ("127.0.0.1", kf.server.server_port)), "kf", None)
+    with pytest.raises(KeyboardInterrupt):
+        PushRun(RunPlan(target, 100, 0, 4, QUICK), compose, tally, lambda outgoing, outcome: None).run()
+    assert 0 < tally.answered <= tally.sent <= 20
+    assert tally.seconds > 0
+
+
+# ---- What is shown
+
+
+@pytest.mark.parametrize(("times", "percent", "milliseconds"), [
+    ([], 50, None), ([0.001], 50, 1.0), ([0.001], 99, 1.0), ([0.001, 0.002], 50, 1.0), ([0.001, 0.002, 0.003], 50, 2.0),
+    ([number / 1000 for number in range(1, 101)], 99, 99.0), ([number / 1000 for number in range(1, 101)], 100, 100.0)])
+def test_percentile_ms(times: List[float], percent: int, milliseconds: Optional[float]) -> None:
+    assert percentile_ms(times, percent) == milliseconds
+
+
+def test_format_table() -> None:
+    tally = PushTally(3)
+    tally.sent, tally.answered, tally.given_up, tally.retried, tally.seconds = 6, 2, 1, 3, 0.5
+    for status, reason, seconds in ((200, "", 0.001), (200, "", 0.003), (403, "403", 0.1), (503, "503", 0.1),
+                                    (503, "503", 0.1), (0, "Connection refused", 0.1)):
+        tally.note(Outcome(status, b"", reason, seconds))
+    assert [line.rsplit(None, 1) for line in format_table(tally.report()).replace(" ms", "").split("\n")] == [
+        ["messages", "3"], ["sent", "6"], ["answered", "2"], ["never answered", "1"], ["refused 403", "1"],
+        ["refused 503", "2"], ["Connection refused", "1"], ["retried", "3"], ["repeated", "0"], ["p50", "1.00"],
+        ["p99", "3.00"], ["max", "3.00"], ["pushes a second", "4"]]
+
+
+class Terminal(io.StringIO):
+    """What a program takes for a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def show_progress(out: io.StringIO) -> str:
+    """What is printed of a run of 4 messages, one of them answered every 0.4 s."""
+    tally, now = PushTally(4), [0.0]
+    outgoing, outcome = Outgoing(Draft(b"", {}, b""), b"", False), Outcome(200, b"", "", 0.1)
+    progress = PushProgress(out, tally, lambda: now[0])
+    for _ in range(4):
+        now[0] += 0.4
+        tally.note(outcome)
+        tally.answered += 1
+        progress.tell(outgoing, outcome)
+    progress.end()
+    return out.getvalue()
+
+
+def test_push_progress_draws_a_bar_on_a_terminal() -> None:
+    states = [state.rstrip() for state in show_progress(Terminal()).split("\r")]
+    assert states[2] == "[###############...............] 2/4, 2/s"
+    assert states[-1] == "[##############################] 4/4, 2/s"
+    assert all(len(state) < 80 for state in states)
+
+
+def test_push_progress_prints_a_line_a_second_elsewhere() -> None:
+    assert show_progress(io.StringIO()) == "3/4, 2/s\n"
+
+
+@pytest.mark.parametrize(("data", "shown"), [
+    (b"a\r\n\tb", "a\n\tb"), ("你好".encode(), "你好"), (b"\xff\x00\x1b[1m\x7f", "\\xff\\x00\\x1b[1m\\x7f"),
+    ("\x9b1m".encode(), "\\x9b1m"), (b"a\rb", "a\\x0db"), (b"x" * 4001, "x" * 4000 + "… (1 more)")], ids=repr)
+def test_readable(data: bytes, shown: str) -> None:
+    assert readable(data) == shown
+
+
+def test_push_prints_on_a_screen_without_the_characters(kf: Receiver, monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", screen)
+    assert push(url_of(kf), "--text", "你") == 0
+    assert "<![CDATA[\\u4f60]]>" in screen.buffer.getvalue().decode("ascii")  # type: ignore[attr-defined]
+
+
+def test_build_push_parser_has_help_that_fits_a_screen() -> None:
+    lines = build_push_parser().format_help().splitlines()
+    assert len(lines) <= 40
+    assert max(map(len, lines)) <= 80
+
+
+# ---- Other transports
+
+
+@pytest.mark.skipif(not hasattr(socket, "AF_UNIX"), reason="no Unix sockets on this system")
+def test_push_by_a_unix_socket(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "kf.sock"
+    with receiver(unix=str(path), path="/kf") as running:
+        assert push(f"unix:{path}:/kf", "--count", 20) == 0
+        assert push(f"unix:{path}") == 1
+        assert len(running.requests) == 20 + 4
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A file with a key, and a certificate that it has signed itself, for this machine's own address."""
+    if not shutil.which("openssl"):
+        pytest.skip("no openssl on this machine")
+    path = tmp_path_factory.mktemp("tls") / "server.pem"
+    subprocess.run(["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes",
+                    "-days", "2", "-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1",
+                    "-keyout", str(path), "-out", str(path) + ".crt"],
+                   check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=PATIENCE)
+    with path.open("a") as file:
+        file.write(pathlib.Path(str(path) + ".crt").read_text())
+    return str(path)
+
+
+def test_push_by_tls_checks_the_certificate(
+        certificate: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    patience = Patience(pause_seconds=0.01)  # a handshake takes its time
+    with receiver(tls_cert=certificate) as running:
+        url = url_of(running).replace("http", "https")
+        assert push(url, patience=patience) == 1
+        assert running.requests == []
+        assert push(url, "--insecure", "--count", 50, "--connections", 2, patience=patience) == 0
+        monkeypatch.setenv("SSL_CERT_FILE", certificate)
+        assert push(url, patience=patience) == 0
+        assert push(url.replace("127.0.0.1", "localhost"), patience=patience) == 1
+    assert "(--insecure takes any)" in capsys.readouterr().out
+
+
+def test_push_by_tls_to_who_speaks_none(kf: Receiver, capsys: pytest.CaptureFixture[str]) -> None:
+    assert push(url_of(kf).replace("http", "https")) == 1
+    assert "not answered: TLS failed: " in capsys.readouterr().out
+
+
+def test_push_as_a_program(kf: Receiver) -> None:
+    command = [sys.executable, str(ROOT / "kfserver.py"), "push", url_of(kf)]
+    done = subprocess.run([*command, "--text", "from a program"], capture_output=True, text=True, timeout=PATIENCE)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "\n< 200 success\nanswered, after " in done.stdout
+    assert [message.content for message in messages_of(kf)] == ["from a program"]
