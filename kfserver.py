@@ -1203,8 +1203,8 @@ def _show_pattern(pattern: Union[str, Pattern[str]]) -> str:
 
 
 # ---- 8 Endpoint -----------------------------------------------------------------------------------------------------
-# Law: one request in, one response out, and every decision that the outside can see, on the screen of `handle`. Knows
-# no socket and no thread; the world around it is handed in as `Surroundings`.
+# Law: one request in, one response out, and every decision that the outside can see on one screen, `Endpoint._decide`.
+# Knows no socket and no thread; the world around it is handed in as `Surroundings`.
 
 # Bytes of a form-encoded handshake: four short values. A longer body is no handshake.
 MAX_HANDSHAKE = 4096
@@ -1301,6 +1301,7 @@ class _Decision(NamedTuple):
     response: Response
     message: Optional[Message]
     confirm: Optional[Confirm]
+    too_soon: bool
     started: float
 
 
@@ -1319,14 +1320,16 @@ class Endpoint:
 
     def handle_all(self, requests: Sequence[Request]) -> List[Response]:
         """The answers to requests that came together: all are decided first, so that what must be written to be safe is
-        written at once."""
+        written at once. What repeats another of them is decided again when that one is safe."""
         decisions = [self._decide(request) for request in requests]
-        return [self._conclude(decision) for decision in decisions]
+        responses = [None if decision.too_soon else self._conclude(decision) for decision in decisions]
+        return [response or self._conclude(self._decide(request)) for request, response in zip(requests, responses)]
 
     def _decide(self, request: Request) -> _Decision:
         """The README's answers table, in its order: every decision that the outside can see."""
         started = self._timer()
         message = confirm = None
+        too_soon = False
         try:
             self._admit(request)                                        # 404, 405, 413
             query = _parse_form(request.query)
@@ -1347,7 +1350,8 @@ class Endpoint:
                     response = REPEATED
         except PushError as error:
             response = self._refuse(error)
-        return _Decision(response, message, confirm, started)
+            too_soon = isinstance(error, BeingTaken)
+        return _Decision(response, message, confirm, too_soon, started)
 
     def _submit_claimed(self, message: Message, payload: bytes) -> Confirm:
         """Hand the message over; one that could not be handed over leaves no claim."""
@@ -1361,7 +1365,7 @@ class Endpoint:
 
     def _conclude(self, decision: _Decision) -> Response:
         """Answer ``success`` only when the message is safe."""
-        response, message, confirm, started = decision
+        response, message, confirm, _, started = decision
         if message and confirm:
             try:
                 self._confirm(message.key, confirm)

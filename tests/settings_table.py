@@ -5,7 +5,7 @@ from __future__ import annotations
 import pathlib
 import re
 import sys
-from typing import Any, List
+from typing import Any
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -21,13 +21,15 @@ HEAD = ["| argument | environment | default | what it is |", "|---|---|---|---|"
 def show(default: Any) -> str:
     """A default as an operator would write it; nothing for an empty text."""
     if isinstance(default, bool):
-        return f"`{str(default).lower()}`"
-    return f"`{default:g}`" if isinstance(default, float) else f"`{default}`" if default != "" else ""
+        default = str(default).lower()
+    elif isinstance(default, float):
+        default = f"{default:g}"
+    return f"`{default}`" if default != "" else ""
 
 
 def make_table() -> str:
     """The table, a line for each setting, in the order of `Settings`."""
-    rows: List[str] = [
+    rows = [
         f"| `--{name.replace('_', '-')}` | `KF_{name.upper()}` | {show(field.default)} | {field.metadata['help']} |"
         for name, field in SETTING_FIELDS.items()]
     return "\n".join([*HEAD, *rows, ""])

@@ -109,14 +109,14 @@ class Server:
         self._watchdog = threading.Timer(PATIENCE, self.process.kill)
         self._watchdog.start()
         self.first = ""
-        while "no --app-key is set" not in self.first:
-            self.first += self._read_line()
 
-    def _read_line(self) -> str:
+    def read_first(self) -> None:
+        """Read the lines up to that which is printed last."""
         assert self.process.stdout
-        line = self.process.stdout.readline().decode()
-        assert line, f"the server ended after {self.first!r}"
-        return line
+        while "no --app-key is set" not in self.first:
+            line = self.process.stdout.readline().decode()
+            assert line, f"the server ended after {self.first!r}"
+            self.first += line
 
     @property
     def port(self) -> str:
@@ -128,6 +128,7 @@ class Server:
         self.process.send_signal(signal.SIGTERM)
         self.process.communicate()
         self._watchdog.cancel()
+        self._watchdog.join()
         assert self.process.returncode == 0
 
 
@@ -136,6 +137,7 @@ def server(command: Sequence[str]) -> Iterator[Server]:
     """A `Server` for the length of a block."""
     running = Server(command)
     try:
+        running.read_first()
         yield running
     finally:
         running.close()
