@@ -1973,7 +1973,7 @@ class SharedClaims:
         self._local.release(key)
         if (self._ask(lambda: self._redis.get(_name(key)), b"") or b"").startswith(b"+"):
             return False
-        raise Busy("another instance is just taking the same message")
+        raise BeingTaken("another instance is just taking the same message")
 
     def __len__(self) -> int:
         return len(self._local)
