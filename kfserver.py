@@ -76,6 +76,7 @@ import selectors
 import signal
 import socket
 import ssl
+import stat
 import sys
 import threading
 import time
@@ -3087,6 +3088,8 @@ class Listener(ThreadingHTTPServer):
         self.tls = make_tls_context(settings) if settings.tls_cert else None
         self.threaded = self.tls is not None  # whether a connection has a thread of its own
         self._unix = settings.unix
+        self._owns_file = False
+        self.server_port = 0
         if self._unix:
             self.address_family = UNIX_FAMILY
         elif ":" in settings.host:
@@ -3097,17 +3100,21 @@ class Listener(ThreadingHTTPServer):
     def server_bind(self) -> None:
         """Bind without asking the name service for our own name, which can take seconds."""
         if self._unix:
-            _remove_stale_socket(self._unix)
+            self._bind_unix()
+            return
         TCPServer.server_bind(self)
-        if self._unix:
-            os.chmod(self._unix, 0o666)  # the proxy runs as another user
-        else:
-            self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
+        self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
+
+    def _bind_unix(self) -> None:
+        _remove_stale_socket(self._unix)
+        TCPServer.server_bind(self)
+        self._owns_file = True
+        os.chmod(self._unix, 0o666)  # the proxy runs as another user
 
     def server_close(self) -> None:
-        """Stop listening; a Unix socket's file goes too."""
+        """Stop listening; a Unix socket's file goes too, if it is ours."""
         super().server_close()
-        if self._unix:
+        if self._owns_file:
             with contextlib.suppress(OSError):
                 os.unlink(self._unix)
 
@@ -3363,15 +3370,18 @@ def make_tls_context(settings: Settings) -> ssl.SSLContext:
     try:
         context.load_cert_chain(settings.tls_cert, settings.tls_key or None)
     except OSError as error:
-        raise SettingsError(f"cannot use the certificate {settings.tls_cert}: {error.strerror or error}; "
+        files = " and ".join(filter(None, (settings.tls_cert, settings.tls_key)))
+        raise SettingsError(f"cannot use the certificate {files}: {error.strerror or error}; "
                             "--tls-cert and --tls-key name files in the PEM format that belong together") from error
     return context
 
 
 def _remove_stale_socket(path: str) -> None:
     """Remove the file of a Unix socket that a dead server left. OSError if a live one listens, or it is no socket."""
-    if not os.path.exists(path):
+    if not os.path.lexists(path):
         return
+    if not stat.S_ISSOCK(os.lstat(path).st_mode):
+        raise OSError(errno.EEXIST, "there is a file that is no socket")
     with contextlib.closing(socket.socket(UNIX_FAMILY)) as probe:
         try:
             probe.connect(path)

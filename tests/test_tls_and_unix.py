@@ -1,0 +1,569 @@
+"""TLS and Unix sockets: the same server behind two other kinds of listeners.
+
+The certificate is made by the openssl program, once, and is verified by every client here. Time limits are not waited
+for: a test that needs one to be over puts the connection's deadline into the past.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import logging
+import os
+import pathlib
+import shutil
+import socket
+import ssl
+import stat
+import subprocess
+import threading
+import warnings
+from typing import Any, Callable, Iterator, List, NamedTuple
+
+import pytest
+from support import PATIENCE, Client, Receiver, local, no_thread_left, post, push, receiver, wait_until
+
+import kfserver
+from kfserver import HandlerRegistry, KfServer, SettingsError
+
+GET = b"GET / HTTP/1.1\r\nHost: kf\r\n\r\n"
+needs_openssl = pytest.mark.skipif(not shutil.which("openssl"), reason="there is no openssl program")
+needs_unix = pytest.mark.skipif(not hasattr(socket, "AF_UNIX"), reason="this system has no Unix sockets")
+
+
+def openssl(folder: pathlib.Path, *arguments: str) -> None:
+    """Run the openssl program in a folder."""
+    subprocess.run(["openssl", *arguments], cwd=str(folder), check=True, stdin=subprocess.DEVNULL,
+                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=60)
+
+
+class Certificate(NamedTuple):
+    """The files of a certificate for localhost and of its key, and of another key that does not belong to it."""
+
+    chain: str
+    key: str
+    other_key: str
+    locked_key: str
+    both: str
+
+    def settings(self) -> Any:
+        """The settings that serve it."""
+        return {"tls_cert": self.chain, "tls_key": self.key}
+
+    def client_context(self) -> ssl.SSLContext:
+        """What a client trusts: this certificate, and no other."""
+        return ssl.create_default_context(cafile=self.chain)
+
+
+@pytest.fixture(scope="session")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Certificate:
+    """A certificate that signs itself."""
+    folder = tmp_path_factory.mktemp("certificate")
+    for key in ("key.pem", "other_key.pem"):
+        openssl(folder, "ecparam", "-name", "prime256v1", "-genkey", "-noout", "-out", key)
+    openssl(folder, "req", "-x509", "-new", "-key", "key.pem", "-out", "chain.pem", "-days", "2", "-sha256", "-subj",
+            "/CN=localhost", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1")
+    openssl(folder, "ec", "-in", "key.pem", "-aes256", "-passout", "pass:secret", "-out", "locked_key.pem")
+    both = folder / "both.pem"
+    both.write_text((folder / "key.pem").read_text() + (folder / "chain.pem").read_text())
+    return Certificate(*(str(folder / f"{name}.pem") for name in Certificate._fields))
+
+
+class TlsClient(Client):
+    """A client that speaks TLS and verifies the server."""
+
+    def __init__(self, port: int, context: ssl.SSLContext) -> None:
+        super().__init__(port)
+        try:
+            self.socket = context.wrap_socket(self.socket, server_hostname="localhost")
+        except OSError:
+            self.socket.close()
+            raise
+
+
+@pytest.fixture
+def kf(certificate: Certificate, monkeypatch: pytest.MonkeyPatch) -> Iterator[Receiver]:
+    """A server that speaks TLS, and in the end no thread of it."""
+    monkeypatch.setattr(kfserver, "KEEP_THREAD", 0.01)
+    with no_thread_left(), receiver(**certificate.settings()) as running:
+        yield running
+
+
+@pytest.fixture
+def connect(kf: Receiver, certificate: Certificate) -> Iterator[Callable[[], TlsClient]]:
+    """Makes clients of that server."""
+    with contextlib.ExitStack() as clients:
+        yield lambda: clients.enter_context(TlsClient(kf.server.server_port, certificate.client_context()))
+
+
+Connect = Callable[[], TlsClient]
+
+
+def let_time_run_out(kf: Receiver) -> None:
+    """As if every limit of time was over."""
+    for connection in kf.server.connections._snapshot():
+        connection.deadline = 0.0
+    kf.server._next_reap = 0.0
+
+
+def assert_no_errors(caplog: pytest.LogCaptureFixture) -> None:
+    """Nothing was logged as an error, and no traceback."""
+    assert [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR or record.exc_info] == []
+
+
+# ---- TLS: pushes
+
+
+@needs_openssl
+def test_kf_server_serves_https(certificate: Certificate) -> None:
+    with KfServer(HandlerRegistry(), local(**certificate.settings())) as server:
+        assert server.url == f"https://127.0.0.1:{server.port}/"
+        connection = http.client.HTTPSConnection("127.0.0.1", server.port, timeout=PATIENCE,
+                                                 context=certificate.client_context())
+        with contextlib.closing(connection):
+            connection.request("POST", "/", push())
+            answer = connection.getresponse()
+            assert (answer.status, answer.read()) == (200, b"success")
+
+
+@needs_openssl
+def test_kf_server_finds_the_key_in_the_certificates_file(certificate: Certificate) -> None:
+    with KfServer(HandlerRegistry(), local(tls_cert=certificate.both)) as server:
+        with TlsClient(server.port, certificate.client_context()) as client:
+            assert client.ask(post(push())).body == b"success"
+
+
+@needs_openssl
+@pytest.mark.parametrize("version", ["TLSv1_2", "TLSv1_3"])
+def test_kf_server_speaks_tls(kf: Receiver, certificate: Certificate, version: str) -> None:
+    context = certificate.client_context()
+    context.minimum_version = context.maximum_version = ssl.TLSVersion[version]
+    with TlsClient(kf.server.server_port, context) as client:
+        assert client.socket.version() == version.replace("_", ".")  # type: ignore[attr-defined]
+        assert client.ask(post(push())).body == b"success"
+
+
+@needs_openssl
+@pytest.mark.parametrize("version", ["TLSv1", "TLSv1_1"])
+def test_kf_server_refuses_old_tls(
+        kf: Receiver, connect: Connect, certificate: Certificate, version: str, caplog: pytest.LogCaptureFixture) -> None:
+    context = certificate.client_context()
+    context.set_ciphers("ALL:@SECLEVEL=0")  # or a client of today would not even offer what is old
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        context.minimum_version = context.maximum_version = ssl.TLSVersion[version]
+    with pytest.raises(ssl.SSLError, match="(?i)alert.protocol.version"):
+        TlsClient(kf.server.server_port, context)
+    assert connect().ask(post(push())).body == b"success"
+    assert_no_errors(caplog)
+
+
+@needs_openssl
+@pytest.mark.parametrize("request_bytes", [
+    pytest.param(post(push()), id="HTTP"),
+    pytest.param(post(push()) * 1000, id="much HTTP"),
+    pytest.param(b"\r\n", id="an empty line"),
+    pytest.param(b"\x16\x03\x01\xff\xff" + b"\xff" * 100, id="nearly TLS"),
+    pytest.param(b"\0" * 100, id="NULs"),
+])
+def test_kf_server_hangs_up_who_does_not_speak_tls(
+        kf: Receiver, connect: Connect, request_bytes: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    client = kf.connect()
+    client.send(request_bytes)
+    client.socket.shutdown(socket.SHUT_WR)
+    wait_until(client.has_ended)
+    assert kf.requests == []
+    assert connect().ask(post(push())).body == b"success"
+    assert_no_errors(caplog)
+
+
+# ---- TLS: connections
+
+
+@needs_openssl
+def test_channel_keeps_a_connection(connect: Connect) -> None:
+    client = connect()
+    assert [client.ask(post(push(number=number))).body for number in range(5)] == [b"success"] * 5
+
+
+@needs_openssl
+def test_channel_answers_requests_that_come_at_once_in_order(kf: Receiver, connect: Connect) -> None:
+    client = connect()
+    client.send(post(push()) + GET + post(b"?") + post(push()))
+    assert [client.read_answer().status for _ in range(4)] == [200, 200, 400, 200]
+    assert len(kf.requests) == 4
+
+
+@needs_openssl
+def test_channel_closes_the_connection_when_it_is_asked_to(connect: Connect) -> None:
+    client = connect()
+    assert client.ask(post(push(), "Connection: close")).headers["connection"] == "close"
+    assert client.at_end()
+
+
+@needs_openssl
+def test_channel_reads_a_body_of_many_records(kf: Receiver, connect: Connect) -> None:
+    body = bytes(range(256)) * 4000
+    connect().ask(post(body))
+    assert kf.requests[0].body == body
+
+
+@needs_openssl
+def test_channel_reads_a_request_of_tiny_records(kf: Receiver, connect: Connect) -> None:
+    client, request_bytes = connect(), post(push())
+    for place in range(len(request_bytes)):
+        client.send(request_bytes[place:place + 1])
+    assert client.read_answer().body == b"success"
+
+
+@needs_openssl
+def test_channel_tells_a_client_to_continue(connect: Connect) -> None:
+    client, request_bytes = connect(), post(push(), "Expect: 100-continue")
+    head, blank, body = request_bytes.partition(b"\r\n\r\n")
+    assert client.ask(head + blank).status == 100
+    assert client.ask(body).body == b"success"
+
+
+@needs_openssl
+def test_channel_answers_what_it_refuses_and_reads_nothing_behind_it(kf: Receiver, connect: Connect) -> None:
+    client = connect()
+    client.send(b"POST / HTTP/1.1\r\nNo-Host: kf\r\n\r\n" + post(push()) * 3)
+    answer = client.read_answer()
+    assert (answer.status, answer.headers["connection"]) == (400, "close")
+    assert client.at_end()
+    assert kf.requests == []
+
+
+# ---- TLS: who holds a connection
+
+def silent(kf: Receiver, connect: Connect) -> Client:
+    """A client that says nothing."""
+    return kf.connect()
+
+
+def half_a_hello(kf: Receiver, connect: Connect) -> Client:
+    """A client that begins a handshake."""
+    client = kf.connect()
+    client.send(b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03")
+    return client
+
+
+def only_a_handshake(kf: Receiver, connect: Connect) -> Client:
+    """A client that has nothing to say after the handshake."""
+    return connect()
+
+
+def half_a_head(kf: Receiver, connect: Connect) -> Client:
+    """A client that stops in the head of a request."""
+    client = connect()
+    client.send(b"POST / HT")
+    return client
+
+
+def half_a_body(kf: Receiver, connect: Connect) -> Client:
+    """A client that stops in the body of a request."""
+    client = connect()
+    client.send(post(push())[:-5])
+    return client
+
+
+def kept(kf: Receiver, connect: Connect) -> Client:
+    """A client between two requests."""
+    client = connect()
+    client.ask(GET)
+    return client
+
+
+HOLDERS = pytest.mark.parametrize(
+    "hold", [silent, half_a_hello, only_a_handshake, half_a_head, half_a_body, kept], ids=lambda hold: hold.__name__)
+Hold = Callable[[Receiver, Connect], Client]
+
+
+@needs_openssl
+@HOLDERS
+def test_push_server_lets_nobody_block_others_and_sends_him_away_in_time(
+        kf: Receiver, connect: Connect, hold: Hold, caplog: pytest.LogCaptureFixture) -> None:
+    holders: List[Client] = [hold(kf, connect) for _ in range(3)]
+    wait_until(lambda: len(kf.server.connections) == 3)
+    assert connect().ask(post(push(), "Connection: close")).body == b"success"
+    wait_until(lambda: len(kf.server.connections) == 3)
+    let_time_run_out(kf)
+    wait_until(lambda: len(kf.server.connections) == 0)
+    for holder in holders:
+        assert holder.at_end()
+    assert_no_errors(caplog)
+
+
+@needs_openssl
+@HOLDERS
+def test_push_server_makes_room_for_a_new_client(certificate: Certificate, hold: Hold) -> None:
+    with receiver(max_connections=2, **certificate.settings()) as kf, contextlib.ExitStack() as clients:
+        def connect() -> TlsClient:
+            return clients.enter_context(TlsClient(kf.server.server_port, certificate.client_context()))
+        holders = [hold(kf, connect) for _ in range(2)]
+        wait_until(lambda: len(kf.server.connections) == 2)
+        assert connect().ask(post(push())).body == b"success"
+        assert holders[0].at_end()
+        assert len(kf.server.connections) <= 2
+
+
+@needs_openssl
+@HOLDERS
+@pytest.mark.parametrize("leave", [lambda client: client.socket.close(), lambda client: client.reset()],
+                         ids=["closed", "reset"])
+def test_push_server_keeps_no_place_and_no_thread_for_a_client_that_vanishes(
+        kf: Receiver, connect: Connect, hold: Hold, leave: Callable[[Client], None],
+        caplog: pytest.LogCaptureFixture) -> None:
+    # That no thread is left is seen to at the end of the fixture.
+    clients = [hold(kf, connect) for _ in range(3)]
+    wait_until(lambda: len(kf.server.connections) == 3)
+    for client in clients:
+        leave(client)
+    wait_until(lambda: len(kf.server.connections) == 0)
+    assert_no_errors(caplog)
+
+
+@needs_openssl
+def test_push_server_stops_with_clients_in_every_state(certificate: Certificate, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kfserver, "KEEP_THREAD", 0.01)
+    with no_thread_left(), receiver(**certificate.settings()) as kf, contextlib.ExitStack() as clients:
+        def connect() -> TlsClient:
+            return clients.enter_context(TlsClient(kf.server.server_port, certificate.client_context()))
+        holders = [hold(kf, connect) for hold in (silent, half_a_hello, only_a_handshake, half_a_head, half_a_body, kept)]
+        wait_until(lambda: len(kf.server.connections) == len(holders))
+        kf.server.close(0.0)
+        assert all(holder.at_end() for holder in holders)
+        wait_until(lambda: len(kf.server.connections) == 0)
+
+
+@needs_openssl
+def test_push_server_close_finishes_the_request_in_flight(kf: Receiver, connect: Connect) -> None:
+    busy, request_bytes = connect(), post(push())
+    busy.send(request_bytes[:-5])
+    channel = next(iter(kf.server.connections._snapshot()))
+    wait_until(lambda: channel.phase == kfserver.BODY)
+    closing = threading.Thread(target=kf.server.close, args=(PATIENCE,), daemon=True)
+    closing.start()
+    wait_until(lambda: kf.server.closing)
+    answer = busy.ask(request_bytes[-5:])
+    assert (answer.body, answer.headers["connection"]) == (b"success", "close")
+    closing.join(PATIENCE)
+    assert not closing.is_alive()
+
+
+# ---- TLS: certificates that cannot be used
+
+
+@pytest.fixture(autouse=True)
+def _without_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No setting but what a test gives."""
+    for name in [name for name in os.environ if name.startswith("KF_")]:
+        monkeypatch.delenv(name)
+
+
+def empty(folder: pathlib.Path, certificate: Certificate) -> str:
+    """A file without a word."""
+    path = folder / "empty.pem"
+    path.write_text("")
+    return str(path)
+
+
+def cut(folder: pathlib.Path, certificate: Certificate) -> str:
+    """Half a certificate."""
+    path, text = folder / "cut.pem", pathlib.Path(certificate.chain).read_text()
+    path.write_text(text[:len(text) // 2])
+    return str(path)
+
+
+def missing(folder: pathlib.Path, certificate: Certificate) -> str:
+    """No file."""
+    return str(folder / "missing.pem")
+
+
+def a_folder(folder: pathlib.Path, certificate: Certificate) -> str:
+    """A folder."""
+    return str(folder)
+
+
+def chain(folder: pathlib.Path, certificate: Certificate) -> str:
+    """A good certificate."""
+    return certificate.chain
+
+
+def other_key(folder: pathlib.Path, certificate: Certificate) -> str:
+    """A good key of no certificate."""
+    return certificate.other_key
+
+
+Make = Callable[[pathlib.Path, Certificate], str]
+
+
+@needs_openssl
+@pytest.mark.parametrize("arguments", [["--check"], ["--port", "0", "--host", "127.0.0.1"]], ids=["check", "serve"])
+@pytest.mark.parametrize(("certificate_file", "key_file"), [
+    (missing, chain), (empty, chain), (cut, chain), (a_folder, chain), (other_key, other_key), (chain, missing),
+    (chain, empty), (chain, a_folder), (chain, chain), (chain, other_key), (chain, None),
+], ids=lambda make: "none" if make is None else make.__name__)
+def test_main_says_in_one_line_that_a_certificate_cannot_be_used(
+        certificate_file: Make, key_file: Any, arguments: List[str], certificate: Certificate, tmp_path: pathlib.Path,
+        capsys: pytest.CaptureFixture[str]) -> None:
+    chosen = ["--tls-cert", certificate_file(tmp_path, certificate)]
+    chosen += ["--tls-key", key_file(tmp_path, certificate)] if key_file else []
+    assert kfserver.main([*arguments, *chosen]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("kfserver: cannot use the certificate ")
+    assert chosen[1] in told
+    assert told.count("\n") == 1
+
+
+@needs_openssl
+def test_main_names_the_key_file_when_that_is_what_is_missing(
+        certificate: Certificate, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    key = str(tmp_path / "missing.pem")
+    assert kfserver.main(["--check", "--tls-cert", certificate.chain, "--tls-key", key]) == 2
+    assert key in capsys.readouterr().err
+
+
+def test_main_refuses_a_key_without_a_certificate(capsys: pytest.CaptureFixture[str]) -> None:
+    assert kfserver.main(["--check", "--tls-key", "key.pem"]) == 2
+    assert capsys.readouterr().err.startswith("kfserver: --tls-key (KF_TLS_KEY) needs --tls-cert")
+
+
+# ---- Unix sockets
+
+
+class UnixClient(Client):
+    """A client of a Unix socket."""
+
+    def __init__(self, path: str) -> None:
+        self.socket = socket.socket(socket.AF_UNIX)
+        self.socket.settimeout(PATIENCE)
+        self._received = b""
+        try:
+            self.socket.connect(path)
+        except OSError:
+            self.socket.close()
+            raise
+
+
+@pytest.fixture
+def path(tmp_path: pathlib.Path) -> str:
+    """A path that is free."""
+    return str(tmp_path / "kf.sock")
+
+
+def serve(path: str, **settings: Any) -> KfServer:
+    """A server on a Unix socket."""
+    return KfServer(HandlerRegistry(), local(unix=path, **settings))
+
+
+def is_answered(path: str) -> bool:
+    """Whether a push to the socket is answered as it should be."""
+    with UnixClient(path) as client:
+        return client.ask(post(push())).body == b"success"
+
+
+def is_socket(path: str) -> bool:
+    """Whether there is a socket at the path."""
+    return os.path.exists(path) and stat.S_ISSOCK(os.stat(path).st_mode)
+
+
+@needs_unix
+def test_kf_server_serves_a_unix_socket_and_removes_it(path: str) -> None:
+    with serve(path) as server:
+        assert server.url == f"unix:{path}"
+        assert is_answered(path)
+        assert is_socket(path)
+    assert not os.path.exists(path)
+
+
+@needs_unix
+def test_kf_server_has_no_port_on_a_unix_socket(path: str) -> None:
+    with serve(path) as server:
+        assert server.port == 0
+
+
+@needs_unix
+def test_kf_server_lets_a_proxy_of_another_user_in(path: str) -> None:
+    with serve(path):
+        assert stat.S_IMODE(os.stat(path).st_mode) == 0o666
+
+
+@needs_unix
+def test_kf_server_keeps_connections_of_a_unix_socket(path: str) -> None:
+    with serve(path), UnixClient(path) as client:
+        client.send(post(push(number=1)) + post(push(number=2)))
+        assert [client.read_answer().body for _ in range(2)] == [b"success"] * 2
+        assert client.ask(GET).status == 200
+
+
+@needs_unix
+@needs_openssl
+def test_kf_server_speaks_tls_on_a_unix_socket(path: str, certificate: Certificate) -> None:
+    with serve(path, **certificate.settings()), UnixClient(path) as client:
+        client.socket = certificate.client_context().wrap_socket(client.socket, server_hostname="localhost")
+        assert client.ask(post(push())).body == b"success"
+
+
+@needs_unix
+def test_kf_server_replaces_the_socket_of_a_dead_server(path: str) -> None:
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(path)
+    with serve(path):
+        assert is_answered(path)
+
+
+@needs_unix
+def test_kf_server_leaves_the_socket_of_a_living_server_alone(path: str) -> None:
+    with serve(path):
+        with pytest.raises(SettingsError, match=f"cannot listen on {path}: .*--unix"):
+            serve(path).start()
+        assert is_answered(path)
+
+
+def a_regular_file(path: str) -> None:
+    """A file that someone needs."""
+    pathlib.Path(path).write_text("precious")
+
+
+def an_empty_file(path: str) -> None:
+    """A file that was made for a reason."""
+    pathlib.Path(path).write_text("")
+
+
+def a_directory(path: str) -> None:
+    """A folder."""
+    os.mkdir(path)
+
+
+def a_link_to_a_file(path: str) -> None:
+    """Another name of a file that someone needs."""
+    pathlib.Path(path + ".txt").write_text("precious")
+    os.symlink(path + ".txt", path)
+
+
+def a_link_to_nothing(path: str) -> None:
+    """A name of what is not there, yet."""
+    os.symlink(path + ".txt", path)
+
+
+@needs_unix
+@pytest.mark.parametrize("make", [a_regular_file, an_empty_file, a_directory, a_link_to_a_file, a_link_to_nothing],
+                         ids=lambda make: make.__name__)
+def test_kf_server_leaves_alone_what_is_no_socket(make: Callable[[str], None], path: str) -> None:
+    make(path)
+    before = os.lstat(path)
+    with pytest.raises(SettingsError, match=f"cannot listen on {path}: .*--unix"):
+        serve(path).start()
+    after = os.lstat(path)
+    assert (after.st_ino, after.st_mode, after.st_size) == (before.st_ino, before.st_mode, before.st_size)
+
+
+@needs_unix
+@pytest.mark.parametrize("name", ["missing/kf.sock", "a" * 200], ids=["no such folder", "too long"])
+def test_main_says_in_one_line_that_it_cannot_listen_on_a_path(
+        name: str, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert kfserver.main(["--unix", str(tmp_path / name)]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith(f"kfserver: cannot listen on {tmp_path / name}: ")
+    assert told.count("\n") == 1
