@@ -3,6 +3,8 @@
 PYTHON ?= python3
 TAG := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 VENV := .venv/$(TAG)
+# Warns on every import on older interpreters; there our own cipher is the one that is tested.
+CRYPTOGRAPHY := 'cryptography; python_version >= "3.9"'
 PYTEST_OPTIONS := -q -W error -p no:cacheprovider
 # The newest releases that still understand Python 3.7, the oldest interpreter that kfserver runs on.
 MYPY := mypy==1.4.1
@@ -26,7 +28,7 @@ demo: ## Start a server, push a signed packet, show the answer and the handler's
 
 $(VENV)/installed:
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check pytest redis
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check pytest redis $(CRYPTOGRAPHY)
 	touch $@
 
 test: $(VENV)/installed ## Run the tests on $(PYTHON), warnings as errors

@@ -2886,6 +2886,16 @@ class Channel(BaseHTTPRequestHandler):
                 self.receive()
                 while self.handed_in:
                     self.answer(self.server.endpoint.handle(self.handed_in))
+        self._say_goodbye()
+
+    def _say_goodbye(self) -> None:
+        """Send what ends a TLS session (RFC 8446, section 6.1): without it the client must suspect an attacker."""
+        if isinstance(self.connection, ssl.SSLSocket):
+            with contextlib.suppress(OSError, ValueError):
+                self.connection.setblocking(False)  # the client's own goodbye is not waited for
+                self.connection.unwrap()
+            with contextlib.suppress(OSError):
+                self.connection.setblocking(True)
 
     def ready(self, events: int) -> None:
         """The client has sent something, or takes something again."""
@@ -2946,6 +2956,7 @@ class Channel(BaseHTTPRequestHandler):
         connection, and with it the answer under way (RFC 9112, section 9.6)."""
         self._lingering = True
         self.deadline = time.monotonic() + LINGER_SECONDS
+        self._say_goodbye()
         with contextlib.suppress(OSError):
             socket.socket.shutdown(self.connection, socket.SHUT_WR)
 
