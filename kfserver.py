@@ -288,7 +288,7 @@ class Settings:
             raise SettingsError(f"{setting_names('third_party')} needs --access-token, that of the authorised app")
         if self.tls_key and not self.tls_cert:
             raise SettingsError(f"{setting_names('tls_key')} needs --tls-cert, the certificate that it belongs to")
-        if self.admin and not re.fullmatch(r"(\S*):\d{1,5}", self.admin):
+        if self.admin and not (re.fullmatch(r"\S*:\d{1,5}", self.admin) and int(self.admin.rpartition(":")[2]) < 65536):
             raise SettingsError(f"{setting_names('admin')} takes an address and a port, as 127.0.0.1:9090")
         if self.aes_key and not re.fullmatch("[A-Za-z0-9+/]{43}", self.aes_key):
             raise SettingsError(f"{setting_names('aes_key')} takes the 43 characters that the console shows")
@@ -1441,7 +1441,7 @@ def _find_handshake(query: Dict[str, str], body: bytes) -> Optional[Dict[str, st
         return query
     if len(body) > MAX_HANDSHAKE or b"echo" not in body or body.lstrip()[:1] in (b"<", b"{", b"\xef"):
         return None
-    form = _parse_form(body.decode("latin-1").strip())
+    form = _parse_form(body.decode("latin-1").strip(BLANKS))
     return None if form.keys().isdisjoint(_ECHO_NAMES) else {**query, **form}
 
 
@@ -1533,7 +1533,7 @@ class Metrics:
                        for event, text in EVENTS.items()]
         for sample in (*counted, *samples):
             lines += [f"# HELP {sample.name} {sample.text}", f"# TYPE {sample.name} {sample.kind}",
-                      f"{sample.name} {sample.value:g}"]
+                      f"{sample.name} {sample.value if sample.value % 1 else int(sample.value)}"]
         return "\n".join(lines) + "\n"
 
 
@@ -2745,7 +2745,12 @@ class Wire:
         """The body of the next request that is complete, or None until more is fed. Raises `PushError`, at the end."""
         return next(self._bodies)
 
-    def _read_bodies(self) -> Iterator[Optional[bytes]]:
+    def close(self) -> None:
+        """Cut no more; without this, memory would be held until the garbage collector comes by."""
+        self._bodies.close()
+        self._understand = _understand_nothing
+
+    def _read_bodies(self) -> Generator[Optional[bytes], None, None]:
         while True:
             head = yield from self._read_head()
             framing = self._understand(head)
@@ -2824,6 +2829,10 @@ class Wire:
             if not _FIELDS.fullmatch(line + b"\r\n"):
                 raise MalformedPush("malformed trailer")
         raise HeadTooLarge(f"more than {MAX_HEADERS} trailers")
+
+
+def _understand_nothing(head: bytes) -> Framing:
+    raise MalformedPush("the connection is over")
 
 
 def _chunk_size(line: bytes) -> int:
@@ -2973,6 +2982,9 @@ class Channel(BaseHTTPRequestHandler):
         """Understand what was received."""
         raise NotImplementedError
 
+    def end(self) -> None:
+        """The connection is over."""
+
     def answer(self, response: Response) -> None:
         """Answer the request that was handed in."""
         raise NotImplementedError
@@ -2999,6 +3011,10 @@ class PushHandler(Channel):
         """Serve the request that is complete with ``data``, if any."""
         self._wire.feed(data)
         self.handle_one_request()
+
+    def end(self) -> None:
+        """The connection is over."""
+        self._wire.close()
 
     def handle_one_request(self) -> None:
         """Serve the next request if all of it is here."""
@@ -3364,6 +3380,7 @@ class PushServer(Listener):
             return
         if handler.watched:
             self.watcher.forget(handler.connection)
+        handler.end()
         self.connections.leave(handler)
         self.shutdown_request(handler.connection)
 
@@ -3379,11 +3396,12 @@ def make_tls_context(settings: Settings) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     try:
-        context.load_cert_chain(settings.tls_cert, settings.tls_key or None)
+        # An empty pass phrase, or the terminal would be asked for one.
+        context.load_cert_chain(settings.tls_cert, settings.tls_key or None, password="")
     except OSError as error:
         files = " and ".join(filter(None, (settings.tls_cert, settings.tls_key)))
-        raise SettingsError(f"cannot use the certificate {files}: {error.strerror or error}; "
-                            "--tls-cert and --tls-key name files in the PEM format that belong together") from error
+        raise SettingsError(f"cannot use the certificate {files}: {error.strerror or error}; --tls-cert and --tls-key "
+                            "name PEM files that belong together, the key without a pass phrase") from error
     return context
 
 
@@ -3436,7 +3454,7 @@ class Pipeline:
         self.registry = registry
         self.metrics = Metrics()
         self._settings = settings
-        self._draining = False
+        self.draining = False  # whether the end has begun, for monitors
         self.claims = make_claims(settings, alarm.later)
         self._api = SendApi(settings) if settings.app_key or settings.access_token else None
         self._dispatcher = Dispatcher(settings, Work(self._run, self._tried, self._settle), alarm.later)
@@ -3521,7 +3539,7 @@ class Pipeline:
 
     def trouble(self) -> str:
         """What keeps messages from being taken, in words; empty if nothing does."""
-        if self._draining:
+        if self.draining:
             return "draining"
         return "the journal cannot be written" if self._journal and not self._journal.healthy else ""
 
@@ -3538,7 +3556,7 @@ class Pipeline:
 
     def close(self) -> List[str]:
         """Take nothing more, and finish what waits within the settings' ``grace``; the keys of what was left undone."""
-        self._draining = True
+        self.draining = True
         undone = self._dispatcher.drain(self._settings.grace)
         if self._api:
             self._api.close()
@@ -3547,16 +3565,14 @@ class Pipeline:
         return undone
 
 
-def listen(settings: Settings, endpoint: Union[Endpoint, AdminEndpoint]) -> PushServer:
-    """A server that has begun to serve. Raises `SettingsError` when its address cannot be had."""
+def bind(settings: Settings, endpoint: Union[Endpoint, AdminEndpoint], options: str) -> PushServer:
+    """A server that listens and does not serve yet. Raises `SettingsError`, which names the ``options`` for another
+    address, when this one cannot be had."""
     try:
-        server = PushServer(settings, endpoint)
+        return PushServer(settings, endpoint)
     except OSError as error:
         where = settings.unix or f"{settings.host} port {settings.port}"
-        raise SettingsError(f"cannot listen on {where}: {error.strerror or error}; "
-                            "choose another --host, --port or --unix") from error
-    threading.Thread(target=server.serve_forever, name="kfserver-accept", daemon=True).start()
-    return server
+        raise SettingsError(f"cannot listen on {where}: {error.strerror or error}; choose another {options}") from error
 
 
 class KfServer:
@@ -3590,14 +3606,24 @@ class KfServer:
 
     def start(self) -> KfServer:
         """Listen, and serve from a thread of its own. Raises `SettingsError` when an address cannot be had."""
-        self._http = listen(self.settings, self.endpoint)
         if self.settings.admin:
-            host, _, port = self.settings.admin.rpartition(":")
-            address = {"host": host.strip("[]"), "port": int(port), "unix": "", "tls_cert": "", "tls_key": ""}
-            plain = dataclasses.replace(self.settings, **address)
-            self._admin = listen(plain, AdminEndpoint(self._render_metrics, self._pipeline.trouble))
+            self._admin = self._bind_admin()
+        try:
+            self._http = bind(self.settings, self.endpoint, "--host, --port or --unix")
+        except SettingsError:
+            if self._admin:
+                self._admin.server_close()
+            raise
+        for server in filter(None, (self._http, self._admin)):
+            threading.Thread(target=server.serve_forever, name="kfserver-accept", daemon=True).start()
         self._pipeline.begin()
         return self
+
+    def _bind_admin(self) -> PushServer:
+        host, _, port = self.settings.admin.rpartition(":")
+        address = {"host": host.strip("[]"), "port": int(port), "unix": "", "tls_cert": "", "tls_key": ""}
+        return bind(dataclasses.replace(self.settings, **address),
+                    AdminEndpoint(self._render_metrics, self._pipeline.trouble), "--admin")
 
     def _render_metrics(self) -> str:
         connections = len(self._http.connections) if self._http else 0
@@ -3624,6 +3650,7 @@ class KfServer:
 
     def stop(self) -> List[str]:
         """Stop listening, finish requests in flight and, within ``grace`` seconds, messages; the keys of the others."""
+        self._pipeline.draining = True
         if self._http:
             self._http.close(FINISH_SECONDS)
         undone = self._pipeline.close()
@@ -5203,13 +5230,13 @@ class JsonFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """The object, on one line."""
-        line = {"time": datetime.datetime.fromtimestamp(record.created, datetime.timezone.utc).isoformat(),
-                "level": record.levelname.lower(), "message": record.getMessage()}
-        if isinstance(record.args, dict):
-            line.update(record.args)
+        values = record.args if isinstance(record.args, dict) else {}
+        line = {str(name): value for name, value in values.items()}
+        line.update(time=datetime.datetime.fromtimestamp(record.created, datetime.timezone.utc).isoformat(),
+                    level=record.levelname.lower(), message=record.getMessage())
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)
-        return json.dumps(line)
+        return json.dumps(line, default=str)
 
 
 def _set_up_logging(settings: Settings) -> None:
