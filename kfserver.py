@@ -3260,6 +3260,7 @@ class ThreadPerConnection:
         self._end(handler)
 
     def _end(self, handler: Channel) -> None:
+        handler.end()
         self._server.connections.leave(handler)
         self._server.shutdown_request(handler.connection)
 

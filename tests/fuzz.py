@@ -1,9 +1,9 @@
-"""Mutated pushes through the endpoint, and mutated bytes at a server: no input may break the laws that are written here.
+"""Mutated pushes through the endpoint, and mutated bytes at a server: no input may break the laws that stand here.
 
     python3 tests/fuzz.py --cases 200000 --raw 5000 --seed 1
 
-The published packets are bent: bytes flipped, cut, repeated and spliced, fields with hostile values, queries with holes,
-envelopes sealed and signed with the right key over wrong contents. Each goes through `Endpoint.handle` under every
+The published packets are bent: bytes flipped, cut, repeated and spliced, fields with hostile values, queries with
+holes, envelopes sealed and signed with the right key over wrong contents. Each goes through `Endpoint.handle` under any
 kind of settings. An exception is a bug, whatever its type: refusals are answers. What each answer must be is worked out
 once more in `Judge`, by other means than kfserver's. Then bytes that are nearly HTTP go to one running server over
 connections that stop anywhere. Equal seeds make equal cases; the first that breaks a law is printed, whole.
@@ -97,12 +97,13 @@ class Dice(random.Random):
 
 
 BODY_TOKENS: List[bytes] = [
-    b"<![CDATA[", b"]]>", b"<!DOCTYPE a [<!ENTITY b 'c'>]>", b"&b;", b"&#29;", b"&#xD800;", b"&amp;", b"<?a b?>", b"<!--",
-    b"-->", b"<?xml version='1.0' encoding='gbk'?>", b" xmlns='a'", b" xml:lang='a'", b"<a>", b"</a>", b"<a/>", b"</xml>",
-    b"\xef\xbb\xbf", b"\x00", b"\x1d", b"\x85", b"\xa0", b"\xff", b"\xed\xa0\x80", b"\xf0\x9f\x98\x80",
-    b"\xef\xb7\x90", b"\xf3\xb0\x80\x80", b"{", b"}", b"[", b"]", b",", b":", b'"', b"\\", b'\\ud800', b"\\u0000",
-    b"\\ud83d\\ude00", b"NaN", b"-Infinity", b"1e999", b"9" * 70, b"null", b"true", b'"MsgId":1,', b"<MsgId>1</MsgId>",
-    b"Encrypt", b"<Encrypt>AAAA</Encrypt>", b'"Encrypt":"AAAA",', b"echoStr=1&", b"&echoStr=%ff", b"\r\n", b" "]
+    b"<![CDATA[", b"]]>", b"<!DOCTYPE a [<!ENTITY b 'c'>]>", b"&b;", b"&#29;", b"&#xD800;", b"&amp;", b"<?a b?>",
+    b"<!--", b"-->", b"<?xml version='1.0' encoding='gbk'?>", b" xmlns='a'", b" xml:lang='a'", b"<a>", b"</a>",
+    b"<a/>", b"</xml>", b"\xef\xbb\xbf", b"\x00", b"\x1d", b"\x85", b"\xa0", b"\xff", b"\xed\xa0\x80",
+    b"\xf0\x9f\x98\x80", b"\xef\xb7\x90", b"\xf3\xb0\x80\x80", b"{", b"}", b"[", b"]", b",", b":", b'"', b"\\",
+    b"\\ud800", b"\\u0000", b"\\ud83d\\ude00", b"NaN", b"-Infinity", b"1e999", b"9" * 70, b"null", b"true",
+    b'"MsgId":1,', b"<MsgId>1</MsgId>", b"Encrypt", b"<Encrypt>AAAA</Encrypt>", b'"Encrypt":"AAAA",', b"echoStr=1&",
+    b"&echoStr=%ff", b"\r\n", b" ", b"[" * 3000, b'{"a":' * 3000, b"<a>" * 3000]
 QUERY_TOKENS: List[bytes] = [
     b"&", b"=", b"%", b"+", b";", b"?", b"#", b"%00", b"%ff", b"%ED%A0%80", b"\xff", b"\xc3\xa9", b"signature=",
     b"&signature=0", b"&msg_signature=0", b"&timestamp=1", b"&nonce=", b"&echoStr=a%20b", b"&echostr=", b"%73ignature=",
@@ -111,7 +112,8 @@ HTTP_TOKENS: List[bytes] = [
     b"\r\n", b"\n", b"\r", b"\r\n\r\n", b" ", b"\t", b":", b"\0", b"\xff", b"HTTP/1.0", b"HTTP/2.0", b"Host: kf\r\n",
     b"Content-Length: 5\r\n", b"Content-Length: -1\r\n", b"Content-Length: 99999999999\r\n", b"Connection: close\r\n",
     b"Transfer-Encoding: chunked\r\n", b"Transfer-Encoding: gzip\r\n", b"Expect: 100-continue\r\n", b"0\r\n\r\n",
-    b"5\r\nhello\r\n", b"ffffffff\r\n", b"-1\r\n", b"A: b\r\n" * 120, b"a" * 20000, b"GET / HTTP/1.1\r\nHost: kf\r\n\r\n"]
+    b"5\r\nhello\r\n", b"ffffffff\r\n", b"-1\r\n", b"A: b\r\n" * 120, b"a" * 20000,
+    b"GET / HTTP/1.1\r\nHost: kf\r\n\r\n"]
 
 
 def _flip(dice: Dice, data: bytes, tokens: Sequence[bytes]) -> bytes:
@@ -156,7 +158,8 @@ def _recode(dice: Dice, data: bytes, tokens: Sequence[bytes]) -> bytes:
 
 Mutation = Callable[[Dice, bytes, Sequence[bytes]], bytes]
 # As often as they stand here: the coarse ones leave little that is worth a look.
-MUTATIONS: List[Mutation] = [_flip] * 4 + [_insert] * 8 + [_cut] * 3 + [_move] * 3 + [_splice, _truncate, _swell, _recode]
+COARSE: List[Mutation] = [_splice, _truncate, _swell, _recode]
+MUTATIONS: List[Mutation] = [_flip] * 4 + [_insert] * 8 + [_cut] * 3 + [_move] * 3 + COARSE
 
 
 def mutate(dice: Dice, data: bytes, tokens: Sequence[bytes]) -> bytes:
@@ -168,13 +171,13 @@ def mutate(dice: Dice, data: bytes, tokens: Sequence[bytes]) -> bytes:
 
 # ---- Bodies
 
-NESTED: Any = functools.reduce(lambda inner, _: {"a": inner}, range(MAX_DEPTH + 1), "b")
+NESTED: Any = json.loads('{"a":' * (MAX_DEPTH + 1) + '"b"' + "}" * (MAX_DEPTH + 1))
 HOSTILE: List[Any] = [
-    "", " ", "\x1d", "a\x00b", "]]>", "<Encrypt>x</Encrypt>", "&echoStr=1&", "\ud800", "\ufdd0", "0" * 70, "-1", "²", "٣",
-    "a/b", "x" * 500, "你好😀", "%s %d", "\n", "\u2028", " a \t", "\x85", "\xa0", None, True, False, 0, -1, 1.5, 10 ** 40,
-    float("nan"), [], {}, ["a"], ["a", {"b": [None]}], {"Encrypt": "x"}, NESTED]
-NAMES = ["ToUserName", "FromUserName", "CreateTime", "MsgType", "MsgId", "Event", "event", "Content", "PicUrl", "Encrypt",
-         "MsgSignature", "TimeStamp", "Nonce", "echoStr", "key", "reply", "", "a b", "xmlns", "é", "fields"]
+    "", " ", "\x1d", "a\x00b", "]]>", "<Encrypt>x</Encrypt>", "&echoStr=1&", "\ud800", "\ufdd0", "0" * 70, "-1", "²",
+    "٣", "a/b", "x" * 500, "你好😀", "%s %d", "\n", "\u2028", " a \t", "\x85", "\xa0", None, True, False, 0, -1, 1.5,
+    10 ** 40, float("nan"), [], {}, ["a"], ["a", {"b": [None]}], {"Encrypt": "x"}, NESTED]
+NAMES = ["ToUserName", "FromUserName", "CreateTime", "MsgType", "MsgId", "Event", "event", "Content", "PicUrl",
+         "Encrypt", "MsgSignature", "TimeStamp", "Nonce", "echoStr", "key", "reply", "", "a b", "xmlns", "é", "fields"]
 
 
 def draw_fields(dice: Dice) -> Dict[str, Any]:
@@ -223,17 +226,19 @@ def draw_body(dice: Dice) -> bytes:
 
 
 class Case(NamedTuple):
-    """A request, and what its sender has proven in safe mode: that it knows the key (``sealed``), and for which message
-    if that is certain."""
+    """A request, and what is known of it if its sender has the key: the timestamp under which it was sealed, the
+    message inside, and whether the envelope opens. None is for what nobody knows."""
 
     request: Request
-    sealed: bool = False
+    sealed_at: Optional[str] = None
     message: Optional[bytes] = None
+    opens: Optional[bool] = None
 
 
 def draw_timestamp(dice: Dice) -> str:
     """Now, mostly."""
-    return str(NOW if dice.often(0.85) else dice.choice([NOW - MAX_AGE, NOW + MAX_AGE + 1, 0, "", "now", "²", "1e9", "9" * 70]))
+    odd = [NOW - MAX_AGE, NOW + MAX_AGE + 1, 0, "", "now", "²", "1e9", "9" * 70]
+    return str(NOW if dice.often(0.85) else dice.choice(odd))
 
 
 def draw_nonce(dice: Dice) -> str:
@@ -251,6 +256,12 @@ def write_query(dice: Dice, values: Mapping[str, str]) -> str:
     return query
 
 
+def read_form(text: bytes) -> Dict[str, bytes]:
+    """Form-encoded values; of a name that stands twice, the last."""
+    pairs = [pair.replace(b"+", b" ").partition(b"=") for pair in text.split(b"&") if pair]
+    return {unquote_to_bytes(name).decode("utf-8", "replace"): unquote_to_bytes(value) for name, _, value in pairs}
+
+
 def signed_values(dice: Dice) -> Dict[str, str]:
     """What signs a plain push."""
     timestamp, nonce = draw_timestamp(dice), draw_nonce(dice)
@@ -263,12 +274,16 @@ def draw_plain(dice: Dice) -> Case:
     return Case(Request("POST", "/kf", query, draw_body(dice)))
 
 
+ECHOES = ["4375120948345356249", "", " a b ", "é你", "\r\nX: y", "\x00"]
+
+
 def draw_handshake(dice: Dice) -> Case:
     """A handshake, its values in the query, in the body or in both."""
-    echo = {dice.choice(["echoStr", "echostr"]): dice.choice(["4375120948345356249", "", " a b ", "é你", "\r\nX: y", "\x00"])}
+    echo = {dice.choice(["echoStr", "echostr"]): dice.choice(ECHOES)}
     proof = signed_values(dice)
     if dice.often(0.4):
-        return Case(Request("POST", "/kf", write_query(dice, {**proof, **echo}), draw_body(dice) if dice.often(0.1) else b""))
+        body = draw_body(dice) if dice.often(0.1) else b""
+        return Case(Request("POST", "/kf", write_query(dice, {**proof, **echo}), body))
     form = write_query(dice, {**proof, **echo}).encode("latin-1")
     if dice.often(0.2):
         form += b"&echoStr=" + dice.octets(4)
@@ -276,28 +291,30 @@ def draw_handshake(dice: Dice) -> Case:
 
 
 class Seal(NamedTuple):
-    """What goes into Encrypt, and the message that comes out of it again, if that is certain."""
+    """What goes into Encrypt, the message that comes out of it again, and whether any does, if that is certain."""
 
     text: str
     message: Optional[bytes]
+    opens: Optional[bool]
 
 
 def seal_well(dice: Dice) -> Seal:
     """An envelope as the platform makes it."""
     message = draw_body(dice)
-    return Seal(ENVELOPE.seal(message, dice.octets(16)), message)
+    return Seal(ENVELOPE.seal(message, dice.octets(16)), message, True)
 
 
 def seal_by_hand(dice: Dice) -> Seal:
     """The right key over a plaintext in which anything may be wrong."""
-    message = dice.choice(PACKETS)
-    length = dice.choice([len(message), len(message) + 1, 0, 2 ** 32 - 1, 2 ** 31])
-    app_id = dice.choice([SAFE["app_id"].encode(), b"", b"other", "é".encode()])
-    plaintext = dice.octets(16) + length.to_bytes(4, "big") + message + app_id
-    padding = dice.choice([16, 32]) - len(plaintext) % 16
-    plaintext += dice.choice([bytes([padding]) * padding, dice.octets(padding), bytes(padding)])
-    plaintext = plaintext[-16 * dice.randint(0, 30):] if dice.often(0.2) else plaintext
-    return Seal(base64.b64encode(_cipher().encrypt(plaintext)).decode(), None)
+    head, message, app_id = dice.octets(16), dice.choice(PACKETS), SAFE["app_id"].encode()
+    good = inside = head + len(message).to_bytes(4, "big") + message + app_id
+    if dice.often(0.6):
+        length = dice.choice([len(message), len(message) - 1, len(message) + 1, 0, 2 ** 32 - 1, 2 ** 31])
+        inside = head + length.to_bytes(4, "big") + message + dice.choice([app_id, b"", b"other", app_id + b"0"])
+    padding = dice.choice([16, 32]) - len(inside) % 16
+    right = bytes([padding]) * padding
+    plaintext = inside + dice.choice([right, right, b"\x00" + right[1:], bytes(padding)])
+    return Seal(base64.b64encode(_cipher().encrypt(plaintext)).decode(), message, plaintext == good + right)
 
 
 @functools.lru_cache(maxsize=None)
@@ -307,10 +324,11 @@ def _cipher() -> Any:
 
 def seal_badly(dice: Dice) -> Seal:
     """A good ciphertext, mutated: what comes out of it nobody knows."""
-    ciphertext = base64.b64decode(SEALED_WELL)
     if dice.often(0.5):
-        return Seal(mutate(dice, SEALED_WELL.encode(), [b" ", b"\n", b"=", b"*", b"AAAA", b"\xc3\xa9"]).decode("latin-1"), None)
-    return Seal(base64.b64encode(mutate(dice, ciphertext, [bytes(16), bytes(32)])).decode(), None)
+        text = mutate(dice, SEALED_WELL.encode(), [b" ", b"\n", b"=", b"*", b"AAAA", b"\xc3\xa9"])
+        return Seal(text.decode("latin-1"), None, None)
+    ciphertext = mutate(dice, base64.b64decode(SEALED_WELL), [bytes(16), bytes(32)])
+    return Seal(base64.b64encode(ciphertext).decode(), None, None)
 
 
 SEALED_WELL = ENVELOPE.seal(PACKETS[0], bytes(16))
@@ -318,19 +336,21 @@ SEALED_WELL = ENVELOPE.seal(PACKETS[0], bytes(16))
 
 def draw_sealed(dice: Dice) -> Case:
     """An encrypted push with a good message signature over whatever is in Encrypt, and now and then a later change."""
-    text, message = dice.choice([seal_well] * 4 + [seal_by_hand, seal_badly])(dice)
-    text = dice.choice(["", "", " ", "\n"]) + text + dice.choice(["", "", " ", "\r\n"])
-    timestamp, nonce = draw_timestamp(dice), draw_nonce(dice)
+    text, message, opens = dice.choice([seal_well] * 4 + [seal_by_hand, seal_badly])(dice)
+    blank, timestamp, nonce = dice.choice(["", "", "", " ", "\r\n"]), draw_timestamp(dice), draw_nonce(dice)
+    text += blank
     proof = {"msg_signature": sign(TOKEN, timestamp, nonce, text), "timestamp": timestamp, "nonce": nonce}
-    fields, query = draw_fields(dice) if dice.often(0.2) else {"ToUserName": "app"}, ""
+    fields, query = draw_fields(dice) if dice.often(0.2) else {}, ""
+    bent = bool(fields or blank)  # whether it may be refused for what is around Encrypt
     if dice.often(0.5):
         query = write_query(dice, {**proof, "signature": sign(TOKEN, timestamp, nonce)})
+        bent |= any(read_form(query.encode("latin-1")).get(name) != value.encode() for name, value in proof.items())
     else:
         fields.update(MsgSignature=proof["msg_signature"], TimeStamp=timestamp, Nonce=nonce)
-    fields["Encrypt"] = text
-    body = dice.choice([write_xml, write_json])(dice, fields)
-    body = mutate(dice, body, BODY_TOKENS) if dice.often(0.2) else body
-    return Case(Request("POST", "/kf", query, body), True, message)
+    body = dice.choice([write_xml, write_json])(dice, {**fields, "Encrypt": text})
+    if dice.often(0.2):
+        bent, body = True, mutate(dice, body, BODY_TOKENS)
+    return Case(Request("POST", "/kf", query, body), timestamp, message, None if opens and bent else opens)
 
 
 def draw_case(dice: Dice, in_safe_mode: bool) -> Case:
@@ -361,12 +381,6 @@ def law(holds: object, text: str) -> None:
         raise Breach(text)
 
 
-def read_form(text: bytes) -> Dict[str, bytes]:
-    """Form-encoded values; of a name that stands twice, the last."""
-    pairs = [pair.replace(b"+", b" ").partition(b"=") for pair in text.split(b"&") if pair]
-    return {unquote_to_bytes(name).decode("utf-8", "replace"): unquote_to_bytes(value) for name, _, value in pairs}
-
-
 def echo_in(values: Mapping[str, bytes]) -> Optional[bytes]:
     """The value that a handshake wants back, if there is one."""
     return values.get("echoStr", values.get("echostr"))
@@ -382,7 +396,8 @@ def find_handshake(query: Dict[str, bytes], body: bytes) -> Optional[Dict[str, b
 
 
 class Judge:
-    """What the answer to a request must be, worked out from the settings, the README's table and the platform's page."""
+    """What the answer to a request must be, worked out from the settings, the README's table and the platform's page.
+    """
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
@@ -429,18 +444,27 @@ class Judge:
             law(response.status == 403, "a handshake without proof")
 
     def _check_push(self, case: Case, query: Mapping[str, bytes], response: Response) -> None:
-        proven = self.is_signed(query)
-        if self._settings.aes_key:
-            proven = case.sealed or (proven and self._settings.compatible)
-        else:
-            law(proven or response.status == 403, "a push without proof")
-        law(proven or response.status in (400, 403), "a push without proof, in safe mode")
         law(response.status in (200, 400, 403, 503), "a status that no push is answered with")
+        if self._settings.aes_key:
+            self._check_push_in_safe_mode(case, self.is_signed(query), response)
+        elif not self.is_signed(query):
+            law(response.status == 403, "a push without proof")
+        elif case.request.body in PACKETS:
+            law(response.status in (200, 503), "a published push is refused")
+
+    def _check_push_in_safe_mode(self, case: Case, is_signed: bool, response: Response) -> None:
+        sealed = case.sealed_at is not None and self._is_fresh(case.sealed_at.encode())
+        if not (sealed or (is_signed and self._settings.compatible)):
+            law(response.status == 403, "a push without proof, in safe mode")
+        elif case.opens is False and not self._settings.compatible:
+            law(response.status == 403, "an envelope that does not open")
+        elif sealed and case.opens and case.message in PACKETS:
+            law(response.status in (200, 503), "a published push is refused, in safe mode")
 
     def check_payload(self, case: Case, payload: bytes) -> None:
         """Raise `Breach` if a message was taken that its sender has not sealed."""
         if self._settings.aes_key and not self._settings.compatible:
-            law(case.sealed and case.message in (None, payload), "taken, and not what was sealed")
+            law(case.sealed_at is not None and case.message in (None, payload), "taken, and not what was sealed")
 
 
 FORMS = {200: rb"[\x00-\xff]*", 403: rb"forbidden\n", 404: rb"no such path\n", 405: rb"pushes come by POST\n",
@@ -459,7 +483,7 @@ def check_form(response: Response) -> None:
 
 def identity(message: Message) -> str:
     """What makes two pushes one message, in other words than `dedup_key`."""
-    known = [message.msg_id] if message.msg_id else [message.event, dict(message.fields)]
+    known: List[Any] = [message.msg_id] if message.msg_id else [message.event, dict(message.fields)]
     return json.dumps([message.to_user_name, message.from_user_name, message.msg_type, known], sort_keys=True)
 
 
@@ -475,7 +499,7 @@ def check_message(message: Message, payload: bytes) -> None:
 
 
 def is_short_ascii(text: str) -> bool:
-    """Whether the text is fit for a log. A line may hold two names of 64 characters, which in ASCII are ten times that."""
+    """Whether the text is fit for a log. A line may hold two names of 64 characters, in ASCII ten times as long."""
     return bool(re.fullmatch("[ -~]{1,1500}", text))
 
 
@@ -492,35 +516,40 @@ def texts_in(value: Any, depth: int) -> Iterator[str]:
 
 
 class LawfulLog(logging.Handler):
-    """Takes the log's records, each of which must be one line, of ASCII, in both formats."""
+    """Takes what is logged until it is closed: each record is one line, of ASCII, in both formats, and no error."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._breaches: List[str] = []
+        self._log = logging.getLogger("kfserver")
+        self._before = self._log.level, self._log.propagate
+        self._log.addHandler(self)
+        self._log.setLevel(logging.DEBUG)
+        self._log.propagate = False
+
+    def close(self) -> None:
+        """Leave the log as it was."""
+        self._log.removeHandler(self)
+        self._log.setLevel(self._before[0])
+        self._log.propagate = self._before[1]
+        super().close()
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Raise `Breach` for a record that breaks a law, instead of printing it."""
-        law(record.levelno < logging.ERROR and not record.exc_info, f"an error in the log: {record.getMessage()}")
-        law(is_short_ascii(record.getMessage()), f"not one short line of ASCII: {record.getMessage()!r}")
-        law(json.loads(JsonFormatter().format(record)), "not an object")
+        """Keep what breaks a law: this may be another thread, which should go on."""
+        line = JsonFormatter().format(record)
+        if record.levelno >= logging.ERROR or not is_short_ascii(record.getMessage()) or not json.loads(line):
+            self._breaches.append(line)
 
-
-@contextlib.contextmanager
-def lawful_log() -> Iterator[None]:
-    """For the length of a block, everything is logged, and nothing is printed."""
-    log, watch = logging.getLogger("kfserver"), LawfulLog()
-    before = log.level, log.propagate
-    log.addHandler(watch)
-    log.setLevel(logging.DEBUG)
-    log.propagate = False
-    try:
-        yield
-    finally:
-        log.removeHandler(watch)
-        log.level, log.propagate = before
+    def check(self) -> None:
+        """Raise `Breach` if a law was broken."""
+        law(not self._breaches, "not one short line of ASCII, or an error: " + "".join(self._breaches[:1]))
 
 
 # ---- The endpoint under fire
 
 
 class World:
-    """An endpoint, and what it is known to have taken. Its queue is full now and then, its journal now and then broken."""
+    """An endpoint, and what it is known to have taken. Its queue is full now and then, its journal broken."""
 
     def __init__(self, settings: Settings) -> None:
         self._judge = Judge(settings)
@@ -579,7 +608,7 @@ class World:
             self._claims.finish(message.key)
 
 
-def run_cases(seed: int, first: int, last: int) -> Dict[str, int]:
+def run_cases(log: LawfulLog, seed: int, first: int, last: int) -> Dict[str, int]:
     """Try the cases; how many had which outcome. Raises `Broken` at the first that breaks a law."""
     worlds: Dict[str, World] = {}
     outcomes: Dict[str, int] = {}
@@ -591,6 +620,7 @@ def run_cases(seed: int, first: int, last: int) -> Dict[str, int]:
         case = draw_case(dice, "aes_key" in SETTINGS[name])
         try:
             response = worlds[name].try_case(case, dice)
+            log.check()
         except Exception as error:
             raise Broken(f"--seed {seed} --first {number - number % BATCH}, case {number}, settings {name!r}:\n"
                          f"{case!r}") from error
@@ -613,22 +643,32 @@ class Shot(NamedTuple):
     end: str
 
 
+LENGTHS = ["-1", "+5", "²", "", "5, 5", "0x5", "9" * 17, "9" * 5000, "0"]
+HEADER_LINES = ["Connection: close", "Expect: 100-continue", "A: " + "b" * 500, "Host: kf", "Content-Length: 0",
+                "Transfer-Encoding: chunked", "Transfer-Encoding:", "Expect: x", " folded", "A : b", "no colon",
+                "A: \0", "A: \r", ":"]
+
+
 def draw_request(dice: Dice) -> bytes:
-    """A request as a client writes it."""
-    body, target = draw_body(dice), "/?" + quote_from_bytes(write_query(dice, signed_values(dice)).encode("latin-1"), safe="&=%+")
-    if dice.often(0.2):
-        return b"GET " + target.encode() + b" HTTP/1.1\r\nHost: kf\r\n\r\n"
-    if dice.often(0.3):
-        chunks = b"".join(b"%x\r\n%s\r\n" % (len(piece), piece) for piece in divide(dice, body) if piece)
-        return (b"POST / HTTP/1.1\r\nHost: kf\r\nTransfer-Encoding: chunked\r\n\r\n" + chunks + b"0\r\n\r\n")
-    headers = dice.choice([[], [], ["Connection: close"], ["Expect: 100-continue"], ["A: " + "b" * 500]])
-    return post(body, *headers, target=target, version=dice.choice(["1.1", "1.1", "1.0"]))
+    """A request, or nearly."""
+    query = write_query(dice, signed_values(dice)).encode("latin-1")
+    body, target = draw_body(dice), "/?" + quote_from_bytes(query, safe="&=%+")
+    headers = ["Host: kf"] + [dice.choice(HEADER_LINES) for _ in range(dice.choice([0, 0, 0, 1, 2]))]
+    method = "GET" if dice.often(0.2) else "POST"
+    if method == "POST" and dice.often(0.3):
+        headers.append("Transfer-Encoding: chunked")
+        body = b"".join(b"%x\r\n%s\r\n" % (len(piece), piece) for piece in divide(dice, body) if piece) + b"0\r\n\r\n"
+    elif method == "POST":
+        headers.append("Content-Length: " + (dice.choice(LENGTHS) if dice.often(0.1) else str(len(body))))
+    version = dice.choice(["1.1", "1.1", "1.1", "1.0"])
+    head = "\r\n".join([f"{method} {target} HTTP/{version}", *headers, "", ""])
+    return head.encode("latin-1") + (b"" if method == "GET" else body)
 
 
 def divide(dice: Dice, data: bytes) -> List[bytes]:
     """The data in one to three pieces."""
     places = sorted(dice.randint(0, len(data)) for _ in range(dice.randint(0, 2)))
-    return [data[start:end] for start, end in zip([0, *places], [*places, len(data)])]
+    return [data[start:end] for start, end in zip((0, *places), (*places, len(data)))]
 
 
 def draw_shot(dice: Dice) -> Shot:
@@ -650,7 +690,7 @@ def check_answers(received: bytes, is_whole: bool) -> None:
         law(head or not is_whole, f"not an answer: {received[:200]!r}")
         if not head:
             return
-        length = int(re.search(rb"Content-Length: (\d+)", head.group(2) + b"Content-Length: 0").group(1))  # type: ignore[union-attr]
+        length = int(re.findall(rb"Content-Length: (\d+)", head.group(2) + b"Content-Length: 0")[0])
         law(head.group(1) in STATUSES, f"a status that no request is answered with: {head.group(1)!r}")
         law(len(received) >= head.end() + length or not is_whole, "half an answer")
         received = received[head.end() + length:]
@@ -742,7 +782,7 @@ def read_to_end(connection: socket.socket) -> Tuple[bytes, bool]:
         return received, False
 
 
-def run_shots(seed: int, count: int) -> None:
+def run_shots(log: LawfulLog, seed: int, count: int) -> None:
     """Fire so many shots, a crowd at a time. Raises `Broken` at the first crowd that breaks a law."""
     with Siege() as siege:
         for first in range(0, count, CROWD):
@@ -750,6 +790,7 @@ def run_shots(seed: int, count: int) -> None:
             shots = [draw_shot(dice) for _ in range(min(CROWD, count - first))]
             try:
                 siege.attack(shots)
+                log.check()
             except Exception as error:
                 told = "\n".join(map(repr, find_culprits(shots)))
                 raise Broken(f"--seed {seed}, shots {first} to {first + len(shots) - 1}, of them:\n{told}") from error
@@ -757,13 +798,19 @@ def run_shots(seed: int, count: int) -> None:
 
 def find_culprits(shots: Sequence[Shot]) -> Sequence[Shot]:
     """The first of the shots that breaks a law alone; all of them if none does."""
-    for shot in shots:
+    return next(([shot] for shot in shots if breaks_a_law(shot)), shots)
+
+
+def breaks_a_law(shot: Shot) -> bool:
+    """Whether a server breaks a law when it gets this and nothing else."""
+    with contextlib.closing(LawfulLog()) as log:
         try:
             with Siege() as siege:
                 siege.attack([shot])
+            log.check()
         except Exception:
-            return [shot]
-    return shots
+            return True
+        return False
 
 
 # ---- Command line
@@ -779,9 +826,9 @@ def main() -> int:
     arguments = parser.parse_args()
     started = time.monotonic()
     try:
-        with lawful_log():
-            outcomes = run_cases(arguments.seed, arguments.first, arguments.first + arguments.cases)
-            run_shots(arguments.seed, arguments.raw)
+        with contextlib.closing(LawfulLog()) as log:
+            outcomes = run_cases(log, arguments.seed, arguments.first, arguments.first + arguments.cases)
+            run_shots(log, arguments.seed, arguments.raw)
     except Broken:
         traceback.print_exc()
         return 1

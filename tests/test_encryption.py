@@ -1,5 +1,5 @@
-"""Safe mode: the cipher against published vectors, the envelope against everything that can be wrong with it, and both
-behind a real server. What is said of the cipher and of the envelope holds for our own AES and for the library's alike."""
+"""Safe mode: the cipher against published vectors, the envelope against all that can be wrong with it, and both behind
+a real server. What is said of them holds for our own AES and for the library's alike."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import random
+import re
 import sys
 import warnings
 from typing import Any, Callable, Dict, Iterator, List, Mapping, Tuple
@@ -43,7 +44,7 @@ BODY = push(content="hello")
 
 
 def has_library() -> bool:
-    """Whether the cryptography package is installed. It warns of Pythons that it will leave behind: no error of ours."""
+    """Whether the cryptography package is installed. That it warns of old Pythons is no error of ours."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with contextlib.suppress(ImportError):
@@ -82,7 +83,8 @@ SP_800_38A_CBC = ["f58c4c04d6e5f1ba779eabfb5f7bfbd6", "9cfc4e967edb808d679f777bc
                   "39f23369a9d9bacfa530e26304231461", "b2eb05e2c39be9fcda6c19078c6a9d1b"]
 
 BLOCKS = [
-    pytest.param(FIPS_197_KEY, "00112233445566778899aabbccddeeff", "8ea2b7ca516745bfeafc49904b496089", id="FIPS 197, C.3"),
+    pytest.param(FIPS_197_KEY, "00112233445566778899aabbccddeeff", "8ea2b7ca516745bfeafc49904b496089",
+                 id="FIPS 197, C.3"),
     *[pytest.param(SP_800_38A_KEY, plain, encrypted, id=f"SP 800-38A, F.1.5, block {number}")
       for number, (plain, encrypted) in enumerate(zip(SP_800_38A_PLAIN, SP_800_38A_ECB), 1)],
 ]
@@ -204,8 +206,8 @@ def test_envelope_open_of_the_published_vector(cipher: Cipher) -> None:
 @pytest.mark.parametrize("lay_out", [
     pytest.param(lambda text: f" {text} ", id="blanks around"),
     pytest.param(lambda text: f"\r\n{text}\n\t", id="newlines around"),
-    pytest.param(lambda text: "\n".join(text[start:start + 64] for start in range(0, len(text), 64)), id="in lines of 64"),
-    pytest.param(lambda text: "\r\n".join(text[start:start + 76] for start in range(0, len(text), 76)), id="in lines of 76"),
+    pytest.param(lambda text: "\n".join(re.findall(".{1,64}", text)), id="in lines of 64"),
+    pytest.param(lambda text: "\r\n".join(re.findall(".{1,76}", text)), id="in lines of 76"),
     pytest.param(" ".join, id="a blank between any two characters"),
 ])
 def test_envelope_open_takes_blanks_for_layout(cipher: Cipher, lay_out: Callable[[str], str]) -> None:
@@ -248,7 +250,8 @@ FAILURES: Dict[str, Tuple[Callable[[], str], str]] = {
     "largest length": (lambda: encrypt(pad(plaintext(length=2 ** 32 - 1))), "wrong length"),
     "length too small by one": (lambda: encrypt(pad(plaintext(length=len(BODY) - 1))), "sealed for another app"),
     "length too large by one": (lambda: encrypt(pad(plaintext(length=len(BODY) + 1))), "sealed for another app"),
-    "length over the app id": (lambda: encrypt(pad(plaintext(length=len(BODY) + len(APP_ID)))), "sealed for another app"),
+    "length over the app id": (lambda: encrypt(pad(plaintext(length=len(BODY + APP_ID.encode())))),
+                               "sealed for another app"),
     "another app": (lambda: encrypt(pad(plaintext(app_id="other"))), "sealed for another app"),
     "an app whose id begins alike": (lambda: encrypt(pad(plaintext(app_id=APP_ID + "0"))), "sealed for another app"),
     "an app in capitals": (lambda: encrypt(pad(plaintext(app_id=APP_ID.upper()))), "sealed for another app"),
@@ -270,13 +273,14 @@ def test_envelope_open_refuses_for_a_reason_that_only_the_log_tells(
 
 
 def prove(encrypted: str, names: Tuple[str, str, str] = ("msg_signature", "timestamp", "nonce")) -> Dict[str, str]:
-    """The message signature over Encrypt and what it is made from, under the names that a query or a body gives them."""
+    """The message signature over Encrypt and what it is made from, under the names of a query or others."""
     return dict(zip(names, (sign(TOKEN, str(NOW), "nonce", encrypted), str(NOW), "nonce")))
 
 
 def write_xml(fields: Mapping[str, str]) -> bytes:
     """The fields as the platform writes XML."""
-    return ("<xml>" + "".join(f"<{name}><![CDATA[{value}]]></{name}>" for name, value in fields.items()) + "</xml>").encode()
+    elements = "".join(f"<{name}><![CDATA[{value}]]></{name}>" for name, value in fields.items())
+    return f"<xml>{elements}</xml>".encode()
 
 
 def write_json(fields: Mapping[str, str]) -> bytes:
@@ -332,7 +336,8 @@ def test_handle_wants_plain_pushes_signed_in_compatible_mode_too() -> None:
 
 @WRITES
 @PLACES
-def test_handle_believes_what_is_encrypted_and_not_what_stands_beside_it(place: Callable[..., Request], write: Any) -> None:
+def test_handle_believes_what_is_encrypted_and_not_what_stands_beside_it(
+        place: Callable[..., Request], write: Any) -> None:
     # The signature covers Encrypt, and not the plain fields that compatible mode has too.
     world = World(**SAFE, compatible=True)
     world.ask(place(write, seal(), MsgType="text", FromUserName="somebody else", MsgId="7"))
