@@ -147,8 +147,8 @@ def _splice(dice: Dice, data: bytes, tokens: Sequence[bytes]) -> bytes:
 
 def _swell(dice: Dice, data: bytes, tokens: Sequence[bytes]) -> bytes:
     """Sometimes beyond the size from which bodies are looked at more closely."""
-    piece, place = dice.choice([data[dice.span(data, 30)], dice.choice(tokens)]), dice.randint(0, len(data))
-    return data[:place] + piece * dice.choice([2, 40, 3000]) + data[place:]
+    piece, place = dice.choice([data[dice.span(data, 30)], dice.choice(tokens)[:30]]), dice.randint(0, len(data))
+    return data[:place] + piece * dice.choice([2, 10, 40, 40, 3000]) + data[place:]
 
 
 def _recode(dice: Dice, data: bytes, tokens: Sequence[bytes]) -> bytes:
@@ -298,14 +298,17 @@ class Seal(NamedTuple):
     opens: Optional[bool]
 
 
-def seal_well(dice: Dice) -> Seal:
+def seal_well(number: int) -> Seal:
     """An envelope as the platform makes it."""
+    dice = Dice(f"well/{number}")
     message = draw_body(dice)
+    message = message if len(message) < 1000 else dice.choice(PACKETS)
     return Seal(ENVELOPE.seal(message, dice.octets(16)), message, True)
 
 
-def seal_by_hand(dice: Dice) -> Seal:
+def seal_by_hand(number: int) -> Seal:
     """The right key over a plaintext in which anything may be wrong."""
+    dice = Dice(f"by hand/{number}")
     head, message, app_id = dice.octets(16), dice.choice(PACKETS), SAFE["app_id"].encode()
     good = inside = head + len(message).to_bytes(4, "big") + message + app_id
     if dice.often(0.6):
@@ -314,12 +317,14 @@ def seal_by_hand(dice: Dice) -> Seal:
     padding = dice.choice([16, 32]) - len(inside) % 16
     right = bytes([padding]) * padding
     plaintext = inside + dice.choice([right, right, b"\x00" + right[1:], bytes(padding)])
-    return Seal(base64.b64encode(_cipher().encrypt(plaintext)).decode(), message, plaintext == good + right)
+    sealed = base64.b64encode(make_cipher(decode_aes_key(SAFE["aes_key"])).encrypt(plaintext)).decode()
+    return Seal(sealed, message, plaintext == good + right)
 
 
-@functools.lru_cache(maxsize=None)
-def _cipher() -> Any:
-    return make_cipher(decode_aes_key(SAFE["aes_key"]))
+@functools.lru_cache(maxsize=1000)
+def seal(make: Callable[[int], Seal], number: int) -> Seal:
+    """An envelope, made once: where the library is missing, that takes milliseconds."""
+    return make(number)
 
 
 def seal_badly(dice: Dice) -> Seal:
@@ -334,9 +339,15 @@ def seal_badly(dice: Dice) -> Seal:
 SEALED_WELL = ENVELOPE.seal(PACKETS[0], bytes(16))
 
 
+def draw_seal(dice: Dice) -> Seal:
+    """An envelope, mostly one that was drawn before."""
+    make = dice.choice([seal_well] * 4 + [seal_by_hand])
+    return seal_badly(dice) if dice.often(0.15) else seal(make, dice.randrange(dice.choice([40] * 7 + [100_000])))
+
+
 def draw_sealed(dice: Dice) -> Case:
     """An encrypted push with a good message signature over whatever is in Encrypt, and now and then a later change."""
-    text, message, opens = dice.choice([seal_well] * 4 + [seal_by_hand, seal_badly])(dice)
+    text, message, opens = draw_seal(dice)
     blank, timestamp, nonce = dice.choice(["", "", "", " ", "\r\n"]), draw_timestamp(dice), draw_nonce(dice)
     text += blank
     proof = {"msg_signature": sign(TOKEN, timestamp, nonce, text), "timestamp": timestamp, "nonce": nonce}
