@@ -771,9 +771,7 @@ def _parse_xml_with_controls(body: bytes) -> Dict[str, Any]:
 
 
 def _read_root(body: bytes) -> ElementTree.Element:
-    # The standard tree builder is faster, and where nothing looks like an instruction it does the same.
-    strict = {"target": _StrictTree()} if b"<?" in body[2:] else {}
-    parser = ElementTree.XMLParser(encoding="utf-8", **strict)
+    parser = ElementTree.XMLParser(target=_StrictTree(), encoding="utf-8")
     try:
         parser.feed(body)
         root: ElementTree.Element = parser.close()
