@@ -425,8 +425,13 @@ def test_push_holds_new_messages_back_while_many_wait_to_be_sent_again(monkeypat
     monkeypatch.setattr(kfserver, "MAX_UNANSWERED", 3)
     with ScriptedReceiver(b"HTTP/1.1 503 Busy\r\nContent-Length: 0\r\n\r\n") as other:
         assert push(other.url, "--count", 6, "--connections", 1) == 1
-        assert len(set(other.requests[:12])) == 3
-        assert len(other.requests) == 24
+        requests = other.requests
+    # Each is sent four times; how the tries of several follow each other depends on the machine.
+    tries: Dict[bytes, int] = {}
+    for request in requests:
+        tries[request] = tries.get(request, 0) + 1
+        assert sum(count < 4 for count in tries.values()) <= 3
+    assert list(tries.values()) == [4] * 6
 
 
 def test_push_sends_what_the_receiver_does_not_take_at_once(tmp_path: pathlib.Path) -> None:
