@@ -3320,6 +3320,11 @@ class PushServer(Listener):
         """End `serve_forever` at once."""
         self.close(0.0)
 
+    def abandon(self) -> None:
+        """Stop listening, without having served."""
+        self.server_close()
+        self.watcher.close()
+
     def _stop_listening(self) -> None:
         self._turn(0.0)  # who has come, and what has come from them, is still answered
         self.watcher.forget(self.socket)
@@ -3614,7 +3619,7 @@ class KfServer:
             self._http = bind(self.settings, self.endpoint, "--host, --port or --unix")
         except SettingsError:
             if self._admin:
-                self._admin.server_close()
+                self._admin.abandon()
             raise
         for server in filter(None, (self._http, self._admin)):
             threading.Thread(target=server.serve_forever, name="kfserver-accept", daemon=True).start()

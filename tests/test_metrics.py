@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import decimal
+import gc
 import json
 import logging
 import os
@@ -23,7 +24,7 @@ from typing import Any, Callable, Dict, FrozenSet, Iterator, List, NamedTuple, O
 import pytest
 from conftest import TOKEN
 from send_api_server import SendApiServer, refuses
-from support import PATIENCE, ROOT, Answer, Client, local, post, push, wait_until
+from support import PATIENCE, ROOT, Answer, Client, local, no_thread_left, post, push, wait_until
 
 import kfserver
 from kfserver import (
@@ -368,12 +369,11 @@ class Shop:
 def open_shop(**settings: Any) -> Iterator[Shop]:
     """A shop for the length of a block."""
     shop = Shop(**settings)
-    try:
-        with shop.server:
+    with shop.server:
+        try:
             yield shop
-            shop.open.set()
-    finally:
-        shop.open.set()
+        finally:
+            shop.open.set()  # or the server would wait for a handler that waits
 
 
 @pytest.fixture
@@ -440,13 +440,18 @@ def test_kf_server_start_names_the_setting_of_the_listener_that_it_cannot_have()
         KfServer(HandlerRegistry(), local(admin=f"127.0.0.1:{port}")).start()
 
 
-def test_kf_server_start_leaves_nothing_behind_when_it_fails() -> None:
+@pytest.mark.parametrize("taken", ["port", "admin"])
+def test_kf_server_start_leaves_nothing_behind_when_it_fails(taken: str) -> None:
     with taken_port() as port:
-        server = KfServer(HandlerRegistry(), local(admin=f"127.0.0.1:{port}"))
-        with pytest.raises(SettingsError):
+        addresses = {"port": port} if taken == "port" else {"admin": f"127.0.0.1:{port}"}
+        server = KfServer(HandlerRegistry(), local(**{"admin": "127.0.0.1:0", **addresses}))
+        with no_thread_left(), pytest.raises(SettingsError):
             server.start()
-    with pytest.raises(ConnectionRefusedError):
-        Client(server.port)
+    for each in (server.port, server.admin_port):
+        with pytest.raises(ConnectionRefusedError):
+            Client(each)
+    del server
+    gc.collect()  # what was not closed would be told of here
 
 
 # ---- What is counted
@@ -558,11 +563,14 @@ def test_kf_server_counts_messages_that_failed() -> None:
     assert page.families["kfserver_handler_seconds"].value("kfserver_handler_seconds_count") == 1
 
 
-def test_kf_server_counts_tries_that_another_follows() -> None:
-    with open_shop(grace=0.0) as shop:
+def test_kf_server_counts_tries_that_another_follows(monkeypatch: pytest.MonkeyPatch) -> None:
+    later = kfserver.Alarm.later
+    monkeypatch.setattr(kfserver.Alarm, "later", lambda alarm, seconds, job: later(alarm, 0.0, job))
+    with open_shop(tries=3) as shop:
         shop.push(post(push(content="fail")))
-        wait_until(lambda: shop.page()["kfserver_handler_retries_total"] == 1)
-        assert shop.page()["kfserver_messages_failed_total"] == 0
+        shop.wait()
+        page = shop.page()
+    assert (page["kfserver_handler_retries_total"], page["kfserver_messages_failed_total"]) == (2, 1)
 
 
 @pytest.mark.parametrize("counted", ["sent", "failed"])

@@ -22,7 +22,7 @@ import warnings
 from typing import Any, Callable, Iterator, List, NamedTuple
 
 import pytest
-from support import PATIENCE, ROOT, Client, Receiver, local, no_thread_left, post, push, receiver, wait_until
+from support import PATIENCE, ROOT, Client, Receiver, local, post, push, receiver, wait_until
 
 import kfserver
 from kfserver import HandlerRegistry, KfServer, SettingsError
@@ -123,12 +123,6 @@ def kf(here: Scene) -> Receiver:
 def connect(here: Scene) -> Connect:
     """What makes clients of it."""
     return here.connect
-
-
-@pytest.fixture
-def _threads_leave_soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Threads without work are not kept. Not at once: Python before 3.13 may miss a time-out that is over too soon."""
-    monkeypatch.setattr(kfserver, "KEEP_THREAD", 0.05)
 
 
 def let_time_run_out(kf: Receiver) -> None:
@@ -345,29 +339,28 @@ def test_push_server_makes_room_for_a_new_client(certificate: Certificate, hold:
 
 
 @needs_openssl
-@pytest.mark.usefixtures("_threads_leave_soon")
 @HOLDS
 @pytest.mark.parametrize("leave", [lambda client: client.socket.close(), lambda client: client.reset()],
                          ids=["closed", "reset"])
 def test_push_server_keeps_no_place_and_no_thread_for_a_client_that_vanishes(
-        certificate: Certificate, hold: Hold, leave: Callable[[Client], None],
-        caplog: pytest.LogCaptureFixture) -> None:
-    with no_thread_left(), scene(certificate) as here:
+        here: Scene, hold: Hold, leave: Callable[[Client], None], caplog: pytest.LogCaptureFixture) -> None:
+    before = threading.active_count()
+    for _ in range(5):
         clients = [hold(here) for _ in range(3)]
         wait_for_handshakes(here.kf, 3)
         for client in clients:
             leave(client)
         wait_until(lambda: len(here.kf.server.connections) == 0)
+    assert threading.active_count() - before < 15  # those of the first clients have served the later ones
     assert_no_errors(caplog)
 
 
 @needs_openssl
-@pytest.mark.usefixtures("_threads_leave_soon")
 # Before 3.13, Python forgets to close the socket that it is making when it finds that the client is gone.
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
-def test_push_server_keeps_no_place_and_no_thread_for_a_client_that_is_gone_before_its_handshake(
+def test_push_server_keeps_no_place_for_a_client_that_is_gone_before_its_handshake(
         certificate: Certificate, caplog: pytest.LogCaptureFixture) -> None:
-    with no_thread_left(), receiver(started=False, **certificate.settings()) as kf:
+    with receiver(started=False, **certificate.settings()) as kf:
         for client in [kf.connect() for _ in range(20)]:
             client.reset()
         kf.start()
@@ -378,14 +371,12 @@ def test_push_server_keeps_no_place_and_no_thread_for_a_client_that_is_gone_befo
 
 
 @needs_openssl
-@pytest.mark.usefixtures("_threads_leave_soon")
-def test_push_server_stops_with_clients_in_every_state(certificate: Certificate) -> None:
-    with no_thread_left(), scene(certificate) as here:
-        holders = [hold(here) for hold in ALL_HOLDS]
-        wait_for_handshakes(here.kf, len(holders))
-        here.kf.server.close(0.0)
-        assert all(holder.at_end() for holder in holders)
-        wait_until(lambda: len(here.kf.server.connections) == 0)
+def test_push_server_stops_with_clients_in_every_state(here: Scene) -> None:
+    holders = [hold(here) for hold in ALL_HOLDS]
+    wait_for_handshakes(here.kf, len(holders))
+    here.kf.server.close(0.0)
+    assert all(holder.at_end() for holder in holders)
+    wait_until(lambda: len(here.kf.server.connections) == 0)
 
 
 @needs_openssl
