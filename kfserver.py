@@ -651,13 +651,12 @@ def _double(value: int) -> int:
 
 def _multiples(factor: int) -> bytes:
     """The table that multiplies by ``factor`` in the field."""
-    table = bytearray(256)
-    for value in range(256):
-        power = value
-        for bit in range(4):
-            table[value] ^= power if factor >> bit & 1 else 0
-            power = _double(power)
-    return bytes(table)
+    doubled = bytes(map(_double, range(256)))
+    table, power = bytes(256), bytes(range(256))
+    for bit in range(factor.bit_length()):
+        table = _add(table, power) if factor >> bit & 1 else table
+        power = power.translate(doubled)
+    return table
 
 
 def _substitution_box() -> bytes:
@@ -2608,17 +2607,29 @@ def parse_framing(block: bytes, minor: int) -> Framing:
         raise MalformedPush("malformed header line")
     if block.count(b"\n") > MAX_HEADERS:
         raise HeadTooLarge(f"more than {MAX_HEADERS} headers")
+    found = _find_framing_fields(block)
+    if len(found.get(b"host", ())) != 1 and (minor or b"host" in found):
+        raise MalformedPush("HTTP/1.1 needs exactly one Host header")
+    return Framing(_body_length(found, minor), _keeps_alive(found, minor), _expects_continue(found, minor))
+
+
+FramingFields = Mapping[bytes, Sequence[bytes]]
+
+
+def _find_framing_fields(block: bytes) -> FramingFields:
+    """The values of the headers that frame a message, in lower case, as often as they stand there."""
     found: Dict[bytes, List[bytes]] = {}
     for name, value in _FRAMING_FIELD.findall(block):
         found.setdefault(name.lower(), []).append(value.lower())
-    if len(found.get(b"host", ())) != 1 and (minor or b"host" in found):
-        raise MalformedPush("HTTP/1.1 needs exactly one Host header")
+    return found
+
+
+def _keeps_alive(found: FramingFields, minor: int) -> bool:
     options = {option.strip() for value in found.get(b"connection", ()) for option in value.split(b",")}
-    keep_alive = b"close" not in options and (minor > 0 or b"keep-alive" in options)
-    return Framing(_body_length(found, minor), keep_alive, _expects_continue(found, minor))
+    return b"close" not in options and (minor > 0 or b"keep-alive" in options)
 
 
-def _body_length(found: Mapping[bytes, Sequence[bytes]], minor: int) -> int:
+def _body_length(found: FramingFields, minor: int) -> int:
     lengths, codings = found.get(b"content-length"), found.get(b"transfer-encoding")
     if codings:
         if lengths or not minor or list(codings) != [b"chunked"]:
@@ -2631,7 +2642,7 @@ def _body_length(found: Mapping[bytes, Sequence[bytes]], minor: int) -> int:
     return int(lengths[0])
 
 
-def _expects_continue(found: Mapping[bytes, Sequence[bytes]], minor: int) -> bool:
+def _expects_continue(found: FramingFields, minor: int) -> bool:
     expectations = found.get(b"expect", ())
     if any(value != b"100-continue" for value in expectations):
         raise UnknownExpectation("only 100-continue can be expected")
@@ -3398,6 +3409,7 @@ class PushServer(Listener):
             self._next_reap = now + 0.5
             self.connections.reap()
 
+
 def make_tls_context(settings: Settings) -> ssl.SSLContext:
     """TLS 1.2 or later with the settings' certificate; raises `SettingsError` when that cannot be used."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -4072,13 +4084,9 @@ def parse_answer_head(head: bytes) -> AnswerHead:
     if not line or not _FIELDS.fullmatch(head, line.end()):
         raise MalformedAnswer("what came back is not HTTP")
     minor, status = int(line.group(1)), int(line.group(2))
-    found: Dict[bytes, List[bytes]] = {}
-    for name, value in _FRAMING_FIELD.findall(head, line.end()):
-        found.setdefault(name.lower(), []).append(value.lower())
-    options = {option.strip() for value in found.get(b"connection", ()) for option in value.split(b",")}
-    keep_alive = b"close" not in options and (minor > 0 or b"keep-alive" in options)
+    found = _find_framing_fields(head[line.end():])
     framed = status in (204, 304) or not found.keys().isdisjoint((b"content-length", b"transfer-encoding"))
-    return AnswerHead(status, _body_length(found, minor) if framed else None, keep_alive and framed)
+    return AnswerHead(status, _body_length(found, minor) if framed else None, framed and _keeps_alive(found, minor))
 
 
 # A push under way: yields the events that it waits for, ends with the status and the body of the answer.
@@ -4472,7 +4480,7 @@ def readable(data: bytes) -> str:
 
 
 def _say(out: TextIO, text: str, end: str = "\n") -> None:
-    """Print, whatever characters the screen knows."""
+    """Print also the characters that the screen does not know, as escapes."""
     encoding = out.encoding or "utf-8"
     print(text.encode(encoding, "backslashreplace").decode(encoding), end=end, file=out, flush=True)
 
@@ -5109,7 +5117,7 @@ def journal_command(arguments: argparse.Namespace) -> int:
             report = _report_journal(db, requeued, arguments.show)
     except sqlite3.Error as error:
         raise SettingsError(f"cannot use the journal {arguments.journal}: {error}") from error
-    _print_safely(json.dumps(report, indent=2) if arguments.json else _format_report(report, time.time()))
+    _say(sys.stdout, json.dumps(report, indent=2) if arguments.json else _format_report(report, time.time()))
     return 0
 
 
@@ -5156,12 +5164,6 @@ def _format_row(row: Report) -> str:
 
 def _format_time(seconds: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
-
-
-def _print_safely(text: str) -> None:
-    """Print also what the terminal's encoding does not have, as escapes."""
-    encoding = sys.stdout.encoding or "utf-8"
-    print(text.encode(encoding, "backslashreplace").decode(encoding))
 
 
 # ---- 21 Command line ------------------------------------------------------------------------------------------------
