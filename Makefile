@@ -9,7 +9,7 @@ PYTEST_OPTIONS := -q -W error -p no:cacheprovider
 # The newest releases that still understand Python 3.7, the oldest interpreter that kfserver runs on.
 MYPY := mypy==1.4.1
 RUFF := ruff==0.17.6
-RUFF_OPTIONS := --no-cache --target-version py37 \
+RUFF_OPTIONS := --no-cache --target-version py37 --line-length 120 \
 	--select E,F,W,B,C4,SIM,RET,UP,PIE --ignore UP006,UP007,UP035,UP045
 MYPY_OPTIONS := --strict --ignore-missing-imports --python-version 3.7 --cache-dir /dev/null
 SOURCES := kfserver.py handlers.py
@@ -32,7 +32,7 @@ $(VENV)/installed:
 	touch $@
 
 test: $(VENV)/installed ## Run the tests on $(PYTHON), warnings as errors
-	$(VENV)/bin/python -m pytest $(PYTEST_OPTIONS) tests
+	@$(VENV)/bin/python tests/side_by_side.py $(VENV)/bin/python -m pytest $(PYTEST_OPTIONS)
 
 test-all: ## Run the tests on every interpreter from 3.7 to 3.13 that is found
 	sh tests/each_python.sh $(MAKE) --no-print-directory test
@@ -44,8 +44,7 @@ test-all: ## Run the tests on every interpreter from 3.7 to 3.13 that is found
 
 check: .venv/check/installed ## Types and style
 	.venv/check/bin/mypy $(MYPY_OPTIONS) $(SOURCES)
-	.venv/check/bin/ruff check $(RUFF_OPTIONS) --line-length 120 $(SOURCES)
-	.venv/check/bin/ruff check $(RUFF_OPTIONS) --line-length 130 tests
+	.venv/check/bin/ruff check $(RUFF_OPTIONS) $(SOURCES) tests
 
 fuzz: $(VENV)/installed ## 200,000 mutated pushes through the endpoint
 	$(VENV)/bin/python tests/fuzz.py --cases 200000

@@ -1,11 +1,10 @@
-"""What the tests of the pure sections share: published packets, signatures, and a world of plain values."""
+"""What the tests of the pure sections share: signatures, and a world of plain values; and a shop for the others."""
 
 from __future__ import annotations
 
-import json
 import pathlib
 import sys
-from typing import Any, Callable, Dict, List, Optional
+from typing import Any, Callable, Iterator, List, Optional
 from urllib.parse import urlencode
 
 import pytest
@@ -13,7 +12,9 @@ import pytest
 TESTS = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(TESTS.parent))
 
-from kfserver import (  # noqa: E402  (the folder above is on the path only from here on)
+from support import Shop  # noqa: E402  (the folder above is on the path only from here on)
+
+from kfserver import (  # noqa: E402
     ClaimCache,
     Endpoint,
     Message,
@@ -23,10 +24,6 @@ from kfserver import (  # noqa: E402  (the folder above is on the path only from
     Surroundings,
     sign,
 )
-
-PUBLISHED: Dict[str, Any] = json.loads((TESTS / "data" / "published.json").read_text("utf-8"))
-# The published packets, as they stand on the platform's pages, by name.
-PUSHES: Dict[str, bytes] = {push["name"]: push["body"].encode() for push in PUBLISHED["pushes"]}
 
 TOKEN = "token-of-the-tests"
 # The second at which the clock of a `World` stands.
@@ -80,3 +77,11 @@ class World:
 def world() -> World:
     """A world with the settings of a server that was started without any."""
     return World()
+
+
+@pytest.fixture
+def shop() -> Iterator[Shop]:
+    """A shop that is open, and at the end at the latest."""
+    made = Shop()
+    yield made
+    made.open.set()

@@ -32,9 +32,9 @@ from xml.sax.saxutils import escape
 TESTS = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(TESTS.parent))
 
-from support import Client, local, post, push, wait_until  # noqa: E402  (the folder above is on the path by now)
+from support import PUBLISHED, PUSHES, Client, local, post, push, wait_until  # noqa: E402
 
-from kfserver import (  # noqa: E402
+from kfserver import (  # noqa: E402  (the folder above is on the path by now)
     MAX_DEPTH,
     MAX_HANDSHAKE,
     Busy,
@@ -57,8 +57,7 @@ from kfserver import (  # noqa: E402
     sign,
 )
 
-PUBLISHED: Dict[str, Any] = json.loads((TESTS / "data" / "published.json").read_text("utf-8"))
-PACKETS: List[bytes] = [packet["body"].encode() for packet in PUBLISHED["pushes"]]
+PACKETS: List[bytes] = list(PUSHES.values())
 SEALED = PUBLISHED["encrypted"][0]
 TOKEN: str = SEALED["token"]
 SAFE: Dict[str, Any] = {"token": TOKEN, "aes_key": SEALED["encoding_aes_key"], "app_id": SEALED["app_id"]}

@@ -182,7 +182,7 @@ class SendApiServer:
         if certificate:
             self._listener.socket = serve_tls(self._listener.socket, certificate)
         self.base = f"http{'s' if certificate else ''}://127.0.0.1:{self._listener.server_address[1]}"
-        self._thread = threading.Thread(target=self._listener.serve_forever, args=(0.01,))
+        self._thread = threading.Thread(target=self._listener.serve_forever, args=(0.002,))
         self._thread.start()
 
     def __enter__(self) -> SendApiServer:

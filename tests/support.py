@@ -14,9 +14,23 @@ import threading
 import time
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Sequence, Type
 
-from kfserver import ClaimCache, Endpoint, PushServer, Request, Response, Settings, Surroundings
+from kfserver import (
+    ClaimCache,
+    Endpoint,
+    HandlerRegistry,
+    Message,
+    PushServer,
+    Request,
+    Response,
+    Settings,
+    Surroundings,
+)
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+# What the platform's pages publish, and the pushes in it as they stand there, by name.
+PUBLISHED: Dict[str, Any] = json.loads((ROOT / "tests" / "data" / "published.json").read_text("utf-8"))
+PUSHES: Dict[str, bytes] = {push["name"]: push["body"].encode() for push in PUBLISHED["pushes"]}
 
 # Seconds that a test waits for what must happen: far more than it takes, since machines that run tests are busy.
 PATIENCE = 10.0
@@ -136,6 +150,23 @@ class Client:
         """Vanish without a farewell: the server's next read or write fails."""
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.socket.close()
+
+
+class Shop:
+    """A registry with one handler for texts, which keeps their contents, fails for "bad", and waits while the shop is
+    closed."""
+
+    def __init__(self) -> None:
+        self.registry = HandlerRegistry()
+        self.registry.on("text")(self._serve)
+        self.served: List[str] = []
+        self.open = threading.Event()
+        self.open.set()
+
+    def _serve(self, message: Message) -> None:
+        self.served.append(message.content)
+        assert self.open.wait(PATIENCE)
+        assert message.content != "bad"
 
 
 class RecordingEndpoint(Endpoint):

@@ -7,7 +7,7 @@ import threading
 from typing import Any, Callable, Dict, List
 
 import pytest
-from conftest import PUSHES
+from support import PUSHES
 
 from kfserver import Busy, ClaimCache, Message, dedup_key, parse
 

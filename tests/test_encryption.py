@@ -17,8 +17,8 @@ from typing import Any, Callable, Dict, Iterator, List, Mapping, Tuple
 from urllib.parse import urlencode
 
 import pytest
-from conftest import NOW, PUBLISHED, PUSHES, World, signed_query
-from support import PATIENCE, Answer, Client, local, post, push
+from conftest import NOW, World, signed_query
+from support import PATIENCE, PUBLISHED, PUSHES, Answer, Client, local, post, push
 
 import kfserver
 from kfserver import (

@@ -10,8 +10,8 @@ from typing import Any, Callable, Dict, List, NamedTuple, Tuple
 from urllib.parse import quote_from_bytes, urlencode
 
 import pytest
-from conftest import NOW, PUBLISHED, PUSHES, TOKEN, World, signed_query
-from support import push
+from conftest import NOW, TOKEN, World, signed_query
+from support import PUBLISHED, PUSHES, push
 
 from kfserver import (
     ADVICE_INTERVAL,

@@ -11,7 +11,8 @@ import tracemalloc
 from typing import Callable, Dict, Tuple
 
 import pytest
-from conftest import PUBLISHED, World
+from conftest import World
+from support import PUBLISHED
 
 from kfserver import Response, Settings
 

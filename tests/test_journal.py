@@ -15,7 +15,7 @@ import threading
 from typing import Any, Callable, ContextManager, Dict, Iterator, List, NamedTuple, Optional
 
 import pytest
-from support import PATIENCE, ROOT, push, wait_until
+from support import PATIENCE, ROOT, Shop, push, wait_until
 
 import kfserver
 from kfserver import (
@@ -37,21 +37,6 @@ from kfserver import (
 WAITING, FINISHED, DEAD = kfserver.WAITING, kfserver.FINISHED, kfserver.DEAD
 # How the tests themselves open a file, apart from the connections of kfserver's that they watch.
 connect = sqlite3.connect
-
-
-class Shop:
-    """A registry with one handler for texts, which keeps their contents, and waits while the shop is closed."""
-
-    def __init__(self) -> None:
-        self.registry = HandlerRegistry()
-        self.registry.on("text")(self._serve)
-        self.served: List[str] = []
-        self.open = threading.Event()
-        self.open.set()
-
-    def _serve(self, message: Message) -> None:
-        self.served.append(message.content)
-        assert self.open.wait(PATIENCE)
 
 
 class Stored(NamedTuple):
@@ -113,14 +98,6 @@ def path(tmp_path: pathlib.Path) -> str:
     """Where the journal of a test is, alone in its folder."""
     (tmp_path / "disk").mkdir()
     return str(tmp_path / "disk" / "kf.db")
-
-
-@pytest.fixture
-def shop() -> Iterator[Shop]:
-    """A shop that is open, and at the end at the latest."""
-    made = Shop()
-    yield made
-    made.open.set()
 
 
 Start = Callable[..., KfServer]

@@ -6,7 +6,7 @@ import json
 from typing import Any, Dict, List
 
 import pytest
-from conftest import PUSHES
+from support import PUSHES
 
 from kfserver import MAX_DEPTH, MalformedPush, Message, parse, parse_fields
 

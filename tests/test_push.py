@@ -21,8 +21,8 @@ import time
 from typing import Callable, Dict, Iterator, List, Optional
 
 import pytest
-from conftest import NOW, PUSHES, TOKEN, World
-from support import PATIENCE, ROOT, Receiver, local, receiver
+from conftest import NOW, TOKEN, World
+from support import PATIENCE, PUSHES, ROOT, Receiver, local, receiver
 
 import kfserver
 from kfserver import (
@@ -168,8 +168,8 @@ def test_read_push_url(text: str, url: PushUrl) -> None:
 
 
 @pytest.mark.parametrize("text", [
-    "", "kf", "kf:8080", "ftp://kf/", "http:/kf", "http://", "http:///kf", "http://kf:port/", "http://kf:65536/", "http://[::1/",
-    "http://a b/", "http://kf/\r\nX: y", "http://kf/\u4f60", "http://me:secret@kf/", "unix:"])
+    "", "kf", "kf:8080", "ftp://kf/", "http:/kf", "http://", "http:///kf", "http://kf:port/", "http://kf:65536/",
+    "http://[::1/", "http://a b/", "http://kf/\r\nX: y", "http://kf/\u4f60", "http://me:secret@kf/", "unix:"])
 def test_read_push_url_refuses(text: str) -> None:
     with pytest.raises(SettingsError, match="push takes a URL like http://127.0.0.1:8080/kf") as told:
         read_push_url(text)

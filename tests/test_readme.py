@@ -23,9 +23,9 @@ from typing import Any, Dict, Iterator, List, NamedTuple, Sequence, Set, Tuple
 from urllib.parse import urlencode
 
 import pytest
-from conftest import NOW, PUBLISHED, TOKEN, World, signed_query
+from conftest import NOW, TOKEN, World, signed_query
 from settings_table import make_table, read_table
-from support import PATIENCE, ROOT, Client, local, post, push
+from support import PATIENCE, PUBLISHED, ROOT, Client, local, post, push
 
 import kfserver
 from kfserver import SETTING_FIELDS, Busy, HandlerRegistry, KfServer, Request, Response

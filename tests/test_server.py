@@ -7,32 +7,17 @@ import io
 import logging
 import socket
 import threading
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 from urllib.parse import urlencode, urlsplit
 from wsgiref.util import setup_testing_defaults
 from wsgiref.validate import validator
 
 import pytest
-from support import PATIENCE, Client, local, post, push, wait_until
+from support import PATIENCE, Client, Shop, local, post, push, wait_until
 
 from kfserver import HandlerRegistry, KfServer, Message, PushServer, Settings, SettingsError, sign
 
 TOKEN = "a-token"
-
-
-class Shop:
-    """A registry with one handler for texts, which keeps their contents, and waits while the shop is closed."""
-
-    def __init__(self) -> None:
-        self.registry = HandlerRegistry()
-        self.registry.on("text")(self._serve)
-        self.served: List[str] = []
-        self.open = threading.Event()
-        self.open.set()
-
-    def _serve(self, message: Message) -> None:
-        self.served.append(message.content)
-        assert self.open.wait(PATIENCE)
 
 
 @pytest.fixture(autouse=True)
@@ -40,14 +25,6 @@ def _stop_without_delay(monkeypatch: pytest.MonkeyPatch) -> None:
     """The standard library's servers look twice a second whether they shall stop; here, a hundred times."""
     serve = PushServer.serve_forever
     monkeypatch.setattr(PushServer, "serve_forever", lambda server, poll_interval=0.5: serve(server, 0.01))
-
-
-@pytest.fixture
-def shop() -> Iterator[Shop]:
-    """A shop that is open, and at the end at the latest."""
-    made = Shop()
-    yield made
-    made.open.set()
 
 
 def ask(server: KfServer, body: bytes) -> Tuple[int, bytes]:

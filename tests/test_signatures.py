@@ -7,7 +7,7 @@ import hmac
 from typing import Any, Dict, List, Tuple
 
 import pytest
-from conftest import PUBLISHED
+from support import PUBLISHED
 
 from kfserver import sign, verify
 

@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any, Dict, List
 
 import pytest
-from conftest import PUBLISHED
+from support import PUBLISHED
 
 from kfserver import Answers, HandlerError, Message, Settings, SettingsError, setting_names
 
