@@ -1,7 +1,8 @@
-"""What the tests of the pure sections share: signatures, and a world of plain values; and a shop for the others."""
+"""What many tests share: for the pure sections signatures and a world of plain values, and fixtures for the others."""
 
 from __future__ import annotations
 
+import os
 import pathlib
 import sys
 from typing import Any, Callable, Iterator, List, Optional
@@ -85,3 +86,16 @@ def shop() -> Iterator[Shop]:
     made = Shop()
     yield made
     made.open.set()
+
+
+@pytest.fixture
+def empty_folder(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The current folder is empty: no handlers.py, no setting and no imported handlers but what a test makes itself."""
+    for name in [name for name in os.environ if name.startswith("KF_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    modules = set(sys.modules)
+    yield
+    for name in set(sys.modules) - modules:
+        del sys.modules[name]

@@ -103,18 +103,12 @@ HANDLERS = r"""
 FIRST_SAVE = 1_700_000_000_000_000_000
 
 
+pytestmark = pytest.mark.usefixtures("empty_folder")
+
+
 @pytest.fixture(autouse=True)
-def _in_an_empty_folder(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No setting, no handlers.py, beside kfserver.py neither, and no imported handlers but what a test makes itself."""
-    for name in [name for name in os.environ if name.startswith("KF_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
+def _no_handlers_beside_kfserver(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kfserver, "__file__", str(tmp_path / "elsewhere" / "kfserver.py"))
-    modules = set(sys.modules)
-    yield
-    for name in set(sys.modules) - modules:
-        del sys.modules[name]
 
 
 Save = Callable[..., str]

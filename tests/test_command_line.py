@@ -42,18 +42,7 @@ SLOW_HANDLERS = """
         print("ends", message.content, flush=True)
 """
 
-
-@pytest.fixture(autouse=True)
-def _in_an_empty_folder(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No setting, no handlers.py and no imported handlers but what a test makes itself."""
-    for name in [name for name in os.environ if name.startswith("KF_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    modules = set(sys.modules)
-    yield
-    for name in set(sys.modules) - modules:
-        del sys.modules[name]
+pytestmark = pytest.mark.usefixtures("empty_folder")
 
 
 def write(name: str, text: str) -> str:
