@@ -86,6 +86,7 @@ import xml.etree.ElementTree as ElementTree
 from collections import Counter, OrderedDict, deque
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import PurePath
 from socketserver import TCPServer
 from types import CodeType, MappingProxyType, ModuleType, TracebackType
 from typing import (TYPE_CHECKING, Any, Callable, Deque, Dict, Generator, Iterable, Iterator, List, Mapping, NamedTuple,
@@ -127,6 +128,10 @@ class PushError(KfError):
     advice = ""
     headers: Tuple[Tuple[str, str], ...] = ()
 
+    def __init__(self, reason: str, advice: str = "") -> None:
+        super().__init__(reason)
+        self.advice = advice or self.advice
+
 
 class MalformedPush(PushError):
     """Not HTTP, not XML or JSON, or not shaped like a message: 400, and why."""
@@ -137,10 +142,6 @@ class ForbiddenPush(PushError):
 
     status = 403
     public = "forbidden"
-
-    def __init__(self, reason: str, advice: str = "") -> None:
-        super().__init__(reason)
-        self.advice = advice
 
 
 class UnknownPath(PushError):
@@ -185,14 +186,11 @@ class Busy(PushError):
     """Our fault: the message cannot be taken now. 503 with Retry-After; nothing is claimed, so a retry is accepted."""
 
     status = 503
-    advice = "handlers are slower than messages come: raise --workers or --queue-size, or make the handlers faster"
     headers = (("Retry-After", "1"),)
 
 
 class BeingTaken(Busy):
     """The same message is just being taken by another thread or instance, which may yet refuse it."""
-
-    advice = ""
 
 
 class JournalError(Busy):
@@ -215,6 +213,25 @@ class ReplyError(KfError):
 
 class NetworkError(ReplyError):
     """The send API could not be reached, or did not answer sensibly, as often as it was tried."""
+
+
+def printable(text: str) -> str:
+    """The text with escapes for all that could steer a terminal, break a line or not be encoded."""
+    return text if text.isprintable() else "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)
+
+
+def describe_error(error: BaseException) -> str:
+    """The error without a user's words: our own errors in full, others by their type and the line that raised them."""
+    if isinstance(error, KfError):
+        return printable(f"{type(error).__name__}: {error}")
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" at {PurePath(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
+    return type(error).__name__ + place
+
+
+def exc_info_of(error: BaseException) -> Tuple[Type[BaseException], BaseException, Optional[TracebackType]]:
+    """The error's traceback for the log, with `describe_error` in the place of its text, which may hold a user's."""
+    return KfError, KfError(describe_error(error)), error.__traceback__
 
 
 # ---- 2 Values -------------------------------------------------------------------------------------------------------
@@ -1005,11 +1022,10 @@ class ClaimCache:
         raise BeingTaken("the same message is just being taken")
 
     def _make_room(self) -> None:
-        if len(self) < self._size:
-            return
-        if not self._finished:
-            raise Busy("as many messages are in hand as can be remembered (--dedup-size)")
-        self._finished.popitem(last=False)
+        while len(self) >= self._size:
+            if not self._finished:
+                raise Busy("as many messages are in hand as can be remembered", "raise --dedup-size")
+            self._finished.popitem(last=False)
 
     def accept(self, key: str) -> None:
         """The claimed message is safe: from now on its repeats are answered ``success``."""
@@ -1029,9 +1045,7 @@ class ClaimCache:
         with self._lock:
             self._held.pop(key, None)
 
-    def remember(self, key: str) -> None:
-        """The message was finished before a restart."""
-        self.finish(key)
+    remember = finish  # before a restart; where claims are shared, the two differ
 
     def restore(self, key: str) -> None:
         """The message was accepted before a restart, and is in hand again, room or not."""
@@ -1160,10 +1174,10 @@ class HandlerRegistry:
             return None
         return match.handler(message, *match.arguments)
 
-    def handle_error(self, message: Message, error: BaseException) -> None:
-        """Run the functions of `on_error`."""
-        for function in self._error_handlers:
-            function(message, error)
+    def handle_error(self, message: Message, error: BaseException) -> List[BaseException]:
+        """Run all functions of `on_error`; the errors that they raised."""
+        failed = [attempt(functools.partial(function, message, error)) for function in self._error_handlers]
+        return [each for each in failed if each]
 
     def _tell_unhandled(self, message: Message) -> None:
         decorator = decorator_for(message)
@@ -1200,6 +1214,26 @@ def _method_that_is_called(function: object) -> Any:
 
 def _show_pattern(pattern: Union[str, Pattern[str]]) -> str:
     return repr(pattern) if isinstance(pattern, str) else f're.compile(r"{pattern.pattern}")'
+
+
+def attempt(function: Callable[[], object]) -> Optional[BaseException]:
+    """Call what a user wrote; the error that it raised, or None. The only place where any error at all is caught:
+    sys.exit() in a handler, or a task cancelled in it, must not end a worker without a word. Ctrl-C passes: it comes
+    to the main thread alone."""
+    try:
+        function()
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt) and threading.current_thread() is threading.main_thread():
+            raise
+        return error
+    return None
+
+
+def guard(function: Callable[[], object]) -> None:
+    """Call a part of our own that must not end the thread it runs on: an error in it is a bug, and is told."""
+    error = attempt(function)
+    if error:
+        log.error("an error inside kfserver; please report this", exc_info=exc_info_of(error))
 
 
 # ---- 8 Endpoint -----------------------------------------------------------------------------------------------------
@@ -1342,7 +1376,7 @@ class Endpoint:
             else:
                 payload = self._gate.open(query, request.body)          # 403
                 message = parse(payload)                                # 400
-                message.key = self._dedup_key(message)
+                message.key = self._name(message)                       # 503
                 if self._claims.claim(message.key):                     # 503
                     confirm = self._submit_claimed(message, payload)    # 503
                     response = ACCEPTED
@@ -1352,6 +1386,15 @@ class Endpoint:
             response = self._refuse(error)
             too_soon = isinstance(error, BeingTaken)
         return _Decision(response, message, confirm, too_soon, started)
+
+    def _name(self, message: Message) -> str:
+        """The message's key. An embedder's own `dedup_key` that fails refuses this push, and no other of its round."""
+        keys: List[str] = []
+        error = attempt(lambda: keys.append(checked_key(self._dedup_key(message))))
+        if error:
+            log.error("dedup_key failed: the push is answered 503; mend the function", exc_info=exc_info_of(error))
+            raise Busy("the message has no key")
+        return keys[0]
 
     def _submit_claimed(self, message: Message, payload: bytes) -> Confirm:
         """Hand the message over; one that could not be handed over leaves no claim."""
@@ -1417,6 +1460,14 @@ class Endpoint:
             log.info("push type=%(type)s key=%(key)s outcome=%(outcome)s ms=%(ms).2f", {
                 "type": ascii(kind[:64])[1:-1], "key": key or "-", "outcome": response.outcome,
                 "ms": (self._timer() - started) * 1000})
+
+
+def checked_key(key: str) -> str:
+    """The key, if it can be stored and sent. Raises TypeError and UnicodeEncodeError."""
+    if not isinstance(key, str):
+        raise TypeError("a key is a text")
+    key.encode()
+    return key
 
 
 def _parse_form(text: str) -> Dict[str, str]:
@@ -1526,7 +1577,7 @@ class Metrics:
             for (outcome, kind, status), count in sorted(self._pushes.items()):
                 labels = f'outcome="{outcome}",status="{status}",type="{kind}"'
                 lines.append(f"kfserver_pushes_total{{{labels}}} {count}")
-            lines += self._answers.render("kfserver_answer_seconds", "From a push's last byte to its answer.")
+            lines += self._answers.render("kfserver_answer_seconds", "From taking a push up to its answer.")
             lines += self._handlers.render("kfserver_handler_seconds", "Duration of one run of a handler.")
             counted = [Sample(f"kfserver_{event}_total", text, self._events[event], "counter")
                        for event, text in EVENTS.items()]
@@ -1630,10 +1681,11 @@ class Alarm:
     def later(self, seconds: float, job: Job) -> None:
         """Run ``job`` once, ``seconds`` from now."""
         with self._lock:
-            self._due.enter(seconds, 0, job)
+            self._due.enter(seconds, 0, guard, (job,))
             if not self._running:
-                self._running = True
-                threading.Thread(target=self._work, name="kfserver-alarm", daemon=True).start()
+                with contextlib.suppress(RuntimeError):  # no thread to spare: the next call tries again
+                    threading.Thread(target=self._work, name="kfserver-alarm", daemon=True).start()
+                    self._running = True
         self._wake.set()
 
     def _sleep(self, seconds: float) -> None:
@@ -1658,6 +1710,8 @@ JOURNAL_ID = 0x4B467376
 JOURNAL_VERSION = 1
 # Seconds to wait for a program that has locked the file: the platform waits 2 s for its answer.
 LOCK_SECONDS = 1.0
+# Seconds between two looks whether a file that could not be written can be.
+LOOK_AGAIN_SECONDS = 1.0
 # Finished messages between two clean-ups.
 TRIM_EVERY = 1000
 
@@ -1786,16 +1840,19 @@ class JournalFile:
 class Journal:
     """The messages that were acknowledged, in a `JournalFile`; changes that come together share one commit.
 
-    The last ``keep`` finished messages are remembered. ``clock`` gives Unix seconds.
+    Remembers ``settings.dedup_size`` finished messages. ``later`` runs a job after so many seconds, ``clock`` gives
+    Unix seconds.
     """
 
-    def __init__(self, path: str, sync: str, keep: int, clock: Callable[[], float] = time.time) -> None:
-        self._path, self._keep, self._clock = path, keep, clock
-        self._file = JournalFile(path, sync)
+    def __init__(self, settings: Settings, later: Callable[[float, Job], None],
+                 clock: Callable[[], float] = time.time) -> None:
+        self._path, self._keep, self._later, self._clock = settings.journal, settings.dedup_size, later, clock
+        self._file = JournalFile(settings.journal, settings.journal_sync)
         self._pending: Deque[_Entry] = deque()
         self._turn = threading.Lock()  # guards all below and the file: whoever holds it writes for all who wait
         self._finished = 0  # since the last clean-up
         self._failing = False
+        self._looking = False  # whether a look is due
         self._closed = False
 
     def add(self, key: str, payload: bytes, then: Callable[[], None]) -> Callable[[], None]:
@@ -1807,7 +1864,7 @@ class Journal:
 
     def _confirm(self, entry: _Entry) -> None:
         self._settle(entry)
-        if entry.error:
+        if not entry.written:
             raise JournalError("the journal cannot be written") from entry.error
 
     def tried(self, key: str, tries: int) -> None:
@@ -1837,9 +1894,8 @@ class Journal:
             for entry in entries:
                 entry.error = JournalError("closed")
             return
-        try:
-            self._commit(entries)
-        except self._file.errors as error:
+        error = attempt(functools.partial(self._commit, entries))  # whatever it is: the entries are owed an answer
+        if error:
             self._recover(entries, error)
             return
         if self._failing:
@@ -1863,14 +1919,30 @@ class Journal:
     def _recover(self, entries: Sequence[_Entry], error: BaseException) -> None:
         """Nothing of the entries is on the disk: new messages are refused, and what became of old ones is kept to be
         written with the next change, when the file is opened anew."""
+        known = isinstance(error, self._file.errors)
         if not self._failing:
             log.error("the journal %s cannot be written: %s; pushes are answered 503 until it can: "
-                      "free the disk, or mend its rights, or move the file away", self._path, error)
+                      "free the disk, or mend its rights, or move the file away", self._path,
+                      error if known else describe_error(error))
         self._failing = True
         self._file.give_up()
         for entry in entries:
             entry.error = error
-        self._pending.extendleft(reversed([_Entry(entry.sql, entry.values) for entry in entries if not entry.then]))
+        kept = [_Entry(entry.sql, entry.values) for entry in entries if known and not entry.then]
+        self._pending.extendleft(reversed(kept))
+        self._look_later()
+
+    def _look_later(self) -> None:
+        if not self._looking:
+            self._looking = True
+            self._later(LOOK_AGAIN_SECONDS, self._look_again)
+
+    def _look_again(self) -> None:
+        """Write what is pending, or nothing, if the file can be written again though no message comes."""
+        with self._turn:
+            self._looking = False
+            if self._failing and not self._closed:
+                self._write_pending()
 
     @property
     def healthy(self) -> bool:
@@ -1917,15 +1989,6 @@ def _refuse_foreign_file(path: str) -> None:
         raise SettingsError(f"the journal {path} was written by a newer kfserver, and was left as it is: use that one")
 
 
-def describe_error(error: BaseException) -> str:
-    """The error without a user's words: our own errors in full, others by their type and the line that raised them."""
-    if isinstance(error, KfError):
-        return f"{type(error).__name__}: {error}"
-    frames = traceback.extract_tb(error.__traceback__)
-    place = f" at {os.path.basename(frames[-1].filename)}:{frames[-1].lineno}" if frames else ""
-    return type(error).__name__ + place
-
-
 # ---- 12 Shared claims -----------------------------------------------------------------------------------------------
 # Law: several instances claim as one, through Redis. Works like a `ClaimCache`, and is one when Redis is away.
 
@@ -1934,6 +1997,8 @@ CLAIM_MS = 60 * 1000
 FINISHED_MS = 24 * 60 * 60 * 1000
 # Seconds between two renewals of the claims in hand, to be answered by Redis, and to leave it alone when it was not.
 RENEW_SECONDS = 20.0
+# Claims renewed at once: some milliseconds, in which none can be let go.
+RENEW_BATCH = 100
 REDIS_TIMEOUT = 0.1
 REDIS_PAUSE = 1.0
 
@@ -1958,7 +2023,7 @@ class SharedClaims:
         self._local, self._later, self._timer = local, later, timer
         self._redis, self._error = connect_redis(url)
         self._owner = uuid.uuid4().hex
-        self._lock = threading.Lock()  # guards all below
+        self._lock = threading.Lock()  # guards the two below, and that nothing is let go while it is renewed
         self._held: Set[str] = set()
         self._renewing = False
         self._away_until = 0.0  # by the timer; 0 when Redis answers
@@ -2021,13 +2086,15 @@ class SharedClaims:
         with self._lock:
             keys = list(self._held)
             self._renewing = bool(keys)
+        for first in range(0, len(keys), RENEW_BATCH):
+            with self._lock:
+                self._ask(functools.partial(self._renew_all, keys[first:first + RENEW_BATCH]), None)
         if keys:
-            self._ask(lambda: self._renew_all(keys), None)
             self._later(RENEW_SECONDS, self._renew)
 
     def _renew_all(self, keys: Sequence[str]) -> None:
         pipeline = self._redis.pipeline(transaction=False)
-        for key in keys:
+        for key in self._held.intersection(keys):
             pipeline.eval(_RENEW, 1, _name(key), self._owner, CLAIM_MS)
         pipeline.execute()
 
@@ -2046,9 +2113,8 @@ class SharedClaims:
         return answer
 
     def _went_away(self, error: BaseException) -> None:
-        with self._lock:
-            first = not self._away_until
-            self._away_until = self._timer() + REDIS_PAUSE
+        first = not self._away_until  # two threads may find out at once, and both tell
+        self._away_until = self._timer() + REDIS_PAUSE
         if first:
             log.warning("Redis is away (%s): this instance drops only the repeats that it has seen itself; "
                         "check the server behind --redis", type(error).__name__)
@@ -2273,7 +2339,7 @@ class SendApi:
         text = str(words)
         for secret in (token, self._token, self._settings.app_secret, self._settings.app_key):
             text = text.replace(secret, "…") if secret else text
-        return " ".join(text[:200].split())
+        return printable(" ".join(text[:200].split()))
 
 
 def _seconds(value: object) -> float:
@@ -2413,19 +2479,14 @@ class Dispatcher:
         self._called = False  # whether a worker is on its way
         self._closed = False
 
-    def submit(self, message: Message) -> None:
-        """Take the message for good and return at once; raises `Busy` when the queue is full or closed."""
-        self.reserve()
-        self.post(message)
-        self.wake()
-
     def reserve(self) -> None:
         """Keep a place in the queue for a message that `post` will bring, or `cancel` will not. Raises `Busy`."""
         with self._empty:
             if self._closed:
                 raise Busy("shutting down")
             if self._open - self._busy >= self._settings.queue_size:
-                raise Busy("the queue is full")
+                raise Busy("the queue is full", "handlers are slower than messages come: raise --workers or "
+                           "--queue-size, or make the handlers faster")
             self._open += 1
 
     def cancel(self) -> None:
@@ -2482,14 +2543,14 @@ class Dispatcher:
         if error and job.tries + 1 < self._settings.tries and not isinstance(error, KfError):
             self._park(mailbox, job, error)
             return True
-        self._work.settle(job.message, error)
+        guard(lambda: self._work.settle(job.message, error))
         return False
 
     def _park(self, mailbox: _Mailbox, job: _Job, error: BaseException) -> None:
         """Leave the mailbox alone for 1 s, then 4 s, 16 s…: what failed by outage or overload needs time."""
         seconds = 4.0 ** job.tries
         job.tries += 1
-        self._work.tried(job.message, job.tries)
+        guard(lambda: self._work.tried(job.message, job.tries))
         log.warning("handler failed: key=%s try=%d of %d, %s; again in %d s", job.message.key, job.tries,
                     self._settings.tries, describe_error(error), seconds)
         self._later(seconds, lambda: self._unpark(mailbox))
@@ -2542,18 +2603,6 @@ def _sender(message: Message) -> Tuple[str, str]:
     return message.to_user_name, message.from_user_name
 
 
-def attempt(function: Callable[[], object]) -> Optional[BaseException]:
-    """Call what a user wrote; the error that it raised, or None. The only place where any error at all is caught:
-    sys.exit() in a handler, or a task cancelled in it, must not end a worker without a word."""
-    try:
-        function()
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:
-        return error
-    return None
-
-
 # ---- 15 HTTP server -------------------------------------------------------------------------------------------------
 # Law: bytes in, a `Request`, a `Response`, bytes out. Decides nothing about pushes; it only refuses what is not HTTP,
 # what is too slow, and what is too much. Knows nothing of the dispatcher.
@@ -2585,9 +2634,10 @@ UNIX_FAMILY = getattr(socket, "AF_UNIX", -1)
 # that continues another, no bare CR, LF or NUL.
 _TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 _FIELD = _TOKEN + rb":[\t -~\x80-\xff]*\r\n"
-_REQUEST_LINE = re.compile(rb"(" + _TOKEN + rb") ([!-~\x80-\xff]+) HTTP/([0-9])\.([0-9])\r\n")
+_REQUEST_LINE = re.compile(rb"(" + _TOKEN + rb") ([!\"$-~\x80-\xff]+) HTTP/([0-9])\.([0-9])\r\n")
 _FIELDS = re.compile(rb"(?:" + _FIELD + rb")*")
-_FRAMING_FIELD = re.compile(rb"(?im)^(host|content-length|transfer-encoding|connection|expect):[\t ]*(.*?)[\t ]*\r$")
+_FRAMING_FIELD = re.compile(rb"(?im)^(host|content-length|transfer-encoding|connection|expect):(.*)\r$")
+_HOST = re.compile(rb"[!$%&'()*+,;=:\[\]._~0-9a-z-]*")
 _CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,8})[\t ]*(?:;[\t -~\x80-\xff]*)?")
 _NEVER_IN_HEAD = re.compile(rb"(?<!\r)\n|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 
@@ -2608,8 +2658,9 @@ def parse_framing(block: bytes, minor: int) -> Framing:
     if block.count(b"\n") > MAX_HEADERS:
         raise HeadTooLarge(f"more than {MAX_HEADERS} headers")
     found = _find_framing_fields(block)
-    if len(found.get(b"host", ())) != 1 and (minor or b"host" in found):
-        raise MalformedPush("HTTP/1.1 needs exactly one Host header")
+    hosts = found.get(b"host", ())
+    if len(hosts) > 1 or len(hosts) < minor or not all(map(_HOST.fullmatch, hosts)):
+        raise MalformedPush("HTTP/1.1 needs exactly one Host header, with a host and maybe a port")
     return Framing(_body_length(found, minor), _keeps_alive(found, minor), _expects_continue(found, minor))
 
 
@@ -2620,7 +2671,7 @@ def _find_framing_fields(block: bytes) -> FramingFields:
     """The values of the headers that frame a message, in lower case, as often as they stand there."""
     found: Dict[bytes, List[bytes]] = {}
     for name, value in _FRAMING_FIELD.findall(block):
-        found.setdefault(name.lower(), []).append(value.lower())
+        found.setdefault(name.lower(), []).append(value.strip(b"\t ").lower())
     return found
 
 
@@ -2783,22 +2834,24 @@ class Wire:
 
     def _read_head(self) -> Generator[None, None, bytes]:
         self._skip_empty_lines()
-        end = self._buffer.find(b"\r\n\r\n")
+        seen, end = 0, self._buffer.find(b"\r\n\r\n")
         while end < 0:
-            self._check_unfinished_head()
+            self._check_unfinished_head(seen)
+            seen = len(self._buffer)
             yield None
             self._skip_empty_lines()
-            end = self._buffer.find(b"\r\n\r\n")
+            end = self._buffer.find(b"\r\n\r\n", max(0, seen - 3))
         if end > MAX_HEAD:
             raise HeadTooLarge(f"a head of more than {MAX_HEAD} bytes")
         head = bytes(self._buffer[:end + 2])
         del self._buffer[:end + 4]
         return head
 
-    def _check_unfinished_head(self) -> None:
+    def _check_unfinished_head(self, seen: int) -> None:
+        """Look at what came behind ``seen``: to look at all of it again for each byte would cost an attacker little."""
         if len(self._buffer) > MAX_HEAD:
             raise HeadTooLarge(f"a head of more than {MAX_HEAD} bytes")
-        if _NEVER_IN_HEAD.search(self._buffer):
+        if _NEVER_IN_HEAD.search(self._buffer, seen):
             raise MalformedPush("no control characters in a head, and lines end with CR LF")
 
     def _take(self, count: int) -> Generator[None, None, bytes]:
@@ -2883,7 +2936,7 @@ class Channel(BaseHTTPRequestHandler):
         self.unsent = b""
         self.handed_in: Optional[Request] = None  # complete, and not yet answered
         self.phase = IDLE  # what the client is given time for; empty while it has its part behind it
-        self._lingering = False
+        self._lingering = False  # what comes is not understood any more
 
     def handle(self) -> None:
         """Nothing yet: `ready` is called whenever there is something to do, or `serve` does everything."""
@@ -2941,8 +2994,8 @@ class Channel(BaseHTTPRequestHandler):
             self.feed(data)
 
     def last_look(self) -> None:
-        """Take in what has come and was not seen yet: a request that is complete is not sent away."""
-        if not self.server.threaded:
+        """Take in what has come unseen, lest a request that is complete be sent away."""
+        if not self.server.threaded:  # with TLS only the connection's own thread can look, and the push comes again
             self.receive()
 
     def send(self, data: bytes) -> None:
@@ -2950,6 +3003,7 @@ class Channel(BaseHTTPRequestHandler):
         try:
             if self.server.threaded:
                 self.deadline = time.monotonic() + WRITE_SECONDS
+                self.server.connections.wait(self)  # who does not read can be sent away
                 self.connection.sendall(data)
                 return
             sent = 0 if self.unsent else self.connection.send(data)
@@ -2975,7 +3029,6 @@ class Channel(BaseHTTPRequestHandler):
     def linger(self) -> None:
         """Send no more, and read on for a while without understanding: closing with bytes unread would reset the
         connection, and with it the answer under way (RFC 9112, section 9.6)."""
-        self._lingering = True
         self.deadline = time.monotonic() + LINGER_SECONDS
         self._say_goodbye()
         with contextlib.suppress(OSError):
@@ -3017,6 +3070,7 @@ class PushHandler(Channel):
         """Prepare the connection; called by socketserver before `handle`."""
         super().setup()
         self._framing = Framing(0, False, False)  # of the request that is being read
+        self.command = ""
         self._wire = Wire(self._understand, self.server.max_body)
 
     def feed(self, data: bytes) -> None:
@@ -3046,8 +3100,8 @@ class PushHandler(Channel):
         self.phase = ""
         self.deadline = float("inf")
         self.server.connections.proceed(self)
-        if not self.server.threaded:
-            self.server.hand_in(self)
+        if self.handed_in and not self.server.threaded:
+            self.server.hand_in(self, self.handed_in)
 
     def _await_rest(self) -> None:
         """Give the client so much time for what it has begun, counted from when it began."""
@@ -3082,12 +3136,15 @@ class PushHandler(Channel):
         self.handed_in = None
         self.close_connection = not self._framing.keep_alive or self.server.closing
         self._write(response)
+        self.command = ""
         if not self.unsent:
             self.go_on()
 
     def go_on(self) -> None:
         """Everything is sent: close, or wait for the next request, or serve it if it is here already."""
-        if self._lingering or self.over:
+        if self._lingering:
+            self.linger()
+        if self._lingering or self.over or self.phase:  # with a phase, what was sent is 100 Continue
             return
         if self.close_connection:
             self.server.drop(self)
@@ -3112,9 +3169,10 @@ class PushHandler(Channel):
 
     def _refuse(self, error: PushError) -> None:
         """Answer what is no request. What follows it on the connection is never read as one."""
-        self.close_connection, self.command, self.request_version = True, "", "HTTP/1.1"
+        self.close_connection, self.request_version, self._lingering = True, "HTTP/1.1", True
         self._write(self.server.endpoint.refuse_unread(error))
-        self.linger()
+        if not self.unsent:
+            self.linger()
 
 
 class Listener(ThreadingHTTPServer):
@@ -3152,10 +3210,10 @@ class Listener(ThreadingHTTPServer):
 
     def server_close(self) -> None:
         """Stop listening; a Unix socket's file goes too, if it is ours."""
-        super().server_close()
-        if self._owns_file:
+        if self._owns_file:  # before another server can bind, and make the file its own
             with contextlib.suppress(OSError):
                 os.unlink(self._unix)
+        super().server_close()
 
 
 class Watcher:
@@ -3212,35 +3270,28 @@ class DateHeader:
         return self._made[1]
 
 
-def report_bug(error: BaseException) -> None:
-    """An error that should not be: the connection goes without an answer, and the push comes again."""
-    log.error("a request failed inside kfserver; please report this", exc_info=error)
-
-
 class Round:
     """The requests that came together, and are answered together: so their messages can share a write to the disk."""
 
     def __init__(self, endpoint: Union[Endpoint, AdminEndpoint]) -> None:
         self._endpoint = endpoint
-        self._handlers: List[Channel] = []
+        self._waiting: List[Tuple[Channel, Request]] = []
 
-    def add(self, handler: Channel) -> None:
-        """The handler has a request to be answered."""
-        self._handlers.append(handler)
+    def add(self, handler: Channel, request: Request) -> None:
+        """The handler's request is to be answered."""
+        self._waiting.append((handler, request))
 
     def answer(self) -> Iterator[Channel]:
         """Answer all, and whatever they hand in after that; yields each handler that was served."""
-        while self._handlers:
-            handlers, self._handlers = self._handlers, []
-            requests = [handler.handed_in for handler in handlers if handler.handed_in]
+        while self._waiting:
+            handlers, requests = zip(*self._waiting)
+            self._waiting = []
             responses: List[Response] = []
-            error = attempt(functools.partial(self._decide, requests, responses))
+            guard(functools.partial(self._decide, requests, responses))
             for handler, response in zip(handlers, responses):
                 handler.answer(response)
-            if error:
-                report_bug(error)
-                for handler in handlers:
-                    handler.abort()
+            for handler in handlers[len(responses):]:
+                handler.abort()  # without an answer the push comes again
             yield from handlers
 
     def _decide(self, requests: Sequence[Request], responses: List[Response]) -> None:
@@ -3263,9 +3314,7 @@ class ThreadPerConnection:
             self._end(handler)
 
     def _serve(self, handler: Channel) -> None:
-        error = attempt(handler.serve)
-        if error:
-            report_bug(error)
+        guard(handler.serve)
         self._end(handler)
 
     def _end(self, handler: Channel) -> None:
@@ -3299,6 +3348,12 @@ class PushServer(Listener):
 
     def serve_forever(self, poll_interval: float = 0.5) -> None:
         """Serve until `close` is called from another thread."""
+        try:
+            self._serve(poll_interval)
+        finally:
+            self._closed.set()
+
+    def _serve(self, poll_interval: float) -> None:
         self.watcher.watch_listener(self.socket, self._accept)
         while not self.closing:
             self._turn(poll_interval)
@@ -3308,16 +3363,11 @@ class PushServer(Listener):
             time.sleep(0.01)
         self.connections.dismiss_all()
         self.watcher.close()
-        self._closed.set()
 
     def _turn(self, seconds: float) -> None:
         """Wait for what comes, so many seconds at most, take it in, and answer all that is complete."""
-        for call in self.watcher.wait(seconds):
-            error = attempt(call)
-            if error:
-                report_bug(error)
-        self._answer_round()
-        self.service_actions()
+        for call in (*self.watcher.wait(seconds), self._answer_round, self.service_actions):
+            guard(call)
 
     def close(self, seconds: float) -> None:
         """Stop accepting, finish the requests in flight for so many seconds, close every connection."""
@@ -3356,7 +3406,7 @@ class PushServer(Listener):
             self.process_request(request, client_address)
 
     def _make_room(self) -> None:
-        while not self.connections.make_room():
+        while not (self.connections.make_room() or self.closing):
             self._answer_round()  # those in hand wait again after it, or are gone
             self.service_actions()
             if self.threaded:
@@ -3369,8 +3419,7 @@ class PushServer(Listener):
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Take in a connection, and serve it here or on a thread of its own."""
-        if not self.threaded:
-            request.setblocking(False)
+        request.setblocking(self.threaded)  # some systems hand the listener's own mode on
         try:
             handler = PushHandler(request, client_address, self)
         except OSError:
@@ -3443,7 +3492,10 @@ def _connection_limit(wanted: int) -> int:
     """``wanted``, or what the system's limit of open files leaves beside RESERVED_FILES."""
     if resource is None:
         return wanted
-    allowed = max(1, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - RESERVED_FILES)
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if files == resource.RLIM_INFINITY:
+        return wanted
+    allowed = max(1, files - RESERVED_FILES)
     if allowed < wanted:
         log.warning("only %d connections at a time: the limit of open files is low; raise it with ulimit -n", allowed)
     return min(wanted, allowed)
@@ -3479,7 +3531,7 @@ class Pipeline:
         self._dispatcher = Dispatcher(settings, Work(self._run, self._tried, self._settle), alarm.later)
         self._journal: Optional[Journal] = None
         if settings.journal:
-            self._journal = Journal(settings.journal, settings.journal_sync, settings.dedup_size)
+            self._journal = Journal(settings, alarm.later)
             self._recover(self._journal)
 
     def submit(self, message: Message, payload: bytes) -> Confirm:
@@ -3551,10 +3603,9 @@ class Pipeline:
             self._journal.fail(message.key, describe_error(error))
         self.claims.release(message.key)
         log.error("message failed for good: key=%s; the platform will not send it again by itself", message.key,
-                  exc_info=error)
-        failed = attempt(functools.partial(self.registry.handle_error, message, error))
-        if failed:
-            log.error("on_error failed: key=%s", message.key, exc_info=failed)
+                  exc_info=exc_info_of(error))
+        for failed in self.registry.handle_error(message, error):
+            log.error("on_error failed: key=%s", message.key, exc_info=exc_info_of(failed))
 
     def trouble(self) -> str:
         """What keeps messages from being taken, in words; empty if nothing does."""
@@ -3625,14 +3676,14 @@ class KfServer:
 
     def start(self) -> KfServer:
         """Listen, and serve from a thread of its own. Raises `SettingsError` when an address cannot be had."""
-        if self.settings.admin:
-            self._admin = self._bind_admin()
+        admin = self._bind_admin() if self.settings.admin else None
         try:
             self._http = bind(self.settings, self.endpoint, "--host, --port or --unix")
         except SettingsError:
-            if self._admin:
-                self._admin.abandon()
+            if admin:
+                admin.abandon()
             raise
+        self._admin = admin
         for server in filter(None, (self._http, self._admin)):
             threading.Thread(target=server.serve_forever, name="kfserver-accept", daemon=True).start()
         self._pipeline.begin()
@@ -3668,7 +3719,10 @@ class KfServer:
         return f"{scheme}://{f'[{host}]' if ':' in host else host}:{self.port}{self.settings.path or '/'}"
 
     def stop(self) -> List[str]:
-        """Stop listening, finish requests in flight and, within ``grace`` seconds, messages; the keys of the others."""
+        """Stop listening, finish requests in flight and, within ``grace`` seconds, messages; the keys of the others.
+
+        What a handler finishes after that is not written down any more: a journal brings its message again.
+        """
         self._pipeline.draining = True
         if self._http:
             self._http.close(FINISH_SECONDS)
@@ -3685,13 +3739,15 @@ class KfServer:
         self.stop()
 
     def feed(self, body: bytes) -> Response:
-        """Push ``body`` as the platform would, signed with the token if one is set, without a socket."""
-        query = ""
-        if self.settings.token:
-            timestamp = str(int(time.time()))
-            signature = sign(self.settings.token, timestamp, "feed")
-            query = urlencode({"signature": signature, "timestamp": timestamp, "nonce": "feed"})
-        return self.endpoint.handle(Request("POST", self.settings.path or "/", query, body))
+        """Push ``body`` as the platform would, without a socket: signed and sealed as the settings ask."""
+        token, timestamp = self.settings.token, str(int(time.time()))
+        query = {"signature": sign(token, timestamp, "feed"), "timestamp": timestamp, "nonce": "feed"}
+        if self.settings.aes_key:
+            envelope = Envelope(self.settings.aes_key, self.settings.app_id)
+            encrypted = envelope.seal(body, os.urandom(RANDOM_HEAD))
+            query["msg_signature"] = sign(token, timestamp, "feed", encrypted)
+            body = json.dumps({"Encrypt": encrypted}).encode()
+        return self.endpoint.handle(Request("POST", self.settings.path or "/", urlencode(query), body))
 
     def join(self, seconds: Optional[float] = None) -> bool:
         """Wait until every message is handled, for so many seconds at most; whether that was reached."""
@@ -3710,7 +3766,7 @@ class KfServer:
 
     def _read_environ(self, environ: Environ) -> Request:
         length = environ.get("CONTENT_LENGTH") or "0"
-        if not length.isdecimal():
+        if not length.isdecimal() or len(length) > 18:
             raise MalformedPush("Content-Length must be one number")
         if int(length) > self.settings.max_body:
             raise PushTooLarge(f"more than {self.settings.max_body} bytes")
@@ -3803,13 +3859,13 @@ def find_listener(url: PushUrl) -> Address:
     """
     problem = OSError("no address")
     for family, place in _list_addresses(url):
-        with contextlib.closing(socket.socket(family)) as probe:
-            probe.settimeout(PLATFORM_PATIENCE.answer_seconds)
-            try:
+        try:
+            with contextlib.closing(socket.socket(family)) as probe:
+                probe.settimeout(PLATFORM_PATIENCE.answer_seconds)
                 probe.connect(place)
                 return family, place
-            except OSError as error:
-                problem = error
+        except OSError as error:
+            problem = error
     raise problem
 
 
@@ -4998,8 +5054,7 @@ class Chat:
         if error:
             self.failures += 1
             _show_error(error)
-            failed = attempt(functools.partial(registry.handle_error, message, error))
-            if failed:
+            for failed in registry.handle_error(message, error):
                 _show_error(failed)
 
 
@@ -5158,8 +5213,8 @@ def _format_report(report: Report, now: float) -> str:
 def _format_row(row: Report) -> str:
     """One message; characters that could steer a terminal are written as escapes."""
     error, content = row["error"] and f", {row['error']}", row.get("content", "")
-    told = "".join(each if each.isprintable() else ascii(each)[1:-1] for each in content)
-    return f"{row['key']} received {_format_time(row['received'])}{error}" + (told and f"\n    {told}")
+    first = printable(f"{row['key']} received {_format_time(row['received'])}{error}")
+    return first + (content and f"\n    {printable(content)}")
 
 
 def _format_time(seconds: float) -> str:

@@ -60,7 +60,13 @@ class Office:
     def submit(self, *keys: str) -> None:
         """Hand in one message for each key."""
         for key in keys:
-            self.dispatcher.submit(letter(key))
+            self.hand_in(letter(key))
+
+    def hand_in(self, message: Message) -> None:
+        """Hand in one message; raises `Busy` when there is no place for it."""
+        self.dispatcher.reserve()
+        self.dispatcher.post(message)
+        self.dispatcher.wake()
 
     def finish(self) -> None:
         """Ring every alarm, until all messages are settled."""
@@ -135,7 +141,7 @@ def test_dispatcher_tells_the_same_sender_in_two_apps_apart() -> None:
     for app in ("first", "second"):
         message = Message({"ToUserName": app, "FromUserName": "ann"})
         message.key = app
-        office.dispatcher.submit(message)
+        office.hand_in(message)
     wait_until(lambda: sorted(gate.inside) == ["first", "second"])
     gate.open()
     office.finish()
@@ -272,7 +278,7 @@ def test_dispatcher_logs_a_retry_by_key_and_never_by_what_was_written(caplog: py
     office = Office(Failing(times=1), Settings(tries=3))
     message = Message({"FromUserName": "ann", "Content": "my secret"})
     message.key = "ann/1"
-    office.dispatcher.submit(message)
+    office.hand_in(message)
     office.finish()
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert caplog.messages[0].startswith("handler failed: key=ann/1 try=1 of 3, ValueError")

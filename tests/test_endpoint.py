@@ -631,9 +631,15 @@ def test_handle_warns_with_the_setting_that_would_help(
 
 
 def test_handle_advises_on_a_full_queue(lines: Lines, world: World) -> None:
-    world.full = Busy("the queue is full")
+    world.full = Busy("the queue is full", "raise --queue-size")
     world.push(BODY)
     assert "--queue-size" in lines(logging.WARNING)[0]
+
+
+def test_handle_advises_nothing_at_shutdown(lines: Lines, world: World) -> None:
+    world.full = Busy("shutting down")
+    world.push(BODY)
+    assert lines(logging.WARNING) == []
 
 
 def test_handle_gives_each_advice_at_most_once_a_minute(lines: Lines) -> None:

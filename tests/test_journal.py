@@ -21,6 +21,7 @@ import kfserver
 from kfserver import (
     JOURNAL_ID,
     JOURNAL_VERSION,
+    Alarm,
     HandlerRegistry,
     Journal,
     KfServer,
@@ -128,7 +129,7 @@ def states(path: str) -> Dict[str, int]:
 
 def leave(path: str, *bodies: bytes) -> Journal:
     """An open journal with messages that were acknowledged and not handled, as a killed process leaves them."""
-    journal = Journal(path, "normal", 100)
+    journal = Journal(Settings(journal=path, dedup_size=100), Alarm().later)
     for body in bodies:
         journal.add(dedup_key(parse(body)), body, lambda: None)()
     return journal
@@ -328,7 +329,7 @@ def test_kf_server_writes_pushes_that_come_together_in_one_commit(
 
 
 def test_journal_add_shares_the_next_commit_with_all_who_come_during_one(path: str, connections: Connections) -> None:
-    with contextlib.closing(Journal(path, "normal", 100)) as journal:
+    with contextlib.closing(Journal(Settings(journal=path, dedup_size=100), Alarm().later)) as journal:
         heard = connections.listen(path)
         begun, released = threading.Event(), threading.Event()
 
@@ -349,7 +350,7 @@ def test_journal_add_shares_the_next_commit_with_all_who_come_during_one(path: s
 
 
 def test_journal_add_calls_then_in_the_order_of_the_journal(path: str) -> None:
-    with contextlib.closing(Journal(path, "normal", 100)) as journal:
+    with contextlib.closing(Journal(Settings(journal=path, dedup_size=100), Alarm().later)) as journal:
         called: List[int] = []
         confirms = [journal.add(str(number), b"", functools.partial(called.append, number)) for number in range(5)]
         assert called == []  # nothing is safe yet
@@ -373,7 +374,7 @@ def test_settings_journal_sync_is_the_databases_own(
 def test_journal_remembers_as_many_finished_messages_as_it_shall(
         path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kfserver, "TRIM_EVERY", 5)
-    with contextlib.closing(Journal(path, "normal", 3)) as journal:
+    with contextlib.closing(Journal(Settings(journal=path, dedup_size=3), Alarm().later)) as journal:
         for key in ["dead", "waiting", *map(str, range(20))]:
             journal.add(key, b"", lambda: None)()
         journal.fail("dead", "ValueError")
@@ -387,7 +388,7 @@ def test_journal_remembers_as_many_finished_messages_as_it_shall(
 def test_journal_stops_growing(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kfserver, "TRIM_EVERY", 10)
     sizes: List[int] = []
-    with contextlib.closing(Journal(path, "normal", 20)) as journal:
+    with contextlib.closing(Journal(Settings(journal=path, dedup_size=20), Alarm().later)) as journal:
         for number in range(2000):
             journal.add(str(number), b"x" * 1000, lambda: None)()
             journal.finish(str(number))

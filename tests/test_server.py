@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import io
 import logging
+import re
 import socket
 import threading
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple
@@ -275,8 +276,18 @@ def test_kf_server_logs_a_failure_once_with_its_traceback(caplog: pytest.LogCapt
     errors = [record for record in caplog.records if record.levelno >= logging.ERROR]
     assert len(errors) == 1
     assert "key=app/user/text/1" in errors[0].getMessage()
-    assert errors[0].exc_info
-    assert "the till is empty" in caplog.text
+    assert "raise ZeroDivisionError" in caplog.text
+    assert re.search(r"KfError: ZeroDivisionError at test_server\.py:\d+$", caplog.text, re.M)
+
+
+def test_kf_server_logs_no_text_of_an_error_for_it_may_be_the_users(caplog: pytest.LogCaptureFixture) -> None:
+    registry = HandlerRegistry()
+    registry.on("text")(lambda message: int(message.content))
+    registry.on_error(lambda message, error: {}[message.content])
+    server = KfServer(registry, Settings(tries=1))
+    server.feed(push(content="my secret"))
+    assert server.join(PATIENCE)
+    assert "ValueError at test_server.py" in caplog.text and "KeyError at test_server.py" in caplog.text
     assert "my secret" not in caplog.text
 
 
