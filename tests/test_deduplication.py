@@ -254,3 +254,13 @@ def test_claim_never_exceeds_its_size_among_threads() -> None:
     side_by_side(16, use)
     assert max(sizes) <= 8
     assert len(cache) <= 8
+
+
+def test_claim_cache_restore_may_exceed_the_size_and_is_forgotten_down_to_it() -> None:
+    cache = ClaimCache(3)
+    for number in range(10):
+        cache.restore(str(number))
+    for number in range(10):
+        cache.finish(str(number))
+    assert cache.claim("new")
+    assert len(cache) == 3

@@ -256,6 +256,7 @@ def test_dispatcher_does_not_try_again_what_kfserver_itself_raised() -> None:
 @pytest.mark.parametrize("error", [
     pytest.param(ValueError, id="an ordinary error"),
     pytest.param(SystemExit, id="sys.exit()"),
+    pytest.param(KeyboardInterrupt, id="one that Ctrl-C raises, elsewhere"),
     pytest.param(asyncio.CancelledError, id="a cancelled coroutine"),
 ])
 def test_dispatcher_loses_no_worker_to_an_error(error: Type[BaseException]) -> None:
@@ -264,6 +265,19 @@ def test_dispatcher_loses_no_worker_to_an_error(error: Type[BaseException]) -> N
     assert office.dispatcher.join(PATIENCE)
     assert sorted((key, type(failure)) for key, failure in office.settled) == [
         ("ann/1", error), ("ann/2", error), ("bob/1", error)]
+
+
+@pytest.mark.parametrize("part", ["_tried", "_settle"])
+def test_dispatcher_loses_no_worker_to_an_error_in_the_work_itself(
+        part: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    def fail(office: Office, message: Message, value: object) -> None:
+        raise UnicodeEncodeError("utf-8", message.from_user_name, 0, 1, "surrogates not allowed")
+    monkeypatch.setattr(Office, part, fail)
+    office = Office(Failing(1, ValueError), Settings(workers=1, tries=2))
+    office.submit("ann/1", "bob/1", "ann/2")
+    office.finish()
+    assert {"ann/1", "bob/1", "ann/2"} == set(office.begun)
+    assert "please report this" in caplog.text and "surrogates" not in caplog.text.replace('"surrogates', "")
 
 
 def test_dispatcher_restore_goes_on_counting_tries() -> None:

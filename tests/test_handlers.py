@@ -233,6 +233,18 @@ def test_handle_error_runs_every_function_of_on_error() -> None:
     assert seen == [("first", message, error), ("second", message, error)]
 
 
+def test_handle_error_runs_the_rest_when_one_fails() -> None:
+    registry, seen, failure = HandlerRegistry(), [], KeyError()
+
+    def fail(message: Message, error: BaseException) -> None:
+        raise failure
+    registry.on_error(fail)
+    registry.on_error(lambda message, error: seen.append(error))
+    error = ValueError()
+    assert registry.handle_error(text("x"), error) == [failure]
+    assert seen == [error]
+
+
 def test_handle_error_without_functions_does_nothing() -> None:
     HandlerRegistry().handle_error(text("x"), ValueError())
 

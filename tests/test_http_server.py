@@ -14,13 +14,14 @@ import select
 import socket
 import threading
 import time
+import timeit
 from typing import Any, Callable, Iterator, List, Sequence, Tuple
 
 import pytest
 from support import PATIENCE, Client, Receiver, no_thread_left, post, push, receiver, wait_until
 
 import kfserver
-from kfserver import BODY, HEAD, IDLE, ConnectionTable, PushServer, Request, Response
+from kfserver import BODY, HEAD, IDLE, Channel, ConnectionTable, PushServer, Request, Response, parse_framing
 
 GET = b"GET / HTTP/1.1\r\nHost: kf\r\n\r\n"
 # What a smuggler hides behind a request that two readers understand differently.
@@ -227,6 +228,79 @@ def test_wire_refuses_before_the_body_is_sent(kf: Receiver, lines: List[str], st
     assert client.ask(head(*lines)).status == status
 
 
+def put_off(monkeypatch: pytest.MonkeyPatch, beginning: bytes) -> None:
+    """What begins so is not taken by the client at once, as if it had not read for a while."""
+    send = Channel.send
+
+    def send_later(handler: Channel, data: bytes) -> None:
+        if not data.startswith(beginning) or handler.unsent:
+            send(handler, data)
+            return
+        monkeypatch.setattr(Channel, "send", send)
+        handler.unsent = data
+        handler.server.watcher.watch(handler)
+    monkeypatch.setattr(Channel, "send", send_later)
+
+
+def test_push_handler_says_continue_once_though_the_client_takes_it_late(
+        kf: Receiver, monkeypatch: pytest.MonkeyPatch) -> None:
+    put_off(monkeypatch, b"HTTP/1.1 100")
+    client = kf.connect()
+    body = push()
+    assert client.ask(GET).status == 200
+    client.send(head("Expect: 100-continue", f"Content-Length: {len(body)}"))
+    assert client.read_answer().status == 100
+    client.send(body + GET)
+    assert [client.read_answer().status for _ in range(2)] == [200, 200]
+
+
+def test_push_handler_refuses_aloud_though_the_client_takes_it_late(
+        kf: Receiver, monkeypatch: pytest.MonkeyPatch) -> None:
+    put_off(monkeypatch, b"HTTP/1.1 400")
+    client = kf.connect()
+    client.send(GET + b"BAD\r\n\r\n")
+    assert [client.read_answer().status for _ in range(2)] == [200, 400]
+    assert client.at_end()
+
+
+@pytest.mark.parametrize("lines", [("Expect: much",), ("Content-Length: 99999999",), ("Content-Length: x",)])
+def test_push_handler_refuses_head_without_a_body(kf: Receiver, lines: Tuple[str, ...]) -> None:
+    client = kf.connect()
+    client.send(head(*lines).replace(b"POST", b"HEAD"))
+    assert client.read_answer(bodiless=True).status in (400, 413, 417)
+    assert client.at_end()
+
+
+def test_push_handler_refuses_with_a_body_what_follows_a_head_request(kf: Receiver) -> None:
+    client = kf.connect()
+    client.send(GET.replace(b"GET", b"HEAD") + b"BAD\r\n\r\n")
+    assert client.read_answer(bodiless=True).status == 200
+    assert client.read_answer().body == b"malformed request line\n"
+
+
+@pytest.mark.parametrize("pieces", [
+    pytest.param([b"\x16\x03\x01\x02"], id="TLS, where plain HTTP is spoken"),
+    pytest.param([b"GET / HTTP/1.1\r\nHost: kf", b"\0"], id="NUL in a later piece"),
+    pytest.param([b"GET / HTTP/1.1\r\nHost: kf", b"\n"], id="bare LF in a later piece"),
+])
+def test_push_handler_refuses_a_head_before_it_is_complete(kf: Receiver, pieces: List[bytes]) -> None:
+    client = kf.connect()
+    for piece in pieces[:-1]:
+        client.send(piece)
+        wait_until(lambda: [each.phase for each in kf.server.connections._snapshot()] == [HEAD])
+    client.send(pieces[-1])
+    assert client.read_answer().status == 400
+    assert client.at_end()
+
+
+def test_parse_framing_takes_a_long_run_of_blanks_as_it_takes_letters() -> None:
+    # An expression that looks at the rest of the run for each of its blanks would take a thousand times as long.
+    def seconds(filler: str) -> float:
+        block = f"Host: kf\r\nConnection: x{filler * 16000}x\r\n".encode()
+        return min(timeit.repeat(lambda: parse_framing(block, 1), number=3, repeat=3))
+    assert seconds(" ") < 50 * seconds("x")
+
+
 # ---- Refusals: what two readers could understand differently, and what is too much
 
 
@@ -262,6 +336,10 @@ REFUSED = [
     pytest.param(head("Transfer-Encoding:", " chunked"), 400, id="folded coding"),
     pytest.param(head(" A: b"), 400, id="blank before the first header"),
     pytest.param(head("no colon"), 400, id="no colon"),
+    pytest.param(b"GET / HTTP/1.1\r\nHost: a b\r\n\r\n", 400, id="blank in the host"),
+    pytest.param(b"GET / HTTP/1.1\r\nHost: kf/path\r\n\r\n", 400, id="path in the host"),
+    pytest.param(b"GET / HTTP/1.0\r\nHost: me@kf\r\n\r\n", 400, id="user in the host"),
+    pytest.param(b"GET /#?echoStr=x HTTP/1.1\r\nHost: kf\r\n\r\n", 400, id="fragment in the target"),
     pytest.param(head(": no name"), 400, id="no name"),
     pytest.param(head("B\xe9: c"), 400, id="name that is not ASCII"),
     pytest.param(head("A: b\nContent-Length: 0"), 400, id="bare LF in a header"),

@@ -23,7 +23,10 @@ from kfserver import (
     JOURNAL_VERSION,
     Alarm,
     HandlerRegistry,
+    Job,
     Journal,
+    JournalError,
+    JournalFile,
     KfServer,
     Message,
     Request,
@@ -292,6 +295,39 @@ def test_kf_server_starts_though_a_message_that_was_left_cannot_be_read(start: S
     assert start(shop.registry).join(PATIENCE)
     assert shop.served == ["good"]
     assert states(path) == {"1": DEAD, "2": FINISHED}
+
+
+def test_journal_answers_everyone_for_an_error_that_nobody_foresaw(
+        path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    posted: List[str] = []
+    with contextlib.closing(Journal(Settings(journal=path), Alarm().later)) as journal:
+        one = journal.add("a/1", b"", lambda: posted.append("a/1"))
+        half = journal.add("\ud83d", b"", lambda: posted.append("half"))
+        for confirm in (one, half):
+            with pytest.raises(JournalError):
+                confirm()
+        journal.add("a/2", b"", lambda: posted.append("a/2"))()
+        assert journal.healthy
+    assert (posted, [row.key for row in stored(path)]) == (["a/2"], ["a/2"])
+
+
+def test_journal_looks_again_though_nothing_comes(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    due: List[Job] = []
+    with contextlib.closing(Journal(Settings(journal=path), lambda seconds, job: due.append(job))) as journal:
+        journal.add("a/1", b"", lambda: None)()
+        with monkeypatch.context() as broken:
+            broken.setattr(JournalFile, "change", fail_to_write)
+            journal.finish("a/1")
+            due.pop()()
+            assert (journal.healthy, len(due)) == (False, 1)
+        due.pop()()
+        assert (journal.healthy, due) == (True, [])
+        assert stored(path)[0].state == FINISHED
+
+
+def fail_to_write(file: JournalFile, changes: object) -> None:
+    """What a full disk does."""
+    raise OSError("no space left on device")
 
 
 def test_kf_server_leaves_a_message_to_the_next_start_that_was_in_hand_when_it_stopped(

@@ -447,6 +447,7 @@ def test_kf_server_start_leaves_nothing_behind_when_it_fails(taken: str) -> None
         server = KfServer(HandlerRegistry(), local(**{"admin": "127.0.0.1:0", **addresses}))
         with no_thread_left(), pytest.raises(SettingsError):
             server.start()
+        assert server.stop() == []
     for each in (server.port, server.admin_port):
         with pytest.raises(ConnectionRefusedError):
             Client(each)

@@ -16,7 +16,7 @@ from wsgiref.validate import validator
 import pytest
 from support import PATIENCE, Client, Shop, local, post, push, wait_until
 
-from kfserver import HandlerRegistry, KfServer, Message, PushServer, Settings, SettingsError, sign
+from kfserver import HandlerRegistry, KfServer, Message, PushServer, Request, Settings, SettingsError, sign
 
 TOKEN = "a-token"
 
@@ -148,6 +148,31 @@ def test_kf_server_takes_another_key_for_what_is_the_same(shop: Shop) -> None:
         assert server.feed(push(number=number, content=content)).body == b"success"
     assert server.join(PATIENCE)
     assert shop.served == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("wrong", [
+    lambda message: message.fields["missing"], lambda message: None, lambda message: 7, lambda message: "\ud83d"],
+    ids=["raises", "None", "a number", "half a character"])
+def test_kf_server_refuses_a_push_without_a_key_and_no_other_of_its_round(
+        shop: Shop, wrong: Any, caplog: pytest.LogCaptureFixture) -> None:
+    server = KfServer(shop.registry,
+                      dedup_key=lambda message: message.content if len(message.content) == 3 else wrong(message))
+    answers = server.endpoint.handle_all([
+        Request("POST", "/", "", push(number=number, content=content))
+        for number, content in enumerate(["one", "secret", "two"])])
+    assert [answer.status for answer in answers] == [200, 503, 200]
+    assert server.join(PATIENCE)
+    assert sorted(shop.served) == ["one", "two"]
+    assert "dedup_key failed" in caplog.text and "secret" not in caplog.text
+
+
+@pytest.mark.parametrize("mode", [{}, {"token": TOKEN}, {"token": TOKEN, "app_id": "app", "aes_key": "a" * 43},
+                                  {"token": TOKEN, "app_id": "app", "aes_key": "a" * 43, "max_age": 60.0}], ids=str)
+def test_kf_server_feed_pushes_in_every_mode(shop: Shop, mode: Dict[str, Any]) -> None:
+    server = KfServer(shop.registry, Settings(**mode))
+    assert server.feed(push()).body == b"success"
+    assert server.join(PATIENCE)
+    assert shop.served == ["hi"]
 
 
 def test_kf_server_leaves_no_claim_on_what_it_had_no_room_for(shop: Shop) -> None:
@@ -397,7 +422,7 @@ def test_kf_server_wsgi_tells_when_to_come_again(shop: Shop) -> None:
     assert answer.headers["Retry-After"] == "1"
 
 
-@pytest.mark.parametrize("length", ["abc", "-1", "+1", "1,1", "\xb2"])
+@pytest.mark.parametrize("length", ["abc", "-1", "+1", "1,1", "\xb2", "9" * 5000])
 def test_kf_server_wsgi_refuses_a_length_that_is_no_number(shop: Shop, length: str) -> None:
     # Without the judge, which does not let a server pass such a length on. Not all servers are so careful.
     answer = call_wsgi(KfServer(shop.registry).wsgi, push(), CONTENT_LENGTH=length)

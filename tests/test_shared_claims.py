@@ -263,6 +263,17 @@ def test_shared_claims_restore_claims_again_and_renews(one: Instance, other: Ins
     assert store.exists(NAME) == 0
 
 
+def test_shared_claims_renew_nothing_that_was_let_go_meanwhile(one: Instance, store: Any) -> None:
+    assert one.claims.claim(KEY)
+    one.claims.release(KEY)
+    one.claims._renew_all([KEY])
+    assert store.exists(NAME) == 0
+    assert one.claims.claim(KEY)
+    one.claims.finish(KEY)
+    one.claims._renew_all([KEY])
+    assert store.pttl(NAME) in DAY
+
+
 # ---- Servers
 
 

@@ -136,6 +136,27 @@ def test_alarm_later_runs_each_job_once_whoever_enters_it(later: Callable[[float
     assert sorted(rang) == list(range(400))
 
 
+def test_alarm_survives_a_job_that_fails(later: Callable[[float, kfserver.Job], None]) -> None:
+    ran = threading.Event()
+    later(0.0, lambda: [][0])
+    later(0.0, ran.set)
+    assert ran.wait(PATIENCE)
+
+
+def test_alarm_later_tries_again_when_no_thread_could_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    alarm, first, second = Alarm(), threading.Event(), threading.Event()
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        alarm.later(0.0, first.set)
+    alarm.later(0.0, second.set)
+    assert first.wait(PATIENCE) and second.wait(PATIENCE)
+
+
+def refuse(thread: threading.Thread) -> None:
+    """What the system says when it has no more threads."""
+    raise RuntimeError("can't start new thread")
+
+
 def test_alarm_keeps_no_thread_when_nothing_is_due(later: Callable[[float, kfserver.Job], None]) -> None:
     with no_thread_left():
         rang = threading.Event()

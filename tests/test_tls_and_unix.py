@@ -11,6 +11,7 @@ import http.client
 import logging
 import os
 import pathlib
+import select
 import shutil
 import socket
 import ssl
@@ -336,6 +337,21 @@ def test_push_server_makes_room_for_a_new_client(certificate: Certificate, hold:
         assert here.connect().ask(post(push())).body == b"success"
         assert first.at_end()
         assert len(here.kf.server.connections) <= 2
+
+
+def flood(client: Client) -> None:
+    """Ask until the server, whose answers nobody reads, takes no more."""
+    client.socket.setblocking(False)
+    while select.select([], [client.socket], [], 0.3)[1]:
+        with contextlib.suppress(ssl.SSLWantWriteError):
+            client.socket.send(GET * 100)
+
+
+@needs_openssl
+def test_push_server_makes_room_though_nobody_reads_his_answers(certificate: Certificate) -> None:
+    with scene(certificate, max_connections=1) as here:
+        flood(here.connect())
+        assert here.connect().ask(post(push())).body == b"success"
 
 
 @needs_openssl

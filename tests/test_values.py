@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import traceback
 from typing import Any, Dict, List
 
 import pytest
 from support import PUBLISHED
 
-from kfserver import Answers, HandlerError, Message, Settings, SettingsError, setting_names
+from kfserver import (
+    Answers,
+    HandlerError,
+    Message,
+    Settings,
+    SettingsError,
+    describe_error,
+    exc_info_of,
+    printable,
+    setting_names,
+)
 
 AES_KEY = PUBLISHED["encrypted"][0]["encoding_aes_key"]
 
@@ -192,3 +203,29 @@ def test_message_reply_hands_answers_to_the_outbox() -> None:
 def test_message_reply_without_a_way_back_says_how_to_test() -> None:
     with pytest.raises(HandlerError, match="outbox"):
         Message(WIRE).reply("hello")
+
+
+# ---- Texts for logs
+
+
+@pytest.mark.parametrize(("text", "shown"), [
+    ("menu 菜单 😀", "menu 菜单 😀"), ("", ""), ("two\nlines", "two\\nlines"), ("\x1b[2J", "\\x1b[2J"),
+    ("half \ud83d", "half \\ud83d"), ("\u202eright", "\\u202eright"), ("\x7f\x85\xa0", "\\x7f\\x85\\xa0")])
+def test_printable(text: str, shown: str) -> None:
+    assert printable(text) == shown
+    printable(text).encode()
+
+
+def test_describe_error_tells_no_text_but_our_own() -> None:
+    assert describe_error(SettingsError("half \ud83d")) == "SettingsError: half \\ud83d"
+    assert describe_error(ValueError("secret")) == "ValueError"
+
+
+def test_exc_info_of_has_the_traceback_and_not_the_text() -> None:
+    try:
+        int("secret")
+    except ValueError as error:
+        lines = traceback.format_exception(*exc_info_of(error))
+    assert "secret" not in lines[-1]
+    assert "ValueError at test_values.py:" in lines[-1]
+    assert any("int(" in line for line in lines)
