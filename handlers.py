@@ -47,7 +47,7 @@ def picture(message: Message) -> str:
 
 @registry.on("event", "user_get_coupon")
 def coupon(message: Message) -> str:
-    print(f"{message.from_user_name} took coupon {message.fields['CouponId']}", flush=True)
+    print(f"{message.from_user_name} took coupon {message.fields.get('CouponId', 'without a number')}", flush=True)
     return "Enjoy your coupon: it takes effect with your next order."
 
 

@@ -148,6 +148,7 @@ class UnknownPath(PushError):
     """A path other than the configured one: 404."""
 
     status = 404
+    advice = "the URL in the platform's console must have the path that --path names"
 
 
 class MethodNotAllowed(PushError):
@@ -293,8 +294,9 @@ class Settings:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             check_setting(field, getattr(self, field.name))
-        if self.path and not self.path.startswith("/"):
-            raise SettingsError(f"{setting_names('path')} must start with '/', as in /kf")
+        if not re.fullmatch(r"(/[!\"$->@-~]*)?", self.path):
+            raise SettingsError(f"{setting_names('path')} must start with '/', as in /kf, and be written as in URLs: "
+                                "percent-encoded, without '?' and '#'")
         if bool(self.app_key) != bool(self.app_secret):
             raise SettingsError(f"{setting_names('app_key')} and {setting_names('app_secret')} go together")
         if not _is_base(self.api_base):
@@ -1122,6 +1124,8 @@ class HandlerRegistry:
 
         def register(function: HandlerT) -> HandlerT:
             _check_handler(function, f"@registry.on({msg_type!r})")
+            for groups in {0 if isinstance(pattern, str) else pattern.groups for pattern in patterns} or {0}:
+                _check_parameters(function, groups)
             for pattern in patterns:
                 self._add_pattern(msg_type, pattern, function)
             if not patterns:
@@ -1140,6 +1144,7 @@ class HandlerRegistry:
     def on_error(self, function: HandlerT) -> HandlerT:
         """Decorator: the function gets ``(message, error)`` when the last try of a message has failed."""
         _check_handler(function, "@registry.on_error")
+        _check_parameters(function, 1)
         self._error_handlers.append(function)
         return function
 
@@ -1206,6 +1211,18 @@ def _check_handler(function: object, decorator: str) -> None:
     called = function if inspect.isroutine(function) else getattr(function, "func", _method_that_is_called(function))
     if inspect.iscoroutinefunction(called) or inspect.isasyncgenfunction(called):
         raise HandlerError(f"handlers are plain functions: write 'def {name}(message):' without async")
+
+
+def _check_parameters(function: Callable[..., object], further: int) -> None:
+    """Raise `HandlerError` unless the function can be called with the message and so many arguments behind it."""
+    try:
+        inspect.signature(function).bind(*range(1 + further))
+    except TypeError:
+        name = getattr(function, "__name__", "answer")
+        raise HandlerError(f"{name} is called with the message and {further} more: one for each group of the "
+                           "expression, the error for on_error; give it as many parameters") from None
+    except ValueError:
+        return  # some functions written in C do not tell
 
 
 def _method_that_is_called(function: object) -> Any:
@@ -1783,7 +1800,8 @@ class JournalFile:
         try:
             guard = self._connect(self._path + "-lock", timeout=0)
         except self.errors as error:
-            raise SettingsError(f"cannot use the journal {self._path}: {error}; name another --journal") from error
+            raise SettingsError(f"cannot use the journal {self._path}: {error}; make its folder, and let this user "
+                                "write there, or name another --journal") from error
         try:
             guard.execute("BEGIN EXCLUSIVE")
         except self.errors:
@@ -5099,20 +5117,12 @@ def chat(arguments: argparse.Namespace) -> int:
     Raises `SettingsError` when the handlers cannot be loaded.
     """
     handlers = ReloadingHandlers(arguments.handlers or os.environ.get("KF_HANDLERS", ""))
-    _accept_any_character()
     if not sys.stdin.isatty():
         return _recite(Chat(handlers), sys.stdin)
     where = handlers.path or "nowhere: there is no handlers.py here"
     print(f"{len(handlers.registry)} handlers from {where}; /help lists what can be typed", flush=True)
     _converse(Chat(handlers))
     return 0
-
-
-def _accept_any_character() -> None:
-    """What the input's encoding does not know is read as U+FFFD, what the output's does not know is printed escaped."""
-    for stream, errors in ((sys.stdin, "replace"), (sys.stdout, "backslashreplace")):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors=errors)
 
 
 def _recite(talk: Chat, script: Iterable[str]) -> int:
@@ -5323,7 +5333,7 @@ def serve(arguments: argparse.Namespace) -> int:
     server = KfServer(handlers.registry, settings).start()
     # In one write: what handlers print must not come between.
     print("\n".join([f"kfserver {__version__} listening on {server.url}", *describe_handlers(handlers),
-                     *_advice(settings)]), flush=True)
+                     *_advice(settings, os.environ)]), flush=True)
     if settings.reload:
         watch_handlers(server, handlers, Alarm().later)
     signals.get()
@@ -5346,7 +5356,12 @@ def describe_handlers(handlers: ReloadingHandlers) -> List[str]:
     return [f"{count} handlers from {handlers.path}", *(f"  {rule}" for rule in handlers.registry.rules)]
 
 
-def _advice(settings: Settings) -> Iterator[str]:
+def _advice(settings: Settings, environment: Iterable[str]) -> Iterator[str]:
+    known = [f"KF_{name.upper()}" for name in SETTING_FIELDS]
+    for name in sorted(set(environment) - set(known)):
+        if name.startswith("KF_"):
+            near = difflib.get_close_matches(name, known, n=1)
+            yield f"{name} in the environment is no setting" + (f": did you mean {near[0]}?" if near else "")
     if not settings.token:
         yield "no token is set: anyone who reaches this port can push; set --token (KF_TOKEN)"
     if not (settings.app_key or settings.access_token):
@@ -5354,15 +5369,19 @@ def _advice(settings: Settings) -> Iterator[str]:
 
 
 def _catch_signals() -> queue.SimpleQueue[int]:
-    """A queue that gets the first SIGTERM or SIGINT; a second one ends the process at once."""
+    """A queue that gets the first signal to end; a second one ends the process at once."""
     # Of all that threads can wait for, only this queue may safely be told from inside a signal's handler.
     signals: queue.SimpleQueue[int] = queue.SimpleQueue()
+    caught = [signal.SIGTERM, signal.SIGINT]
+    hang_up = getattr(signal, "SIGHUP", None)  # of a terminal that closes; ignored under nohup
+    if hang_up and signal.getsignal(hang_up) is not signal.SIG_IGN:
+        caught.append(hang_up)
 
     def first(number: int, frame: object) -> None:
-        for each in (signal.SIGTERM, signal.SIGINT):
+        for each in caught:
             signal.signal(each, lambda number, frame: os._exit(1))
         signals.put(number)
-    for each in (signal.SIGTERM, signal.SIGINT):
+    for each in caught:
         signal.signal(each, first)
     return signals
 
@@ -5375,8 +5394,16 @@ def _shut_down(server: KfServer) -> int:
     return 1 if undone else 0
 
 
+def _accept_any_character() -> None:
+    """What the input's encoding does not know is read as U+FFFD, what the output's does not know is printed escaped."""
+    for stream, errors in ((sys.stdin, "replace"), (sys.stdout, "backslashreplace"), (sys.stderr, "backslashreplace")):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=errors)
+
+
 def main(arguments: Optional[Sequence[str]] = None) -> int:
     """The whole program, with the command line's arguments or others; the exit status."""
+    _accept_any_character()
     try:
         command, rest = find_command(sys.argv[1:] if arguments is None else arguments)
         return command.run(command.build_parser().parse_args(rest))
@@ -5385,6 +5412,9 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130  # as shells count it: 128 and the signal's number
+    except BrokenPipeError:  # who read our output has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still to be flushed
+        return 141
 
 
 if __name__ == "__main__":

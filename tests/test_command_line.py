@@ -22,7 +22,7 @@ import pytest
 from support import PATIENCE, ROOT, Client, post, push
 
 import kfserver
-from kfserver import SETTING_FIELDS, build_parser, main, read_settings
+from kfserver import SETTING_FIELDS, Settings, build_parser, main, read_settings
 
 # What is printed last before the first push; what comes later may stand between other threads' words.
 LAST_OF_THE_FIRST_LINES = "no --app-key is set: what handlers return is not sent to users"
@@ -466,3 +466,48 @@ def test_program_ends_at_once_at_a_second_signal(first: int, second: int) -> Non
         program.signal(second)
         assert program.read_to_end() == 1
     assert "Traceback" not in program.output
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="this system's terminals do not hang up")
+@pytest.mark.parametrize("ignored", [False, True], ids=["terminal closed", "under nohup"])
+def test_program_finishes_what_waits_when_its_terminal_closes(ignored: bool) -> None:
+    write("handlers.py", SLOW_HANDLERS)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
+    try:
+        with running("--workers", "1", "--grace", str(PATIENCE)) as program:
+            program.push(1, "one")
+            program.read_until("begins one")
+            program.signal(signal.SIGHUP)
+            if ignored:
+                program.signal(signal.SIGTERM)
+            program.read_until("shutting down")
+            write("through", "")
+            assert program.read_to_end() == 0
+            assert "ends one" in program.output
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_main_tells_of_a_misspelt_variable() -> None:
+    told = list(kfserver._advice(Settings(token="t", access_token="a"), ["KF_TOKN", "KF_TOKEN", "KF_ZZZZ", "HOME"]))
+    assert told == ["KF_TOKN in the environment is no setting: did you mean KF_TOKEN?",
+                    "KF_ZZZZ in the environment is no setting"]
+
+
+@pytest.mark.parametrize("arguments", [["--check"], ["push", "--help"], ["--help"]])
+def test_program_prints_whatever_the_terminal_knows(arguments: List[str]) -> None:
+    write("handlers.py", GOOD_HANDLERS.replace('"hi"', '"你好"'))
+    run = subprocess.run([sys.executable, str(ROOT / "kfserver.py"), *arguments], capture_output=True,
+                         env={**os.environ, "PYTHONIOENCODING": "ascii"}, timeout=PATIENCE)
+    assert (run.returncode, run.stderr) == (0, b"")
+
+
+def test_program_ends_quietly_when_nobody_reads_what_it_prints() -> None:
+    read, written = os.pipe()
+    os.close(read)
+    try:
+        run = subprocess.run([sys.executable, str(ROOT / "kfserver.py"), "chat"], input=b"hi\n", stdout=written,
+                             stderr=subprocess.PIPE, timeout=PATIENCE)
+    finally:
+        os.close(written)
+    assert (run.returncode, run.stderr) == (141, b"")

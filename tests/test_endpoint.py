@@ -636,6 +636,11 @@ def test_handle_advises_on_a_full_queue(lines: Lines, world: World) -> None:
     assert "--queue-size" in lines(logging.WARNING)[0]
 
 
+def test_handle_advises_on_a_path_that_nothing_serves(lines: Lines) -> None:
+    World(path="/kf").ask(Request("POST", "/else", "", BODY))
+    assert "--path" in lines(logging.WARNING)[0]
+
+
 def test_handle_advises_nothing_at_shutdown(lines: Lines, world: World) -> None:
     world.full = Busy("shutting down")
     world.push(BODY)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import logging
 import re
@@ -156,13 +157,45 @@ def test_on_takes_any_object_that_can_be_called_even_one_that_is_false() -> None
 def test_rules_are_the_registrations_as_they_are_written() -> None:
     registry = HandlerRegistry()
 
-    def menu(message: Message) -> None:
+    def menu(message: Message, word: str = "") -> None:
         """Never run."""
     registry.on("text", "menu", re.compile(r"m(\w+)"))(menu)
     registry.on("*")(menu)
     assert registry.rules == ("""@registry.on('text', 'menu', re.compile(r"m(\\w+)")) -> menu""",
                               "@registry.on('*') -> menu")
     assert len(registry) == 2
+
+
+ONE_GROUP = re.compile("order (.+)")
+
+
+@pytest.mark.parametrize(("function", "patterns", "fits"), [
+    pytest.param(lambda message: None, [], True, id="a message"),
+    pytest.param(lambda: None, [], False, id="nothing"),
+    pytest.param(lambda message, number: None, [], False, id="too many"),
+    pytest.param(lambda message, number: None, [ONE_GROUP], True, id="a group"),
+    pytest.param(lambda message: None, [ONE_GROUP], False, id="no room for the group"),
+    pytest.param(lambda message, number: None, [ONE_GROUP, "order"], False, id="no group in one of two patterns"),
+    pytest.param(lambda message, number=None: None, [ONE_GROUP, "order"], True, id="a default for it"),
+    pytest.param(lambda *everything: None, [ONE_GROUP], True, id="anything"),
+    pytest.param(lambda message, *, number: None, [], False, id="a keyword that nobody gives"),
+    pytest.param(functools.partial(lambda shop, message: None, "shop"), [], True, id="a partial"),
+    pytest.param("{}".format, [], True, id="a method written in C"),
+    pytest.param(dict, [], True, id="one that does not tell"),
+])
+def test_on_refuses_a_function_that_could_not_be_called(function: Any, patterns: List[Any], fits: bool) -> None:
+    registry = HandlerRegistry()
+    if fits:
+        registry.on("text", *patterns)(function)
+    else:
+        with pytest.raises(HandlerError, match="is called with the message and"):
+            registry.on("text", *patterns)(function)
+    assert len(registry) == fits
+
+
+def test_on_error_refuses_a_function_that_takes_no_error() -> None:
+    with pytest.raises(HandlerError, match="the error for on_error"):
+        HandlerRegistry().on_error(lambda message: None)
 
 
 async def coroutine(message: Message) -> None:
