@@ -1247,10 +1247,15 @@ def attempt(function: Callable[[], object]) -> Optional[BaseException]:
 
 
 def guard(function: Callable[[], object]) -> None:
-    """Call a part of our own that must not end the thread it runs on: an error in it is a bug, and is told."""
+    """Call a part of our own that must not end the thread it runs on."""
     error = attempt(function)
     if error:
-        log.error("an error inside kfserver; please report this", exc_info=exc_info_of(error))
+        report_bug(error)
+
+
+def report_bug(error: BaseException) -> None:
+    """Tell of an error that should not be."""
+    log.error("an error inside kfserver; please report this", exc_info=exc_info_of(error))
 
 
 # ---- 8 Endpoint -----------------------------------------------------------------------------------------------------
@@ -1362,6 +1367,8 @@ class Endpoint:
     def __init__(self, settings: Settings, surroundings: Surroundings) -> None:
         self.settings = settings
         self._claims, self._submit, clock, self._timer, self._dedup_key, self._observe = surroundings
+        if self._dedup_key is not dedup_key:  # which makes every message a key
+            self._dedup_key = functools.partial(make_key, self._dedup_key)
         self._gate = Gate(settings, clock)
         self._advised: Dict[str, float] = {}
 
@@ -1393,7 +1400,7 @@ class Endpoint:
             else:
                 payload = self._gate.open(query, request.body)          # 403
                 message = parse(payload)                                # 400
-                message.key = self._name(message)                       # 503
+                message.key = self._dedup_key(message)                  # 503
                 if self._claims.claim(message.key):                     # 503
                     confirm = self._submit_claimed(message, payload)    # 503
                     response = ACCEPTED
@@ -1403,15 +1410,6 @@ class Endpoint:
             response = self._refuse(error)
             too_soon = isinstance(error, BeingTaken)
         return _Decision(response, message, confirm, too_soon, started)
-
-    def _name(self, message: Message) -> str:
-        """The message's key. An embedder's own `dedup_key` that fails refuses this push, and no other of its round."""
-        keys: List[str] = []
-        error = attempt(lambda: keys.append(checked_key(self._dedup_key(message))))
-        if error:
-            log.error("dedup_key failed: the push is answered 503; mend the function", exc_info=exc_info_of(error))
-            raise Busy("the message has no key")
-        return keys[0]
 
     def _submit_claimed(self, message: Message, payload: bytes) -> Confirm:
         """Hand the message over; one that could not be handed over leaves no claim."""
@@ -1479,12 +1477,15 @@ class Endpoint:
                 "ms": (self._timer() - started) * 1000})
 
 
-def checked_key(key: str) -> str:
-    """The key, if it can be stored and sent. Raises TypeError and UnicodeEncodeError."""
-    if not isinstance(key, str):
-        raise TypeError("a key is a text")
-    key.encode()
-    return key
+def make_key(function: Callable[[Message], str], message: Message) -> str:
+    """The key that an embedder's own function makes. Raises `Busy` if it fails, or makes what cannot be stored: that
+    refuses this push, and no other of its round."""
+    keys: List[str] = []
+    error = attempt(lambda: keys.append(function(message).encode().decode()))
+    if error:
+        log.error("dedup_key failed: the push is answered 503; mend the function", exc_info=exc_info_of(error))
+        raise Busy("the message has no key")
+    return keys[0]
 
 
 def _parse_form(text: str) -> Dict[str, str]:
@@ -3385,7 +3386,9 @@ class PushServer(Listener):
     def _turn(self, seconds: float) -> None:
         """Wait for what comes, so many seconds at most, take it in, and answer all that is complete."""
         for call in (*self.watcher.wait(seconds), self._answer_round, self.service_actions):
-            guard(call)
+            error = attempt(call)  # not by `guard`: this is done for every request
+            if error:
+                report_bug(error)
 
     def close(self, seconds: float) -> None:
         """Stop accepting, finish the requests in flight for so many seconds, close every connection."""
