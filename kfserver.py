@@ -5339,7 +5339,7 @@ def serve(arguments: argparse.Namespace) -> int:
                      *_advice(settings, os.environ)]), flush=True)
     if settings.reload:
         watch_handlers(server, handlers, Alarm().later)
-    signals.get()
+    _wait_for_signal(signals)
     return _shut_down(server)
 
 
@@ -5387,6 +5387,14 @@ def _catch_signals() -> queue.SimpleQueue[int]:
     for each in caught:
         signal.signal(each, first)
     return signals
+
+
+def _wait_for_signal(signals: queue.SimpleQueue[int]) -> None:
+    # Now and then awake: a signal in the moment before a wait is only noticed at its end.
+    while True:
+        with contextlib.suppress(queue.Empty):
+            signals.get(timeout=1.0)
+            return
 
 
 def _shut_down(server: KfServer) -> int:
