@@ -469,14 +469,17 @@ def test_program_ends_at_once_at_a_second_signal(first: int, second: int) -> Non
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="this system's terminals do not hang up")
-def test_program_finishes_what_waits_when_its_terminal_closes() -> None:
+@pytest.mark.parametrize("ignored", [False, True], ids=["terminal closed", "under nohup"])
+def test_program_finishes_what_waits_when_its_terminal_closes(ignored: bool) -> None:
     write("handlers.py", SLOW_HANDLERS)
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
     try:
         with running("--workers", "1", "--grace", str(PATIENCE)) as program:
             program.push(1, "one")
             program.read_until("begins one")
             program.signal(signal.SIGHUP)
+            if ignored:
+                program.signal(signal.SIGTERM)
             program.read_until("shutting down")
             write("through", "")
             assert program.read_to_end() == 0
