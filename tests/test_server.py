@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import http.client
 import io
 import logging
 import re
 import socket
 import threading
-from typing import Any, Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple
 from urllib.parse import urlencode, urlsplit
 from wsgiref.util import setup_testing_defaults
 from wsgiref.validate import validator
@@ -49,6 +50,28 @@ def test_kf_server_serves_inside_a_with_block(shop: Shop) -> None:
         assert ask(server, push(content="hello")) == (200, b"success")
         assert server.join(PATIENCE)
     assert shop.served == ["hello"]
+
+
+def test_kf_server_lets_go_of_a_message_that_is_through(shop: Shop, collector_off: None) -> None:
+    with KfServer(shop.registry, local()) as server:
+        before = count_messages()
+        for number in range(20):
+            server.feed(push(number=number))
+        assert server.join(PATIENCE)
+        wait_until(lambda: count_messages() == before)
+
+
+@pytest.fixture
+def collector_off() -> Iterator[None]:
+    """Without the garbage collector: what holds itself stays."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def count_messages() -> int:
+    return sum(type(thing) is Message for thing in gc.get_objects())
 
 
 def test_kf_server_start_and_stop(shop: Shop) -> None:
