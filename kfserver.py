@@ -1895,8 +1895,14 @@ class Journal:
         self._write(_Entry(_TRIED, (tries, key)))
 
     def finish(self, key: str) -> None:
-        """The message is through; its content is forgotten."""
-        self._write(_Entry(_FINISH, (key,)))
+        """The message is through, and its content to be forgotten: with the next change, or by `flush`."""
+        self._pending.append(_Entry(_FINISH, (key,)))
+
+    def flush(self) -> None:
+        """Write what can wait. When the file cannot be written, that is left to the next look at it."""
+        with self._turn:
+            if self._pending and not self._failing:
+                self._write_pending()
 
     def fail(self, key: str, error: str) -> None:
         """The message's last try has failed; it is kept, with what is known of the error."""
@@ -2430,11 +2436,12 @@ class Outbox:
 
 class Work(NamedTuple):
     """What is done with a message. ``run`` may raise; ``tried`` then gets the number of tries so far, if another will
-    follow; ``settle`` gets the last error, or None."""
+    follow; ``settle`` gets the last error, or None. ``flush`` is called behind one or more that are settled."""
 
     run: Callable[[Message], None]
     tried: Callable[[Message, int], None]
     settle: Callable[[Message, Optional[BaseException]], None]
+    flush: Callable[[], None]
 
 
 class _Job:
@@ -2554,13 +2561,12 @@ class Dispatcher:
         """A worker's life: one message of each mailbox that is ready, until none is."""
         with self._lock:
             self._called = False
-            mailbox = self._next_ready()
+        mailbox = self._next_ready()
         while mailbox:
             parked = self._serve_one(mailbox)
-            with self._lock:
-                if not parked:
-                    self._advance(mailbox)
-                mailbox = self._next_ready()
+            if not parked:
+                self._advance(mailbox)
+            mailbox = self._next_ready()
 
     def _serve_one(self, mailbox: _Mailbox) -> bool:
         """Try the mailbox's first message; whether it is parked, to be tried again."""
@@ -2587,17 +2593,24 @@ class Dispatcher:
             self._call_worker()
 
     def _advance(self, mailbox: _Mailbox) -> None:
-        self._mailboxes.advance(mailbox)
-        self._open -= 1
-        if not self._mailboxes:
-            self._empty.notify_all()
+        with self._lock:
+            self._mailboxes.advance(mailbox)
+            self._open -= 1
+            if not self._mailboxes:
+                self._empty.notify_all()
 
     def _next_ready(self) -> Optional[_Mailbox]:
-        if not self._mailboxes.ready:
-            self._busy -= 1
-            return None
-        mailbox = self._mailboxes.ready.popleft()
-        self._call_worker()
+        """The mailbox to serve next. What is settled is flushed before, unless a worker is on its way, who will see to
+        it: so no message waits for another's handler, and those with quick handlers are flushed together."""
+        with self._lock:
+            mailbox = self._mailboxes.ready.popleft() if self._mailboxes.ready else None
+            if mailbox:
+                self._call_worker()
+            else:
+                self._busy -= 1
+            awaited = self._called
+        if not awaited:
+            guard(self._work.flush)
         return mailbox
 
     def join(self, seconds: Optional[float] = None) -> bool:
@@ -3559,7 +3572,7 @@ class Pipeline:
         self.draining = False  # whether the end has begun, for monitors
         self.claims = make_claims(settings, alarm.later)
         self._api = SendApi(settings) if settings.app_key or settings.access_token else None
-        self._dispatcher = Dispatcher(settings, Work(self._run, self._tried, self._settle), alarm.later)
+        self._dispatcher = Dispatcher(settings, Work(self._run, self._tried, self._settle, self._flush), alarm.later)
         self._journal: Optional[Journal] = None
         if settings.journal:
             self._journal = Journal(settings, alarm.later)
@@ -3638,6 +3651,10 @@ class Pipeline:
         for failed in self.registry.handle_error(message, error):
             log.error("on_error failed: key=%s", message.key, exc_info=exc_info_of(failed))
 
+    def _flush(self) -> None:
+        if self._journal:
+            self._journal.flush()
+
     def trouble(self) -> str:
         """What keeps messages from being taken, in words; empty if nothing does."""
         if self.draining:
@@ -3653,7 +3670,9 @@ class Pipeline:
 
     def join(self, seconds: Optional[float]) -> bool:
         """Wait until every message is handled, for so many seconds at most; whether that was reached."""
-        return self._dispatcher.join(seconds)
+        reached = self._dispatcher.join(seconds)
+        self._flush()
+        return reached
 
     def close(self) -> List[str]:
         """Take nothing more, and finish what waits within the settings' ``grace``; the keys of what was left undone."""

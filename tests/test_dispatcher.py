@@ -37,7 +37,9 @@ class Office:
         self.tried: List[Tuple[str, int]] = []
         self.settled: List[Tuple[str, Optional[BaseException]]] = []
         self.alarms: List[Tuple[float, Job]] = []
-        self.dispatcher = Dispatcher(settings or Settings(), Work(self._run, self._tried, self._settle), self._later)
+        self.flushed: List[int] = []  # how many messages were settled at each flush
+        self.dispatcher = Dispatcher(
+            settings or Settings(), Work(self._run, self._tried, self._settle, self._flush), self._later)
 
     def _run(self, message: Message) -> None:
         self.begun.append(message.key)
@@ -48,6 +50,9 @@ class Office:
 
     def _settle(self, message: Message, error: Optional[BaseException]) -> None:
         self.settled.append((message.key, error))
+
+    def _flush(self) -> None:
+        self.flushed.append(len(self.settled))
 
     def _later(self, seconds: float, job: Job) -> None:
         self.alarms.append((seconds, job))
@@ -298,6 +303,51 @@ def test_dispatcher_logs_a_retry_by_key_and_never_by_what_was_written(caplog: py
     assert caplog.messages[0].startswith("handler failed: key=ann/1 try=1 of 3, ValueError")
     assert caplog.messages[0].endswith("; again in 1 s")
     assert "secret" not in caplog.text
+
+
+# ---- Flush
+
+
+@pytest.mark.parametrize("workers", [1, 2, 8])
+def test_dispatcher_flushes_all_that_is_settled(workers: int) -> None:
+    office = Office(settings=Settings(workers=workers))
+    office.submit(*(f"{sender}/{number}" for number in range(20) for sender in "abcdefghij"))
+    office.finish()
+    wait_until(lambda: max(office.flushed) == 200)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 8])
+def test_dispatcher_flushes_before_a_handler_that_takes_long(workers: int) -> None:
+    gate = Gate("slow")
+    office = Office(gate, Settings(workers=workers))
+    office.submit("ann/1", "bob/1", "slow/1")
+    wait_until(lambda: gate.inside == ["slow/1"] and max(office.flushed) == 2)
+    gate.open()
+    office.finish()
+
+
+def test_dispatcher_leaves_the_flush_to_the_worker_that_is_on_its_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    workers: List[Job] = []
+    monkeypatch.setattr(kfserver.ThreadCache, "run", lambda cache, job: workers.append(job))
+    office = Office()
+    office.submit("ann/1", "bob/1", "cid/1")
+    first, = workers
+    first()
+    assert (office.done, office.flushed) == (["ann/1", "bob/1", "cid/1"], [])
+    workers[1]()
+    assert office.flushed == [3]
+
+
+def test_dispatcher_goes_on_when_a_flush_fails(
+        caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    office = Office()
+    monkeypatch.setattr(office, "flushed", None)  # what is flushed then cannot be written down
+    office.submit("ann/1")
+    office.finish()
+    office.submit("ann/2")
+    office.finish()
+    assert office.done == ["ann/1", "ann/2"]
+    assert set(caplog.messages) == {"an error inside kfserver; please report this"}
 
 
 # ---- Limits

@@ -318,6 +318,7 @@ def test_journal_looks_again_though_nothing_comes(path: str, monkeypatch: pytest
         with monkeypatch.context() as broken:
             broken.setattr(JournalFile, "change", fail_to_write)
             journal.finish("a/1")
+            journal.flush()
             due.pop()()
             assert (journal.healthy, len(due)) == (False, 1)
         due.pop()()
@@ -404,6 +405,40 @@ def test_settings_journal_sync_is_the_databases_own(
     assert connections.ask(path, "PRAGMA journal_mode") == "wal"
 
 
+@pytest.mark.parametrize("write", [
+    Journal.flush, lambda journal: journal.add("a/2", b"", lambda: None)(), lambda journal: journal.tried("a/1", 1)],
+    ids=["flush", "another message", "a try"])
+def test_journal_finish_is_written_by(path: str, write: Callable[[Journal], None]) -> None:
+    with contextlib.closing(Journal(Settings(journal=path), Alarm().later)) as journal:
+        journal.add("a/1", b"", lambda: None)()
+        journal.finish("a/1")
+        assert stored(path)[0].state == WAITING
+        write(journal)
+        assert stored(path)[0].state == FINISHED
+
+
+def test_journal_finish_is_written_at_the_end(path: str) -> None:
+    with contextlib.closing(Journal(Settings(journal=path), Alarm().later)) as journal:
+        journal.add("a/1", b"", lambda: None)()
+        journal.finish("a/1")
+    assert stored(path)[0].state == FINISHED
+
+
+def test_journal_flush_leaves_a_broken_file_to_the_next_look(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    due: List[Job] = []
+    tried: List[object] = []
+    with contextlib.closing(Journal(Settings(journal=path), lambda seconds, job: due.append(job))) as journal:
+        journal.add("a/1", b"", lambda: None)()
+        journal.finish("a/1")
+        with monkeypatch.context() as broken:
+            broken.setattr(JournalFile, "change", lambda file, changes: fail_to_write(file, tried.append(changes)))
+            journal.flush()
+            journal.flush()
+        assert (journal.healthy, len(tried)) == (False, 1)
+        due.pop()()
+        assert stored(path)[0].state == FINISHED
+
+
 # ---- Size
 
 
@@ -416,6 +451,7 @@ def test_journal_remembers_as_many_finished_messages_as_it_shall(
         journal.fail("dead", "ValueError")
         for number in range(20):
             journal.finish(str(number))
+        journal.flush()
         assert journal.finished_keys() == ["17", "18", "19"]
         assert [row.key for row in journal.waiting()] == ["waiting"]
         assert [row.key for row in stored(path)] == ["dead", "waiting", "17", "18", "19"]

@@ -162,6 +162,7 @@ def test_journal_command_works_while_a_server_runs(path: str, capsys: pytest.Cap
         assert tell_json(capsys, path)["waiting"] == 2
         assert tell_json(capsys, "--requeue", path)["requeued"] == 1
         running.finish("app/user/text/2")
+        running.flush()
         told = tell_json(capsys, path)
         assert [told[name] for name in ("waiting", "finished", "dead")] == [2, 2, 0]
 
