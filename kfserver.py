@@ -2952,10 +2952,15 @@ def _origin_form(method: bytes, target: str) -> str:
     return (found.group(1) or "/") + (found.group(2) or "")
 
 
-def frame_answer(response: Response, date: str, connection: str) -> bytes:
+def list_headers(response: Response) -> List[Tuple[str, str]]:
+    """The headers of a response, but for those that are the server's own affair."""
+    return [("Content-Type", "text/plain; charset=utf-8"), ("Content-Length", str(len(response.body))),
+            *response.headers]
+
+
+def encode_answer(response: Response, date: str, connection: str) -> bytes:
     """The response as it is sent. ``connection`` is the header of that name, which is left out where it is empty."""
-    headers = [("Date", date), ("Content-Type", "text/plain; charset=utf-8"),
-               ("Content-Length", str(len(response.body))), *response.headers]
+    headers = [("Date", date), *list_headers(response)]
     if connection:
         headers.append(("Connection", connection))
     lines = [f"HTTP/1.1 {response.status} {http.client.responses[response.status]}"]
@@ -3204,7 +3209,7 @@ class PushHandler(Channel):
     def _write(self, response: Response) -> None:
         """Send the answer in one piece: two would be two packets, and a wait for the first one's receipt."""
         kept = "keep-alive" if self.request_version == "HTTP/1.0" else ""
-        answer = self.server.frame(response, self.server.date(), "close" if self.close_connection else kept)
+        answer = self.server.encode(response, self.server.date(), "close" if self.close_connection else kept)
         self.send(answer[:len(answer) - len(response.body)] if self.command == "HEAD" else answer)
 
     def _refuse(self, error: PushError) -> None:
@@ -3377,8 +3382,8 @@ class PushServer(Listener):
         self.connections = ConnectionTable(_connection_limit(settings.max_connections))
         # Heads differ in their first line only, as long as one client or proxy speaks: the rest is understood once.
         self.framing = functools.lru_cache(maxsize=256)(parse_framing)
-        # Answers differ in their date only, and that changes once a second.
-        self.frame = functools.lru_cache(maxsize=64)(frame_answer)
+        # Most answers differ in their date only, and that changes once a second.
+        self.encode = functools.lru_cache(maxsize=16)(encode_answer)
         self._tls_threads = ThreadPerConnection(self)
         self._round = Round(endpoint)
         self.hand_in = self._round.add
@@ -3809,9 +3814,7 @@ class KfServer:
             response = self.endpoint.handle(self._read_environ(environ))
         except PushError as error:
             response = self.endpoint.refuse_unread(error)
-        reason = http.client.responses[response.status]
-        start_response(f"{response.status} {reason}", [("Content-Type", "text/plain; charset=utf-8"),
-                                                       ("Content-Length", str(len(response.body))), *response.headers])
+        start_response(f"{response.status} {http.client.responses[response.status]}", list_headers(response))
         return [b"" if environ["REQUEST_METHOD"] == "HEAD" else response.body]
 
     def _read_environ(self, environ: Environ) -> Request:

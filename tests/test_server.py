@@ -58,7 +58,7 @@ def test_kf_server_lets_go_of_a_message_that_is_through(shop: Shop, collector_of
         for number in range(20):
             server.feed(push(number=number))
         assert server.join(PATIENCE)
-        wait_until(lambda: count_messages() == before)
+        wait_until(lambda: count_messages() <= before)
 
 
 @pytest.fixture
