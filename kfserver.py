@@ -1957,7 +1957,9 @@ class Journal:
         self._file.give_up()
         for entry in entries:
             entry.error = error
-        kept = [_Entry(entry.sql, entry.values) for entry in entries if known and not entry.then]
+        # The key of a finished message has been stored before: it is not what an unforeseen error is about.
+        kept = [_Entry(entry.sql, entry.values) for entry in entries
+                if not entry.then and (known or entry.sql is _FINISH)]
         self._pending.extendleft(reversed(kept))
         self._look_later()
 

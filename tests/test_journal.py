@@ -311,6 +311,15 @@ def test_journal_answers_everyone_for_an_error_that_nobody_foresaw(
     assert (posted, [row.key for row in stored(path)]) == (["a/2"], ["a/2"])
 
 
+def test_journal_keeps_a_mark_that_was_to_share_a_commit_with_what_cannot_be_stored(path: str) -> None:
+    with contextlib.closing(Journal(Settings(journal=path), lambda seconds, job: None)) as journal:
+        journal.add("a/1", b"", lambda: None)()
+        journal.finish("a/1")
+        with pytest.raises(JournalError):
+            journal.add("\ud83d", b"", lambda: None)()
+    assert stored(path)[0].state == FINISHED
+
+
 def test_journal_looks_again_though_nothing_comes(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     due: List[Job] = []
     with contextlib.closing(Journal(Settings(journal=path), lambda seconds, job: due.append(job))) as journal:
