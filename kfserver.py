@@ -1,7 +1,7 @@
 """kfserver: receives the customer-service messages of Baidu smart mini-programs.
 
 The platform POSTs every message of a user to one URL, waits two seconds for the
-answer ``success``, and sends again what was not answered so. This module proves
+answer ``success``, and sends again what was not answered so. This module checks
 where a push comes from, answers at once, drops repeats, and hands each message
 once, in order, to plain Python functions in a registry. One file, the standard
 library alone, CPython 3.7 or later:
@@ -10,13 +10,13 @@ library alone, CPython 3.7 or later:
 
 The path of one push:
 
-    bytes -> HTTP server -> Request -> Endpoint.handle -> Response -> bytes
-                                          |
-                                          v
-                                   Dispatcher: one mailbox a sender
-                                          |
-                                          v
-                                   HandlerRegistry -> handler(message)
+    bytes -> PushServer -> Request -> Endpoint -> Response -> bytes
+                                         |
+                                         v
+                        Inbox: claim, journal, one mailbox a sender
+                                         |
+                                         v
+                        HandlerRegistry -> handler(message) -> SendApi
 
 Sections, in the order of dependence; a name refers only to what stands above it:
 
@@ -29,11 +29,11 @@ Sections, in the order of dependence; a name refers only to what stands above it
      7 Handlers
      8 Endpoint
      9 Metrics
-    10 Threads
-    11 Journal
-    12 Shared claims
-    13 Replies
-    14 Dispatcher
+    10 Journal
+    11 Shared claims
+    12 Replies
+    13 Dispatcher
+    14 Inbox
     15 HTTP server
     16 Server
     17 Push
@@ -61,14 +61,14 @@ import hashlib
 import hmac
 import http.client
 import importlib
-import importlib.machinery
 import importlib.util
 import inspect
 import io
+import itertools
 import json
 import logging
+import operator
 import os
-import queue
 import random
 import re
 import sched
@@ -88,7 +88,7 @@ from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import PurePath
 from socketserver import TCPServer
-from types import CodeType, MappingProxyType, ModuleType, TracebackType
+from types import MappingProxyType, ModuleType, TracebackType
 from typing import (TYPE_CHECKING, Any, Callable, Deque, Dict, Generator, Iterable, Iterator, List, Mapping, NamedTuple,
                     NoReturn, Optional, Pattern, Sequence, Set, TextIO, Tuple, Type, TypeVar, Union)
 from urllib.parse import parse_qsl, quote, urlencode, urlsplit
@@ -117,24 +117,23 @@ class KfError(Exception):
 
 
 class PushError(KfError):
-    """The sender's fault: the push is answered with ``status`` and refused.
+    """A push is refused with ``status``; ``advice`` tells the operator, in the log, what can be done about it.
 
-    ``public`` is what the sender is told; None tells it the error's own text.
-    ``advice`` is what the operator can do about it, for the log; empty where nothing is to be done.
+    The sender is told the reason, or ``public`` instead where there is one.
     """
 
     status = 400
-    public: Optional[str] = None
+    public = ""
     advice = ""
-    headers: Tuple[Tuple[str, str], ...] = ()
 
-    def __init__(self, reason: str, advice: str = "") -> None:
+    def __init__(self, reason: str, advice: str = "", status: int = 0) -> None:
         super().__init__(reason)
         self.advice = advice or self.advice
+        self.status = status or self.status
 
 
 class MalformedPush(PushError):
-    """Not HTTP, not XML or JSON, or not shaped like a message: 400, and why."""
+    """Not XML or JSON, or not shaped like a message: 400, and why."""
 
 
 class ForbiddenPush(PushError):
@@ -144,50 +143,10 @@ class ForbiddenPush(PushError):
     public = "forbidden"
 
 
-class UnknownPath(PushError):
-    """A path other than the configured one: 404."""
-
-    status = 404
-    advice = "the URL in the platform's console must have the path that --path names"
-
-
-class MethodNotAllowed(PushError):
-    """A method that no push uses: 405, with the methods that are served (RFC 9110, section 15.5.6)."""
-
-    status = 405
-    headers = (("Allow", "GET, HEAD, POST"),)
-
-
-class PushTooLarge(PushError):
-    """A body above ``max_body``: 413."""
-
-    status = 413
-    advice = "raise --max-body if the platform really sends this much"
-
-
-class UnsupportedVersion(PushError):
-    """A version of HTTP other than 1.x: 505."""
-
-    status = 505
-
-
-class HeadTooLarge(PushError):
-    """More head than any push has: 431 (RFC 6585)."""
-
-    status = 431
-
-
-class UnknownExpectation(PushError):
-    """An Expect header other than 100-continue: 417."""
-
-    status = 417
-
-
 class Busy(PushError):
-    """Our fault: the message cannot be taken now. 503 with Retry-After; nothing is claimed, so a retry is accepted."""
+    """Our fault: the message cannot be taken now. 503; nothing is claimed, so a retry is accepted."""
 
     status = 503
-    headers = (("Retry-After", "1"),)
 
 
 class BeingTaken(Busy):
@@ -195,7 +154,7 @@ class BeingTaken(Busy):
 
 
 class JournalError(Busy):
-    """The journal cannot be written: 503, and the push is not claimed, so that a retry is accepted."""
+    """The journal cannot be written."""
 
     advice = "see the ERROR line about the journal"
 
@@ -231,8 +190,33 @@ def describe_error(error: BaseException) -> str:
 
 
 def exc_info_of(error: BaseException) -> Tuple[Type[BaseException], BaseException, Optional[TracebackType]]:
-    """The error's traceback for the log, with `describe_error` in the place of its text, which may hold a user's."""
+    """The error's traceback for the log, with `describe_error` in place of its text, which may hold a user's words."""
     return KfError, KfError(describe_error(error)), error.__traceback__
+
+
+def attempt(function: Callable[..., object], *arguments: Any) -> Optional[BaseException]:
+    """Call what may fail in any way; the error that it raised, or None. The only place where everything is caught:
+    sys.exit() in a handler must not end a worker. Ctrl-C passes: Python raises it in the main thread alone."""
+    try:
+        function(*arguments)
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt) and threading.current_thread() is threading.main_thread():
+            raise
+        return error
+    return None
+
+
+def guard(function: Callable[..., object], *arguments: Any) -> bool:
+    """Call a part of our own that must not end the thread it runs on; whether it went well."""
+    error = attempt(function, *arguments)
+    if error:
+        report_bug(error)
+    return error is None
+
+
+def report_bug(error: BaseException) -> None:
+    """Tell of an error that should not be."""
+    log.error("an error inside kfserver; please report this", exc_info=exc_info_of(error))
 
 
 # ---- 2 Values -------------------------------------------------------------------------------------------------------
@@ -294,25 +278,22 @@ class Settings:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             check_setting(field, getattr(self, field.name))
-        if not re.fullmatch(r"(/[!\"$->@-~]*)?", self.path):
-            raise SettingsError(f"{setting_names('path')} must start with '/', as in /kf, and be written as in URLs: "
-                                "percent-encoded, without '?' and '#'")
-        if bool(self.app_key) != bool(self.app_secret):
-            raise SettingsError(f"{setting_names('app_key')} and {setting_names('app_secret')} go together")
-        if not _is_base(self.api_base):
-            raise SettingsError(f"{setting_names('api_base')} takes an address like https://openapi.baidu.com")
-        if self.app_key and self.access_token:
-            raise SettingsError(f"{setting_names('access_token')} replaces --app-key and --app-secret: set either")
-        if self.third_party and not self.access_token:
-            raise SettingsError(f"{setting_names('third_party')} needs --access-token, that of the authorised app")
-        if self.tls_key and not self.tls_cert:
-            raise SettingsError(f"{setting_names('tls_key')} needs --tls-cert, the certificate that it belongs to")
-        if self.admin and not (re.fullmatch(r"\S*:\d{1,5}", self.admin) and int(self.admin.rpartition(":")[2]) < 65536):
-            raise SettingsError(f"{setting_names('admin')} takes an address and a port, as 127.0.0.1:9090")
-        if self.aes_key and not re.fullmatch("[A-Za-z0-9+/]{43}", self.aes_key):
-            raise SettingsError(f"{setting_names('aes_key')} takes the 43 characters that the console shows")
-        if self.aes_key and not (self.token and self.app_id):
-            raise SettingsError(f"{setting_names('aes_key')} needs --token and --app-id too: all three prove a push")
+        for is_wrong, name, rule in (
+                (not re.fullmatch(r"(/[!\"$->@-~]*)?", self.path), "path",
+                 "must start with '/', as in /kf, and be written as in URLs: percent-encoded, without '?' and '#'"),
+                (self.app_key and not self.app_secret, "app_key", "goes together with --app-secret"),
+                (self.app_secret and not self.app_key, "app_secret", "goes together with --app-key"),
+                (not _is_base(self.api_base), "api_base", "takes an address like https://openapi.baidu.com"),
+                (self.app_key and self.access_token, "access_token", "replaces --app-key and --app-secret: set either"),
+                (self.third_party and not self.access_token, "third_party", "needs --access-token, the app's"),
+                (self.tls_key and not self.tls_cert, "tls_key", "needs --tls-cert, the certificate that it belongs to"),
+                (self.admin and not _is_address(self.admin), "admin", "takes an address and a port, as 127.0.0.1:9090"),
+                (self.aes_key and not re.fullmatch("[A-Za-z0-9+/]{43}", self.aes_key), "aes_key",
+                 "takes the 43 characters that the console shows"),
+                (self.aes_key and not (self.token and self.app_id), "aes_key",
+                 "needs --token and --app-id too: all three prove a push")):
+            if is_wrong:
+                raise SettingsError(f"{setting_names(name)} {rule}")
 
 
 def _is_base(text: str) -> bool:
@@ -325,6 +306,10 @@ def _is_base(text: str) -> bool:
     return bool(re.fullmatch(r"https?://[^/?#@\s]+(/[^?#\s]*)?", text) and parts.hostname)
 
 
+def _is_address(text: str) -> bool:
+    return bool(re.fullmatch(r"\S*:\d{1,5}", text)) and int(text.rpartition(":")[2]) < 65536
+
+
 SETTING_FIELDS: Mapping[str, dataclasses.Field[Any]] = MappingProxyType(
     {field.name: field for field in dataclasses.fields(Settings)})
 
@@ -334,29 +319,21 @@ def setting_names(name: str) -> str:
     return f"--{name.replace('_', '-')} (KF_{name.upper()})"
 
 
-def _takes(field: dataclasses.Field[Any]) -> str:
-    """What the values of a setting must be, in words."""
-    low, high, choices = field.metadata["low"], field.metadata["high"], field.metadata["choices"]
-    if choices:
-        return "one of " + ", ".join(choices)
-    kind = {"int": "a whole number", "float": "a number", "bool": "true or false"}.get(str(field.type), "text")
-    if low is None:
-        return kind
-    return f"{kind} from {low:g} to {high:g}" if high is not None else f"{kind}, {low} or more"
-
-
 def check_setting(field: dataclasses.Field[Any], value: Any) -> None:
     """Raise `SettingsError` unless the setting takes the value."""
-    kinds: Mapping[str, Tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
     low, high, choices = field.metadata["low"], field.metadata["high"], field.metadata["choices"]
-    good = isinstance(value, kinds[str(field.type)]) and (str(field.type) == "bool" or not isinstance(value, bool))
-    if good and low is not None:
-        good = low <= value <= (float("inf") if high is None else high)
-    if good and choices:
-        good = value in choices
+    kinds, words = {"int": ((int,), "a whole number"), "float": ((int, float), "a number"),
+                    "bool": ((bool,), "true or false"), "str": ((str,), "text")}[str(field.type)]
+    good = isinstance(value, kinds) and isinstance(value, bool) == (kinds == (bool,))
+    if low is not None:
+        words += f" from {low:g} to {high:g}" if high is not None else f", {low} or more"
+        good = good and low <= value <= (float("inf") if high is None else high)
+    if choices:
+        words = "one of " + ", ".join(choices)
+        good = good and value in choices
     if not good:
         shown = f", not {value!r}" if field.repr else ""
-        raise SettingsError(f"{setting_names(field.name)} takes {_takes(field)}{shown}")
+        raise SettingsError(f"{setting_names(field.name)} takes {words}{shown}")
 
 
 # Characters that a number in a push may have. 64-bit ids have 20; arithmetic on thousands of digits is slow.
@@ -364,12 +341,16 @@ MAX_NUMBER = 64
 
 
 class Request(NamedTuple):
-    """One HTTP request, whichever server read it. ``query`` is raw, without the question mark."""
+    """One HTTP request, whichever server read it. ``query`` is raw, without the question mark.
+
+    ``problem`` says why what came could not be read as a request; it is then answered by that.
+    """
 
     method: str
     path: str
     query: str = ""
     body: bytes = b""
+    problem: Optional[PushError] = None
 
 
 class Response(NamedTuple):
@@ -389,6 +370,11 @@ class Image(NamedTuple):
 
 Answer = Union[str, Image]
 Answers = Union[None, Answer, Sequence[Answer]]
+
+
+def _field(name: str, text: str) -> Any:
+    """An attribute of `Message`: the text of one of its fields."""
+    return property(lambda message: message.text(name), doc=text)
 
 
 class Message:
@@ -431,15 +417,10 @@ class Message:
         value = self.fields.get(name, "")
         return value if isinstance(value, str) else ""
 
-    @property
-    def to_user_name(self) -> str:
-        """The mini-program's app id."""
-        return self.text("ToUserName")
-
-    @property
-    def from_user_name(self) -> str:
-        """The sender's openid; empty for events that have no sender."""
-        return self.text("FromUserName")
+    to_user_name: str = _field("ToUserName", "The mini-program's app id.")
+    from_user_name: str = _field("FromUserName", "The sender's openid; empty for events that have no sender.")
+    content: str = _field("Content", "What the user wrote, to the letter; empty for what is no text.")
+    pic_url: str = _field("PicUrl", "The address of the picture; empty for what is no image.")
 
     @property
     def create_time(self) -> int:
@@ -456,16 +437,6 @@ class Message:
     def event(self) -> str:
         """The event's name; empty for what is no event. Third-party pushes write the field in lower case."""
         return self.text("Event") or self.text("event")
-
-    @property
-    def content(self) -> str:
-        """What the user wrote, to the letter; empty for what is no text."""
-        return self.text("Content")
-
-    @property
-    def pic_url(self) -> str:
-        """The address of the picture; empty for what is no image."""
-        return self.text("PicUrl")
 
     @property
     def msg_id(self) -> Optional[str]:
@@ -585,11 +556,11 @@ class Aes256Cbc:
         self._iv = key[:AES_BLOCK]
         keys = _expand_key(key, box)
         # The columns' factors of MixColumns and of its inverse, row by row, behind the substitution that precedes them.
-        self._forward = _Direction(keys, [box.translate(_multiples(factor)) for factor in (2, 3, 1, 1)], box, 1)
+        self._forward: _Way = (keys, [box.translate(_multiples(factor)) for factor in (2, 3, 1, 1)], box, 1)
         unmix = [_multiples(factor) for factor in (14, 11, 13, 9)]
         # The equivalent inverse cipher (FIPS 197, section 5.3.5) has the same shape as the cipher, with unmixed keys.
         keys = [keys[-1], *(_mix(each, unmix) for each in keys[-2:0:-1]), keys[0]]
-        self._backward = _Direction(keys, [inverse.translate(factor) for factor in unmix], inverse, -1)
+        self._backward: _Way = (keys, [inverse.translate(factor) for factor in unmix], inverse, -1)
 
     def decrypt(self, data: bytes) -> bytes:
         """Whole blocks in, as many out."""
@@ -603,23 +574,18 @@ class Aes256Cbc:
         return b"".join(blocks[1:])
 
 
-class _Direction(NamedTuple):
-    """What the rounds need one way: round keys as planes, the mixing tables, the last substitution, the rows' shift."""
-
-    keys: List[bytes]
-    mixing: List[bytes]
-    last: bytes
-    shift: int
+# What the rounds need one way: round keys as planes, the mixing tables, the last substitution, the rows' shift.
+_Way = Tuple[List[bytes], List[bytes], bytes, int]
 
 
-def _run_rounds(data: bytes, way: _Direction) -> bytes:
+def _run_rounds(data: bytes, way: _Way) -> bytes:
+    round_keys, mixing, last, shift = way
     count = len(data) // AES_BLOCK
-    keys = [_repeat_bytes(key, count) for key in way.keys]
+    keys = [b"".join(key[place:place + 1] * count for place in range(AES_BLOCK)) for key in round_keys]
     state = _add(_to_planes(data), keys[0])
     for key in keys[1:-1]:
-        state = _add(_mix(_shift_rows(state, way.shift * count), way.mixing), key)
-    state = _add(_shift_rows(state, way.shift * count).translate(way.last), keys[-1])
-    return _from_planes(state)
+        state = _add(_mix(_shift_rows(state, shift * count), mixing), key)
+    return _from_planes(_add(_shift_rows(state, shift * count).translate(last), keys[-1]))
 
 
 def _to_planes(data: bytes) -> bytes:
@@ -633,14 +599,6 @@ def _from_planes(state: bytes) -> bytes:
         row, column = divmod(plane, 4)
         data[4 * column + row::AES_BLOCK] = state[plane * count:(plane + 1) * count]
     return bytes(data)
-
-
-def _repeat_bytes(key: bytes, count: int) -> bytes:
-    """Every byte of ``key`` so many times: the round key for as many blocks."""
-    spaced = bytearray(len(key) * count)
-    for offset in range(count):
-        spaced[offset::count] = key
-    return bytes(spaced)
 
 
 def _shift_rows(state: bytes, step: int) -> bytes:
@@ -719,6 +677,8 @@ MAX_MARKS = 20000
 # Blanks by XML's definition, section 2.3. str.strip() alone would eat control characters of a user's text too.
 BLANKS = " \t\r\n"
 
+_STRIP = operator.methodcaller("strip", BLANKS)
+
 # Fields whose own blanks count: a user wrote the one, and a signature covers the other.
 VERBATIM = frozenset(("Content", "Encrypt"))
 
@@ -726,7 +686,6 @@ _XML_PROLOG = re.compile(rb"(?:<\?xml\s[^>]*\?>)?\s*<[^!?]")
 _XML_ENCODING = re.compile(rb"<\?xml\s[^>]*?\sencoding\s*=\s*[\"']([^\"']*)")
 _XML_CONTROLS = bytes(set(range(32)) - set(b"\t\n\r"))
 _LONG_TAG = re.compile(rb"<[^!?<>][^<>]{1024}")
-_SURROGATES = re.compile("[\ud800-\udfff]")
 # Where 32 characters in a row mostly do not occur: the noncharacters that Unicode sets aside for a program's own use,
 # U+FDD0 to U+FDEF, and two stretches of private use.
 HIDING_PLACES = (0xFDD0, 0xF0000, 0x100000)
@@ -785,11 +744,12 @@ def _parse_xml_with_controls(body: bytes) -> Dict[str, Any]:
             hide = {code: first + code for code in range(32) if chr(code) not in BLANKS}
             show = {hidden: code for code, hidden in hide.items()}
             fields = _read_tree(text.translate(hide).encode())
-            return {name: _translate(value, show) for name, value in fields.items()}
+            return {name: _map_texts(lambda text: text.translate(show), value, 1)  # noqa: B023
+                    for name, value in fields.items()}
     raise MalformedPush("XML with control characters, and with every character that could stand for them")
 
 
-def _read_root(body: bytes) -> ElementTree.Element:
+def _read_tree(body: bytes) -> Dict[str, Any]:
     # With the standard builder alone the parser stays within C, which takes 2 us less.
     builder = _StrictTree() if b"<?" in body[2:] else ElementTree.TreeBuilder()
     parser = ElementTree.XMLParser(target=builder, encoding="utf-8")
@@ -798,19 +758,9 @@ def _read_root(body: bytes) -> ElementTree.Element:
         root: ElementTree.Element = parser.close()
     except ElementTree.ParseError as error:
         raise MalformedPush(f"not XML: {ErrorString(error.code)} at line {error.position[0]}") from None
-    return root
-
-
-def _refuse_namespaces(root: ElementTree.Element) -> None:
-    for element in root.iter():
-        if "{" in element.tag or any("{" in name for name, _ in element.items()):
-            raise MalformedPush("XML with namespaces is not accepted")
-
-
-def _read_tree(body: bytes) -> Dict[str, Any]:
-    root = _read_root(body)
-    if b":" in body or b"=" in body:  # without these a name has no namespace
-        _refuse_namespaces(root)
+    # Without these two characters a name has no namespace.
+    if (b":" in body or b"=" in body) and any("{" in name for each in root.iter() for name in (each.tag, *each.keys())):
+        raise MalformedPush("XML with namespaces is not accepted")
     fields = _children(root, 0)
     for name in VERBATIM:
         if isinstance(fields.get(name), str):
@@ -826,10 +776,12 @@ def _children(element: ElementTree.Element, depth: int) -> Dict[str, Any]:
     for child in element:
         tag, text = child.tag, child.text
         value = _children(child, depth + 1) if len(child) else text.strip(BLANKS) if text else ""
-        if tag in values:
-            _append_value(values, tag, value)
-        else:
+        if tag not in values:
             values[tag] = value
+        elif isinstance(values[tag], list):
+            values[tag].append(value)
+        else:
+            values[tag] = [values[tag], value]
     return values
 
 
@@ -862,13 +814,6 @@ def _text_in_cdata(name: str, body: bytes) -> Optional[str]:
     return None if "".join(outside).strip(BLANKS) or not inside else "".join(inside)
 
 
-def _append_value(values: Dict[str, Any], tag: str, value: Any) -> None:
-    """Add one more value under a name that is taken: the names with several values hold a list."""
-    if not isinstance(values[tag], list):
-        values[tag] = [values[tag]]
-    values[tag].append(value)
-
-
 def _parse_json(body: bytes) -> Dict[str, Any]:
     _refuse_costly(body, (b"{", b"[", b",", b"\\"))
     if len(body) > CHEAP_BODY and b"\\ud" in body.lower():
@@ -880,35 +825,26 @@ def _parse_json(body: bytes) -> Dict[str, Any]:
         raise MalformedPush(f"not JSON: {error.msg} at character {error.pos}") from None
     except RecursionError:
         raise MalformedPush(f"nested deeper than {MAX_DEPTH} levels") from None
-    fields = {name: value if name in VERBATIM and isinstance(value, str) else _json_value(value, 1)
-              for name, value in fields.items()}
-    if ("\\ud" in text or "\\uD" in text) and any(map(_SURROGATES.search, _texts_in(fields))):
-        raise MalformedPush("not JSON: half of a surrogate pair, which cannot be stored, printed or sent on")
-    return fields
+    if "\\ud" in text or "\\uD" in text:
+        try:
+            json.dumps(fields, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise MalformedPush("not JSON: half of a surrogate pair, which cannot be stored or sent on") from None
+    return {name: value if name in VERBATIM and isinstance(value, str) else _map_texts(_STRIP, value, 1)
+            for name, value in fields.items()}
 
 
-def _json_value(value: Any, depth: int) -> Any:
-    """The value as XML would have brought it: text, or dicts and lists of text."""
+def _map_texts(function: Callable[[str], str], value: Any, depth: int) -> Any:
+    """The value with every text in it replaced; other scalars of JSON become the text that XML would have brought."""
     if isinstance(value, str):
-        return value.strip(BLANKS)
+        return function(value)
     if not isinstance(value, (dict, list)):
         return {True: "true", False: "false", None: ""}[value]
     if depth >= MAX_DEPTH:
         raise MalformedPush(f"nested deeper than {MAX_DEPTH} levels")
     if isinstance(value, dict):
-        return {name: _json_value(item, depth + 1) for name, item in value.items()}
-    return [_json_value(item, depth + 1) for item in value]
-
-
-def _texts_in(value: Any) -> Iterator[str]:
-    """Every text in the value, names too."""
-    if isinstance(value, str):
-        yield value
-        return
-    for name in value:
-        yield from _texts_in(name)
-        if isinstance(value, dict):
-            yield from _texts_in(value[name])
+        return {name: _map_texts(function, item, depth + 1) for name, item in value.items()}
+    return [_map_texts(function, item, depth + 1) for item in value]
 
 
 def _unique(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
@@ -940,13 +876,24 @@ def _utf8(body: bytes) -> str:
         raise MalformedPush(f"not UTF-8 at byte {error.start}") from None
 
 
-def _translate(value: Any, table: Mapping[int, int]) -> Any:
-    """``value`` with every text in it translated."""
-    if isinstance(value, str):
-        return value.translate(table)
-    if isinstance(value, list):
-        return [_translate(item, table) for item in value]
-    return {name: _translate(item, table) for name, item in value.items()}
+Fields = Mapping[str, Union[str, int]]
+Encode = Callable[[Fields], bytes]
+
+
+def encode_xml(fields: Fields) -> bytes:
+    """The fields laid out as on the platform's pages: text in CDATA, numbers bare."""
+    lines = [f"   <{name}>{_to_xml(value)}</{name}>" for name, value in fields.items()]
+    return "\n".join(("<xml>", *lines, "</xml>")).encode("utf-8", "surrogateescape")
+
+
+def _to_xml(value: Union[str, int]) -> str:
+    # The end of a section cannot stand in one, so it is parted between two.
+    return str(value) if isinstance(value, int) else f"<![CDATA[{value.replace(']]>', ']]]]><![CDATA[>')}]]>"
+
+
+def encode_json(fields: Fields) -> bytes:
+    """The fields laid out as on the platform's pages, one a line; characters as they are, not escaped, to be read."""
+    return json.dumps(fields, ensure_ascii=False, indent=2).encode("utf-8", "surrogateescape")
 
 
 # ---- 6 Deduplication ------------------------------------------------------------------------------------------------
@@ -1017,15 +964,12 @@ class ClaimCache:
                 self._finished.move_to_end(key)
                 return False
             if key in self._held:
-                return self._repeat_of_held(key)
+                if self._held[key]:
+                    return False
+                raise BeingTaken("the same message is just being taken")
             self._make_room()
             self._held[key] = False
             return True
-
-    def _repeat_of_held(self, key: str) -> bool:
-        if self._held[key]:
-            return False
-        raise BeingTaken("the same message is just being taken")
 
     def _make_room(self) -> None:
         while len(self._held) + len(self._finished) >= self._size:
@@ -1079,11 +1023,6 @@ class Match(NamedTuple):
     handler: Handler
     arguments: Tuple[Optional[str], ...] = ()
 
-    @property
-    def name(self) -> str:
-        """The handler's name, for logs."""
-        return getattr(self.handler, "__name__", repr(self.handler))
-
 
 class HandlerRegistry:
     """The functions that take messages, by type and pattern. Register all before the server starts.
@@ -1123,32 +1062,25 @@ class HandlerRegistry:
             raise HandlerError('on() takes the type first: write @registry.on("text") or @registry.on("*")')
         if patterns and msg_type not in _SUBJECTS:
             raise HandlerError(f'only "text" and "event" take patterns: write @registry.on({msg_type!r})')
-        for pattern in patterns:
-            _check_pattern(msg_type, pattern)
+        shown = ", ".join([repr(msg_type), *map(_show_pattern, patterns)])
 
         def register(function: HandlerT) -> HandlerT:
-            _check_handler(function, f"@registry.on({msg_type!r})")
-            for groups in {0 if isinstance(pattern, str) else pattern.groups for pattern in patterns} or {0}:
-                _check_parameters(function, groups)
+            counts = {getattr(pattern, "groups", 0) for pattern in patterns} or {0}
+            _check_handler(function, f"@registry.on({msg_type!r})", counts)
             for pattern in patterns:
-                self._add_pattern(msg_type, pattern, function)
+                if isinstance(pattern, str):
+                    self._equal.setdefault((msg_type, pattern.strip()), function)
+                else:
+                    self._expressions.setdefault(msg_type, []).append((pattern, function))
             if not patterns:
                 self._types.setdefault(msg_type, function)
-            shown = ", ".join([repr(msg_type)] + [_show_pattern(pattern) for pattern in patterns])
-            self._rules.append((function, f"@registry.on({shown}) -> {Match(function).name}"))
+            self._rules.append((function, f"@registry.on({shown}) -> {getattr(function, '__name__', repr(function))}"))
             return function
         return register
 
-    def _add_pattern(self, msg_type: str, pattern: Union[str, Pattern[str]], function: Handler) -> None:
-        if isinstance(pattern, str):
-            self._equal.setdefault((msg_type, pattern.strip()), function)
-        else:
-            self._expressions.setdefault(msg_type, []).append((pattern, function))
-
     def on_error(self, function: HandlerT) -> HandlerT:
         """Decorator: the function gets ``(message, error)`` when the last try of a message has failed."""
-        _check_handler(function, "@registry.on_error")
-        _check_parameters(function, 1)
+        _check_handler(function, "@registry.on_error", {1})
         self._error_handlers.append(function)
         return function
 
@@ -1185,7 +1117,7 @@ class HandlerRegistry:
 
     def handle_error(self, message: Message, error: BaseException) -> List[BaseException]:
         """Run all functions of `on_error`; the errors that they raised."""
-        failed = [attempt(functools.partial(function, message, error)) for function in self._error_handlers]
+        failed = [attempt(function, message, error) for function in self._error_handlers]
         return [each for each in failed if each]
 
     def _tell_unhandled(self, message: Message) -> None:
@@ -1201,70 +1133,39 @@ def decorator_for(message: Message) -> str:
     return ascii(f'@registry.on("{message.msg_type[:64] or "*"}"{patterns})')[1:-1]
 
 
-def _check_pattern(msg_type: str, pattern: object) -> None:
-    is_expression = isinstance(pattern, re.Pattern) and isinstance(pattern.pattern, str)
-    if not (is_expression or isinstance(pattern, str)):
-        raise HandlerError(f'a pattern is a text or an expression: write @registry.on({msg_type!r}, "menu") or '
-                           f'@registry.on({msg_type!r}, re.compile(r"order (\\d+)")), not {type(pattern).__name__}')
+def _show_pattern(pattern: object) -> str:
+    """How a pattern is written. Raises `HandlerError` for what is none."""
+    if isinstance(pattern, str):
+        return repr(pattern)
+    if isinstance(pattern, re.Pattern) and isinstance(pattern.pattern, str):
+        return f're.compile(r"{pattern.pattern}")'
+    raise HandlerError('a pattern is a text or an expression: write @registry.on("text", "menu") or '
+                       f'@registry.on("text", re.compile(r"order (\\d+)")), not {type(pattern).__name__}')
 
 
-def _check_handler(function: object, decorator: str) -> None:
+def _check_handler(function: object, decorator: str, further: Iterable[int]) -> None:
+    """Raise `HandlerError` unless this is a plain function that takes a message and so many arguments behind it."""
     name = getattr(function, "__name__", "answer")
     if not callable(function):
         raise HandlerError(f"{decorator} stands above a function: write it on the line before 'def answer(message):'")
-    called = function if inspect.isroutine(function) else getattr(function, "func", _method_that_is_called(function))
+    called = function
+    if not inspect.isroutine(function):  # a partial, or an object that can be called
+        called = getattr(function, "func", inspect.getattr_static(type(function), "__call__"))
     if inspect.iscoroutinefunction(called) or inspect.isasyncgenfunction(called):
         raise HandlerError(f"handlers are plain functions: write 'def {name}(message):' without async")
-
-
-def _check_parameters(function: Callable[..., object], further: int) -> None:
-    """Raise `HandlerError` unless the function can be called with the message and so many arguments behind it."""
-    try:
-        inspect.signature(function).bind(*range(1 + further))
-    except TypeError:
-        name = getattr(function, "__name__", "answer")
-        raise HandlerError(f"{name} is called with the message and {further} more: one for each group of the "
-                           "expression, the error for on_error; give it as many parameters") from None
-    except ValueError:
-        return  # some functions written in C do not tell
-
-
-def _method_that_is_called(function: object) -> Any:
-    return inspect.getattr_static(type(function), "__call__")
-
-
-def _show_pattern(pattern: Union[str, Pattern[str]]) -> str:
-    return repr(pattern) if isinstance(pattern, str) else f're.compile(r"{pattern.pattern}")'
-
-
-def attempt(function: Callable[[], object]) -> Optional[BaseException]:
-    """Call what a user wrote; the error that it raised, or None. The only place where any error at all is caught:
-    sys.exit() in a handler, or a task cancelled in it, must not end a worker without a word. Ctrl-C passes: it comes
-    to the main thread alone."""
-    try:
-        function()
-    except BaseException as error:
-        if isinstance(error, KeyboardInterrupt) and threading.current_thread() is threading.main_thread():
-            raise
-        return error
-    return None
-
-
-def guard(function: Callable[[], object]) -> None:
-    """Call a part of our own that must not end the thread it runs on."""
-    error = attempt(function)
-    if error:
-        report_bug(error)
-
-
-def report_bug(error: BaseException) -> None:
-    """Tell of an error that should not be."""
-    log.error("an error inside kfserver; please report this", exc_info=exc_info_of(error))
+    for count in further:
+        try:
+            inspect.signature(function).bind(*range(1 + count))
+        except TypeError:
+            raise HandlerError(f"{name} is called with the message and {count} more: one for each group of the "
+                               "expression, the error for on_error; give it as many parameters") from None
+        except ValueError:
+            return  # some functions written in C do not tell
 
 
 # ---- 8 Endpoint -----------------------------------------------------------------------------------------------------
 # Law: one request in, one response out, and every decision that the outside can see on one screen, `Endpoint._decide`.
-# Knows no socket and no thread; the world around it is handed in as `Surroundings`.
+# Knows no socket and no thread; what takes the messages, and the clocks, are handed in.
 
 # Bytes of a form-encoded handshake: four short values. A longer body is no handshake.
 MAX_HANDSHAKE = 4096
@@ -1272,29 +1173,22 @@ MAX_HANDSHAKE = 4096
 ADVICE_INTERVAL = 60.0
 # The platform's page writes the first; receivers in production have met the second.
 _ECHO_NAMES = ("echoStr", "echostr")
+# A message's signature, by its name in the query and by that in an envelope which carries it itself.
+_SIGNATURE_FIELDS: Mapping[str, str] = MappingProxyType(
+    {"msg_signature": "MsgSignature", "timestamp": "TimeStamp", "nonce": "Nonce"})
+TOO_LARGE = "raise --max-body if the platform really sends this much"
+_METHODS = (("Allow", "GET, HEAD, POST"),)  # RFC 9110, section 15.5.6
+_LATER = (("Retry-After", "1"),)
 
 UP = Response(200, b"kfserver is up: pushes go here by POST\n", "up")
 ACCEPTED = Response(200, b"success", "accepted")
 REPEATED = Response(200, b"success", "repeat")
 
 
-Confirm = Callable[[], None]
-
-
-class Surroundings(NamedTuple):
-    """What an `Endpoint` asks of the world around it.
-
-    ``claims`` is a `ClaimCache` or what works like one. ``submit`` takes a message and its bytes, or raises `Busy`;
-    what it returns waits until the message is safe, or raises `Busy`. ``clock`` gives Unix seconds, ``timer`` seconds
-    from anywhere. ``observe`` is told each answer and the seconds it took.
-    """
-
-    claims: Any
-    submit: Callable[[Message, bytes], Confirm]
-    clock: Callable[[], float]
-    timer: Callable[[], float]
-    dedup_key: Callable[[Message], str] = dedup_key
-    observe: Optional[Callable[[Response, Optional[Message], float], None]] = None
+def refusal(error: PushError) -> Response:
+    """The answer that an error stands for."""
+    headers = {405: _METHODS, 503: _LATER}.get(error.status, ())
+    return Response(error.status, f"{error.public or error}\n".encode(), f"refused {error.status}: {error}", headers)
 
 
 class Gate:
@@ -1310,7 +1204,8 @@ class Gate:
         outer = self._read_outer(body) if b"Encrypt" in body else {}
         sealed = outer.get("Encrypt")
         if isinstance(sealed, str) and self._envelope:
-            self._prove_sealed(query if "msg_signature" in query else _lower_signature(outer), sealed)
+            inside = {name: str(outer.get(wire, "")) for name, wire in _SIGNATURE_FIELDS.items()}
+            self._prove_sealed(query if "msg_signature" in query else inside, sealed)
             return self._envelope.open(sealed)
         if self._envelope and not self._settings.compatible:
             raise ForbiddenPush("not encrypted", "choose safe mode in the console, or set --compatible")
@@ -1355,24 +1250,58 @@ class Gate:
             raise ForbiddenPush("stale signature", "check this machine's clock, or raise --max-age")
 
 
-class _Decision(NamedTuple):
-    """What becomes of a request, before the message is known to be safe."""
+class Platform:
+    """Signs and seals pushes as the platform does: the other side of a `Gate`, to play it and to test with.
 
-    response: Response
-    message: Optional[Message]
-    confirm: Optional[Confirm]
-    too_soon: bool
-    started: float
+    ``random`` makes so many bytes that nobody can foretell. What is made is a query and a body.
+    """
+
+    def __init__(self, settings: Settings, clock: Callable[[], float], random: Callable[[int], bytes]) -> None:
+        self._token, self._app_id, self._clock, self._random = settings.token, settings.app_id, clock, random
+        self._envelope = Envelope(settings.aes_key, settings.app_id) if settings.aes_key else None
+
+    def _signed(self, **more: str) -> Dict[str, str]:
+        timestamp, nonce = str(int(self._clock())), self._random(4).hex()
+        return {"signature": sign(self._token, timestamp, nonce), "timestamp": timestamp, "nonce": nonce, **more}
+
+    def push(self, message: bytes, encode: Encode, in_body: bool = False) -> Tuple[Dict[str, str], bytes]:
+        """A message: as it is, or sealed in an envelope that ``encode`` writes, signed in the query or in the body."""
+        if not self._envelope:
+            return self._signed() if self._token else {}, message
+        sealed, query = self._envelope.seal(message, self._random(RANDOM_HEAD)), self._signed()
+        query["msg_signature"] = sign(self._token, query["timestamp"], query["nonce"], sealed)
+        if not in_body:
+            return query, encode({"ToUserName": self._app_id, "Encrypt": sealed})
+        return {}, encode({"Encrypt": sealed, **{wire: query[name] for name, wire in _SIGNATURE_FIELDS.items()}})
+
+    def handshake(self, in_body: bool = False) -> Tuple[Dict[str, str], bytes]:
+        """A handshake, in the query or form-encoded in the body; its echoStr answers it."""
+        values = self._signed(echoStr=str(int.from_bytes(self._random(8), "big")))
+        return ({}, urlencode(values).encode()) if in_body else (values, b"")
+
+
+class _Push:
+    """A request on its way to its response, and the message in it."""
+
+    __slots__ = ("request", "started", "response", "message", "payload", "too_soon")
+
+    def __init__(self, request: Request, started: float) -> None:
+        self.request, self.started = request, started
+        self.response = UP
+        self.message: Optional[Message] = None
+        self.payload = b""
+        self.too_soon = False  # it repeats what is just being taken
 
 
 class Endpoint:
-    """Answers requests by `handle`, which never waits for a handler of the user's."""
+    """Answers requests, and never waits for a handler of the user's.
 
-    def __init__(self, settings: Settings, surroundings: Surroundings) -> None:
-        self.settings = settings
-        self._claims, self._submit, clock, self._timer, self._dedup_key, self._observe = surroundings
-        if self._dedup_key is not dedup_key:  # which makes every message a key
-            self._dedup_key = functools.partial(make_key, self._dedup_key)
+    ``inbox`` is an `Inbox`, or what has its methods `take`, `deliver` and `observe`. ``clock`` gives Unix seconds,
+    ``timer`` seconds from anywhere.
+    """
+
+    def __init__(self, settings: Settings, inbox: Any, clock: Callable[[], float], timer: Callable[[], float]) -> None:
+        self._settings, self._inbox, self._timer = settings, inbox, timer
         self._gate = Gate(settings, clock)
         self._advised: Dict[str, float] = {}
 
@@ -1380,116 +1309,74 @@ class Endpoint:
         """The answer to one request."""
         return self.handle_all((request,))[0]
 
-    def handle_all(self, requests: Sequence[Request]) -> List[Response]:
-        """The answers to requests that came together: all are decided first, so that what must be written to be safe is
-        written at once. What repeats another of them is decided again when that one is safe."""
-        decisions = [self._decide(request) for request in requests]
-        responses = [None if decision.too_soon else self._conclude(decision) for decision in decisions]
-        return [response or self._conclude(self._decide(request)) for request, response in zip(requests, responses)]
+    def handle_all(self, requests: Iterable[Request]) -> List[Response]:
+        """The answers to requests that came together: what must be written down to be safe is written at once. What
+        repeats another of them is decided again when that one is safe."""
+        pushes = [_Push(request, self._timer()) for request in requests]
+        self._handle(pushes)
+        self._handle([push for push in pushes if push.too_soon])
+        for push in pushes:
+            self._record(push)
+        return [push.response for push in pushes]
 
-    def _decide(self, request: Request) -> _Decision:
+    def _handle(self, pushes: Sequence[_Push]) -> None:
+        for push in pushes:
+            error = attempt(self._decide, push)
+            if error:
+                self._refuse(push, error)
+        taken = [push for push in pushes if push.response is ACCEPTED]
+        error = attempt(self._inbox.deliver, [(push.message, push.payload) for push in taken]) if taken else None
+        if error:
+            for push in taken:
+                self._refuse(push, error)
+
+    def _decide(self, push: _Push) -> None:
         """The README's answers table, in its order: every decision that the outside can see."""
-        started = self._timer()
-        message = confirm = None
-        too_soon = False
-        try:
-            self._admit(request)                                        # 404, 405, 413
-            query = _parse_form(request.query)
-            handshake = _find_handshake(query, request.body)
-            if handshake:
-                self._gate.prove(handshake)                             # 403
-                response = Response(200, _echo(handshake), "handshake")
-            elif request.method != "POST":
-                response = UP
-            else:
-                payload = self._gate.open(query, request.body)          # 403
-                message = parse(payload)                                # 400
-                message.key = self._dedup_key(message)                  # 503
-                if self._claims.claim(message.key):                     # 503
-                    confirm = self._submit_claimed(message, payload)    # 503
-                    response = ACCEPTED
-                else:
-                    response = REPEATED
-        except PushError as error:
-            response = self._refuse(error)
-            too_soon = isinstance(error, BeingTaken)
-        return _Decision(response, message, confirm, too_soon, started)
+        request = push.request
+        self._admit(request)                                                # 404, 405, 413, and what is no HTTP
+        query = _parse_form(request.query)
+        handshake = _find_handshake(query, request.body)
+        if handshake:
+            self._gate.prove(handshake)                                     # 403
+            push.response = Response(200, _echo(handshake), "handshake")
+        elif request.method == "POST":
+            push.payload = self._gate.open(query, request.body)             # 403
+            push.message = parse(push.payload)                              # 400
+            is_new = self._inbox.take(push.message)                         # 503
+            push.response = ACCEPTED if is_new else REPEATED
 
-    def _submit_claimed(self, message: Message, payload: bytes) -> Confirm:
-        """Hand the message over; one that could not be handed over leaves no claim."""
-        confirm = None
-        try:
-            confirm = self._submit(message, payload)
-        finally:
-            if confirm is None:
-                self._claims.release(message.key)
-        return confirm
+    def _admit(self, request: Request) -> None:
+        if request.problem:
+            raise request.problem
+        if self._settings.path and request.path != self._settings.path:
+            raise PushError("no such path", "the URL in the platform's console must have the path that --path names",
+                            404)
+        if request.method not in ("POST", "GET", "HEAD"):
+            raise PushError("pushes come by POST", status=405)
+        if len(request.body) > self._settings.max_body:
+            raise PushError(f"more than {self._settings.max_body} bytes", TOO_LARGE, 413)
 
-    def _conclude(self, decision: _Decision) -> Response:
-        """Answer ``success`` only when the message is safe."""
-        response, message, confirm, _, started = decision
-        if message and confirm:
-            try:
-                self._confirm(message.key, confirm)
-            except Busy as error:
-                response = self._refuse(error)
-        self._record(response, message, started)
-        return response
-
-    def _confirm(self, key: str, confirm: Confirm) -> None:
-        safe = False
-        try:
-            confirm()
-            safe = True
-        finally:
-            if not safe:
-                self._claims.release(key)
-        self._claims.accept(key)
-
-    def refuse_unread(self, error: PushError) -> Response:
-        """The answer to what could not even be read as a request."""
-        response = self._refuse(error)
-        self._record(response, None, self._timer())
-        return response
-
-    def _refuse(self, error: PushError) -> Response:
-        """The answer that an error stands for; its advice goes to the log, at most once a minute."""
+    def _refuse(self, push: _Push, error: BaseException) -> None:
+        """Answer with the error; its advice goes to the log, at most once a minute."""
+        if not isinstance(error, PushError):
+            report_bug(error)
+            error = Busy("an error inside kfserver")
         last = self._advised.get(error.advice, -ADVICE_INTERVAL)
         if error.advice and self._timer() - last >= ADVICE_INTERVAL:
             self._advised[error.advice] = self._timer()
             log.warning("push refused: %s; %s", error, error.advice)
-        public = str(error) if error.public is None else error.public
-        return Response(error.status, public.encode() + b"\n", f"refused {error.status}: {error}", error.headers)
+        push.response, push.too_soon = refusal(error), isinstance(error, BeingTaken)
 
-    def _admit(self, request: Request) -> None:
-        if self.settings.path and request.path != self.settings.path:
-            raise UnknownPath("no such path")
-        if request.method not in ("POST", "GET", "HEAD"):
-            raise MethodNotAllowed("pushes come by POST")
-        if len(request.body) > self.settings.max_body:
-            raise PushTooLarge(f"more than {self.settings.max_body} bytes")
-
-    def _record(self, response: Response, message: Optional[Message], started: float) -> None:
-        if response is UP:
+    def _record(self, push: _Push) -> None:
+        if push.response is UP:
             return
-        if self._observe:
-            self._observe(response, message, self._timer() - started)
+        seconds = self._timer() - push.started
+        self._inbox.observe(push.response, push.message, seconds)
         if log.isEnabledFor(logging.INFO):
-            kind, key = (message.msg_type, message.key) if message else ("-", "-")
+            kind, key = (push.message.msg_type, push.message.key) if push.message else ("-", "-")
             log.info("push type=%(type)s key=%(key)s outcome=%(outcome)s ms=%(ms).2f", {
-                "type": ascii(kind[:64])[1:-1], "key": key or "-", "outcome": response.outcome,
-                "ms": (self._timer() - started) * 1000})
-
-
-def make_key(function: Callable[[Message], str], message: Message) -> str:
-    """The key that an embedder's own function makes. Raises `Busy` if it fails, or makes what cannot be stored: that
-    refuses this push, and no other of its round."""
-    keys: List[str] = []
-    error = attempt(lambda: keys.append(function(message).encode().decode()))
-    if error:
-        log.error("dedup_key failed: the push is answered 503; mend the function", exc_info=exc_info_of(error))
-        raise Busy("the message has no key")
-    return keys[0]
+                "type": ascii(kind[:64])[1:-1], "key": key or "-", "outcome": push.response.outcome,
+                "ms": seconds * 1000})
 
 
 def _parse_form(text: str) -> Dict[str, str]:
@@ -1499,12 +1386,6 @@ def _parse_form(text: str) -> Dict[str, str]:
         return {name: value for name, _, value in (pair.partition("=") for pair in text.split("&"))}
     text = text.encode("latin-1", "replace").decode("ascii", "surrogateescape")
     return dict(parse_qsl(text, keep_blank_values=True, errors="surrogateescape"))
-
-
-def _lower_signature(outer: Mapping[str, Any]) -> Dict[str, str]:
-    """The signature's values in an envelope that carries them itself, under the names that a query gives them."""
-    names = {"msg_signature": "MsgSignature", "timestamp": "TimeStamp", "nonce": "Nonce"}
-    return {name: str(outer.get(wire_name, "")) for name, wire_name in names.items()}
 
 
 def _find_handshake(query: Dict[str, str], body: bytes) -> Optional[Dict[str, str]]:
@@ -1620,11 +1501,16 @@ class AdminEndpoint:
     """Answers a monitor's requests: /healthz and /metrics. ``trouble`` says what is wrong, or nothing."""
 
     def __init__(self, render: Callable[[], str], trouble: Callable[[], str]) -> None:
-        self._render = render
-        self._trouble = trouble
+        self._render, self._trouble = render, trouble
+
+    def handle_all(self, requests: Iterable[Request]) -> List[Response]:
+        """The answers to requests, as `Endpoint` gives them."""
+        return [self.handle(request) for request in requests]
 
     def handle(self, request: Request) -> Response:
         """The answer to one request."""
+        if request.problem:
+            return refusal(request.problem)
         if request.method not in ("GET", "HEAD"):
             return Response(405, b"only GET here\n", "refused", (("Allow", "GET, HEAD"),))
         if request.path == "/healthz":
@@ -1634,96 +1520,8 @@ class AdminEndpoint:
             return Response(200, self._render().encode(), "metrics")
         return Response(404, b"/healthz and /metrics are here\n", "refused")
 
-    def handle_all(self, requests: Sequence[Request]) -> List[Response]:
-        """The answers to several requests."""
-        return [self.handle(request) for request in requests]
 
-    def refuse_unread(self, error: PushError) -> Response:
-        """The answer to what could not even be read as a request."""
-        return Response(error.status, str(error).encode() + b"\n", "refused", error.headers)
-
-
-# ---- 10 Threads -----------------------------------------------------------------------------------------------------
-# Law: when and on which thread something runs, never what. Threads here are daemons: the process decides when it ends.
-
-# Seconds a thread without work is kept for the next job.
-KEEP_THREAD = 5.0
-
-Job = Callable[[], None]
-
-
-class ThreadCache:
-    """Runs each job at once on a thread of its own, and keeps threads that are through for the jobs to come."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-        self._jobs: queue.SimpleQueue[Job] = queue.SimpleQueue()
-        self._lock = threading.Lock()  # guards _spare
-        self._spare = 0  # threads that wait for a job, less the jobs on their way to them
-
-    def run(self, job: Job) -> None:
-        """Start ``job`` on a kept thread, or on a new one if none is spare."""
-        with self._lock:
-            kept = self._spare > 0
-            self._spare -= kept
-        if not kept:
-            threading.Thread(target=self._work, name=self._name, daemon=True).start()
-        self._jobs.put(job)
-
-    def _work(self) -> None:
-        job = self._wait_for_job()
-        while job:
-            job()
-            del job  # or it would be kept alive, with all that it holds, while this thread waits
-            with self._lock:
-                self._spare += 1
-            job = self._wait_for_job()
-
-    def _wait_for_job(self) -> Optional[Job]:
-        """A job for this thread, or None when there has been none for so long that it may leave."""
-        while True:
-            try:
-                return self._jobs.get(timeout=KEEP_THREAD)
-            except queue.Empty:
-                with self._lock:
-                    if self._spare:  # else a job is on its way to this thread
-                        self._spare -= 1
-                        return None
-
-
-class Alarm:
-    """Runs jobs later, on a thread that is there only while something is due. The jobs must be short."""
-
-    def __init__(self) -> None:
-        self._due = sched.scheduler(time.monotonic, self._sleep)
-        self._wake = threading.Event()
-        self._lock = threading.Lock()  # guards _running, and that nothing is entered while the thread leaves
-        self._running = False
-
-    def later(self, seconds: float, job: Job) -> None:
-        """Run ``job`` once, ``seconds`` from now."""
-        with self._lock:
-            self._due.enter(seconds, 0, guard, (job,))
-            if not self._running:
-                with contextlib.suppress(RuntimeError):  # no thread to spare: the next call tries again
-                    threading.Thread(target=self._work, name="kfserver-alarm", daemon=True).start()
-                    self._running = True
-        self._wake.set()
-
-    def _sleep(self, seconds: float) -> None:
-        self._wake.wait(seconds)
-        self._wake.clear()
-
-    def _work(self) -> None:
-        while True:
-            self._due.run()
-            with self._lock:
-                if self._due.empty():
-                    self._running = False
-                    return
-
-
-# ---- 11 Journal -----------------------------------------------------------------------------------------------------
+# ---- 10 Journal -----------------------------------------------------------------------------------------------------
 # Law: what was acknowledged survives the process. Keys, bytes and states in and out of one SQLite file; knows nothing
 # of what a message means or who handles it.
 
@@ -1752,6 +1550,11 @@ _TRIM = """DELETE FROM messages WHERE state = 1 AND id <=
 _SELECT = "SELECT key, tries, received, payload, error FROM messages WHERE state = ? ORDER BY id"
 _REQUEUE = "UPDATE messages SET state = 0, tries = 0, error = NULL WHERE state = 2"
 
+# A statement and its values.
+Change = Tuple[str, Sequence[Any]]
+# Runs a job once, so many seconds from now.
+Later = Callable[[float, Callable[[], None]], None]
+
 
 class Row(NamedTuple):
     """A message in the journal. ``received`` in Unix seconds; ``payload`` is empty once the message is finished."""
@@ -1763,217 +1566,134 @@ class Row(NamedTuple):
     error: str
 
 
-class _Entry:
-    """One change on its way to the disk. ``then`` is called when it is there; a change without it can wait."""
+class Journal:
+    """The messages that were acknowledged, in the SQLite file ``settings.journal``, which one process has at a time.
 
-    __slots__ = ("sql", "values", "then", "written", "error")
-
-    def __init__(self, sql: str, values: Sequence[Any], then: Optional[Callable[[], None]] = None) -> None:
-        self.sql, self.values, self.then = sql, values, then
-        self.written = False
-        self.error: Optional[BaseException] = None
-
-
-class JournalFile:
-    """The SQLite file ``path``, in one process's hands. ``sync`` "normal" outlives the process, "full" a power cut too.
-
-    Raises `SettingsError` for a file that is not ours, is newer than this program, or is in another process's hands;
-    later, everything raises one of ``errors``.
+    Raises `SettingsError` for a file that cannot be used. ``clock`` gives Unix seconds.
     """
 
-    def __init__(self, path: str, sync: str) -> None:
+    def __init__(self, settings: Settings, later: Later, clock: Callable[[], float] = time.time) -> None:
         import sqlite3
-        self._path, self._sync = os.path.realpath(path), sync
+        self._settings, self._later, self._clock = settings, later, clock
+        self._path = os.path.realpath(settings.journal)  # handlers may change the current folder
         self._connect = functools.partial(sqlite3.connect, isolation_level=None, check_same_thread=False,
                                           timeout=LOCK_SECONDS)
-        self.errors = (sqlite3.Error, OSError, SettingsError)
+        self._errors = (sqlite3.Error, OSError, SettingsError)
+        self._lock = threading.Lock()  # guards all below, and the file
+        self._marks: Deque[Change] = deque()  # what became of messages and is not yet written; appended to without it
+        self._finished = 0  # since the last clean-up
+        self._failing = self._closed = False
         _refuse_foreign_file(self._path)
-        self._db = self._guard = self._lock_file()
+        self._db = self._guard = self._take_hold()
         try:
-            self.open()
+            self._open()
             self._db.execute("SELECT 1 FROM messages LIMIT 1")
             found, = self._db.execute("PRAGMA quick_check(1)").fetchone()
             if found != "ok":
                 raise OSError(found)
-        except self.errors as error:
-            self.close()
-            raise SettingsError(f"cannot use the journal {path}: {error}; "
+        except self._errors as error:
+            self._db.close()
+            self._guard.close()
+            raise SettingsError(f"cannot use the journal {settings.journal}: {error}; "
                                 "move it away, or name another --journal") from error
 
-    def _lock_file(self) -> sqlite3.Connection:
+    def _take_hold(self) -> sqlite3.Connection:
         """Hold the right to write until the process ends, however it ends: the system frees the lock."""
         try:
             guard = self._connect(self._path + "-lock", timeout=0)
-        except self.errors as error:
+        except self._errors as error:
             raise SettingsError(f"cannot use the journal {self._path}: {error}; make its folder, and let this user "
                                 "write there, or name another --journal") from error
         try:
             guard.execute("BEGIN EXCLUSIVE")
-        except self.errors:
+        except self._errors:
             guard.close()
             raise SettingsError(f"the journal {self._path} is in another process's hands: stop that one, "
                                 "or name another --journal") from None
         return guard
 
-    def open(self) -> None:
+    def _open(self) -> None:
         """Open the file, and make it if there is none."""
         _refuse_foreign_file(self._path)
         self._db = self._connect(self._path)
         if not self._db.execute("PRAGMA application_id").fetchone()[0]:
             # Before the switch to WAL: the head of the file itself must say whose it is from the first moment.
-            self._db.execute("BEGIN")
-            self._db.execute(_CREATE)
-            self._db.execute(f"PRAGMA application_id = {JOURNAL_ID}")
-            self._db.execute(f"PRAGMA user_version = {JOURNAL_VERSION}")
-            self._db.execute("COMMIT")
+            for statement in ("BEGIN", _CREATE, f"PRAGMA application_id = {JOURNAL_ID}",
+                              f"PRAGMA user_version = {JOURNAL_VERSION}", "COMMIT"):
+                self._db.execute(statement)
         self._db.execute("PRAGMA journal_mode = WAL")
-        self._db.execute(f"PRAGMA synchronous = {self._sync}")
+        self._db.execute(f"PRAGMA synchronous = {self._settings.journal_sync}")
         self._inode = os.stat(self._path).st_ino
 
-    def change(self, changes: Iterable[Tuple[str, Sequence[Any]]]) -> None:
-        """Execute all of the statements, with their values, or none."""
+    def add(self, messages: Iterable[Tuple[str, bytes]]) -> None:
+        """Write down messages, each its key and its bytes, in one commit: all of them, or none and `JournalError`."""
+        now = self._clock()
+        with self._lock:
+            error = self._write([(_ADD, (key, now, payload)) for key, payload in messages])
+        if error:
+            raise JournalError("the journal cannot be written") from error
+
+    def tried(self, key: str, tries: int) -> None:
+        """The message's handler has failed for the ``tries``-th time, and is to be tried again."""
+        self._marks.append((_TRIED, (tries, key)))
+        self.flush()
+
+    def fail(self, key: str, error: str) -> None:
+        """The message's last try has failed; it is kept, with what is known of the error."""
+        self._marks.append((_FAIL, (error, key)))
+        self.flush()
+
+    def finish(self, key: str) -> None:
+        """The message is through, and its content to be forgotten: with the next commit, or by `flush`."""
+        self._marks.append((_FINISH, (key,)))
+
+    def flush(self) -> None:
+        """Write what became of messages. When the file cannot be written, that is left to the next look at it."""
+        with self._lock:
+            if self._marks and not self._failing:
+                self._write([])
+
+    def _write(self, added: List[Change]) -> Optional[BaseException]:
+        """Write all that is marked and what is added, or nothing, and the error that prevented it."""
+        if self._closed:
+            return JournalError("closed")
+        marks = [self._marks.popleft() for _ in range(len(self._marks))]
+        error = attempt(self._commit, marks + added)
+        if error:
+            self._marks.extendleft(reversed(marks))
+            self._db.close()
+            if not self._failing:
+                self._failing = True
+                known = isinstance(error, self._errors)
+                log.error("the journal %s cannot be written: %s; pushes are answered 503 until it can: "
+                          "free the disk, or mend its rights, or move the file away", self._settings.journal,
+                          error if known else describe_error(error))
+                self._later(LOOK_AGAIN_SECONDS, self._look_again)
+        elif self._failing:
+            self._failing = False
+            log.warning("the journal %s is written again", self._settings.journal)
+        return error
+
+    def _commit(self, changes: List[Change]) -> None:
+        if self._failing:
+            self._open()
         if os.stat(self._path).st_ino != self._inode:
             raise OSError("the file was deleted or replaced")
         self._db.execute("BEGIN IMMEDIATE")
         for sql, values in changes:
             if not self._db.execute(sql, values).rowcount and sql is _FINISH:
                 self._db.execute(_REMEMBER, values)
+            self._finished += sql is _FINISH
+        if self._finished >= TRIM_EVERY:
+            self._db.execute(_TRIM, (self._settings.dedup_size,))
+            self._finished = 0
         self._db.execute("COMMIT")
 
-    def rows(self, state: int) -> List[Row]:
-        """The messages in one state, oldest first."""
-        return read_rows(self._db, state)
-
-    def finished_keys(self, most: int) -> List[str]:
-        """The keys of so many messages that are through, oldest first."""
-        found = self._db.execute("SELECT key FROM messages WHERE state = 1 ORDER BY id DESC LIMIT ?", (most,))
-        return [key for key, in found][::-1]
-
-    def give_up(self) -> None:
-        """Let go of a file that does not work, but not of the right to it."""
-        with contextlib.suppress(*self.errors):
-            self._db.close()
-
-    def close(self) -> None:
-        """Let go of the file."""
-        self.give_up()
-        self._guard.close()
-
-
-class Journal:
-    """The messages that were acknowledged, in a `JournalFile`; changes that come together share one commit.
-
-    Remembers ``settings.dedup_size`` finished messages. ``later`` runs a job after so many seconds, ``clock`` gives
-    Unix seconds.
-    """
-
-    def __init__(self, settings: Settings, later: Callable[[float, Job], None],
-                 clock: Callable[[], float] = time.time) -> None:
-        self._path, self._keep, self._later, self._clock = settings.journal, settings.dedup_size, later, clock
-        self._file = JournalFile(settings.journal, settings.journal_sync)
-        self._pending: Deque[_Entry] = deque()
-        self._turn = threading.Lock()  # guards all below and the file: whoever holds it writes for all who wait
-        self._finished = 0  # since the last clean-up
-        self._failing = False
-        self._looking = False  # whether a look is due
-        self._closed = False
-
-    def add(self, key: str, payload: bytes, then: Callable[[], None]) -> Callable[[], None]:
-        """Take a message to be written down. What this returns waits until it is safe, with all that was added
-        meanwhile, or raises `JournalError`; ``then`` is called when it is safe, in the order of the journal."""
-        entry = _Entry(_ADD, (key, self._clock(), payload), then)
-        self._pending.append(entry)
-        return functools.partial(self._confirm, entry)
-
-    def _confirm(self, entry: _Entry) -> None:
-        self._settle(entry)
-        if not entry.written:
-            raise JournalError("the journal cannot be written") from entry.error
-
-    def tried(self, key: str, tries: int) -> None:
-        """The message's handler has failed for the ``tries``-th time, and is to be tried again."""
-        self._write(_Entry(_TRIED, (tries, key)))
-
-    def finish(self, key: str) -> None:
-        """The message is through, and its content to be forgotten: with the next change, or by `flush`."""
-        self._pending.append(_Entry(_FINISH, (key,)))
-
-    def flush(self) -> None:
-        """Write what can wait. When the file cannot be written, that is left to the next look at it."""
-        with self._turn:
-            if self._pending and not self._failing:
-                self._write_pending()
-
-    def fail(self, key: str, error: str) -> None:
-        """The message's last try has failed; it is kept, with what is known of the error."""
-        self._write(_Entry(_FAIL, (error, key)))
-
-    def _write(self, entry: _Entry) -> None:
-        self._pending.append(entry)
-        self._settle(entry)
-
-    def _settle(self, entry: _Entry) -> None:
-        with self._turn:
-            if not entry.written and entry.error is None:
-                self._write_pending()
-
-    def _write_pending(self) -> None:
-        entries = [self._pending.popleft() for _ in range(len(self._pending))]
-        if self._closed:
-            for entry in entries:
-                entry.error = JournalError("closed")
-            return
-        error = attempt(functools.partial(self._commit, entries))  # whatever it is: the entries are owed an answer
-        if error:
-            self._recover(entries, error)
-            return
-        if self._failing:
-            self._failing = False
-            log.warning("the journal %s is written again", self._path)
-        for entry in entries:
-            entry.written = True
-            if entry.then:
-                entry.then()
-
-    def _commit(self, entries: Sequence[_Entry]) -> None:
-        if self._failing:
-            self._file.open()
-        changes: List[Tuple[str, Sequence[Any]]] = [(entry.sql, entry.values) for entry in entries]
-        self._finished += sum(entry.sql is _FINISH for entry in entries)
-        if self._finished >= TRIM_EVERY:
-            changes.append((_TRIM, (self._keep,)))
-            self._finished = 0
-        self._file.change(changes)
-
-    def _recover(self, entries: Sequence[_Entry], error: BaseException) -> None:
-        """Nothing of the entries is on the disk: new messages are refused, and what became of old ones is kept to be
-        written with the next change, when the file is opened anew."""
-        known = isinstance(error, self._file.errors)
-        if not self._failing:
-            log.error("the journal %s cannot be written: %s; pushes are answered 503 until it can: "
-                      "free the disk, or mend its rights, or move the file away", self._path,
-                      error if known else describe_error(error))
-        self._failing = True
-        self._file.give_up()
-        for entry in entries:
-            entry.error = error
-        # The key of a finished message has been stored before: it is not what an unforeseen error is about.
-        kept = [_Entry(entry.sql, entry.values) for entry in entries
-                if not entry.then and (known or entry.sql is _FINISH)]
-        self._pending.extendleft(reversed(kept))
-        self._look_later()
-
-    def _look_later(self) -> None:
-        if not self._looking:
-            self._looking = True
-            self._later(LOOK_AGAIN_SECONDS, self._look_again)
-
     def _look_again(self) -> None:
-        """Write what is pending, or nothing, if the file can be written again though no message comes."""
-        with self._turn:
-            self._looking = False
-            if self._failing and not self._closed:
-                self._write_pending()
+        """Write what is marked, or nothing, if the file can be written again though no message comes."""
+        with self._lock:
+            if self._failing and not self._closed and self._write([]):
+                self._later(LOOK_AGAIN_SECONDS, self._look_again)
 
     @property
     def healthy(self) -> bool:
@@ -1982,19 +1702,22 @@ class Journal:
 
     def waiting(self) -> List[Row]:
         """The messages that are not through, oldest first."""
-        return self._file.rows(WAITING)
+        return read_rows(self._db, WAITING)
 
     def finished_keys(self) -> List[str]:
         """The keys of what is through, oldest first, as many as are remembered."""
-        return self._file.finished_keys(self._keep)
+        found = self._db.execute("SELECT key FROM messages WHERE state = 1 ORDER BY id DESC LIMIT ?",
+                                 (self._settings.dedup_size,))
+        return [key for key, in found][::-1]
 
     def close(self) -> None:
-        """Write what is pending and let go of the file."""
-        with self._turn:
-            if self._pending:
-                self._write_pending()
+        """Write what is marked, and let go of the file."""
+        with self._lock:
+            if self._marks:
+                self._write([])
             self._closed = True
-            self._file.close()
+            self._db.close()
+            self._guard.close()
 
 
 def read_rows(db: sqlite3.Connection, state: int) -> List[Row]:
@@ -2020,135 +1743,88 @@ def _refuse_foreign_file(path: str) -> None:
         raise SettingsError(f"the journal {path} was written by a newer kfserver, and was left as it is: use that one")
 
 
-# ---- 12 Shared claims -----------------------------------------------------------------------------------------------
+# ---- 11 Shared claims -----------------------------------------------------------------------------------------------
 # Law: several instances claim as one, through Redis. Works like a `ClaimCache`, and is one when Redis is away.
 
-# Milliseconds that a claim lives without being renewed, and that a finished message is remembered.
+# Milliseconds that a claim lives until its message is safe, and that a message is remembered from then on.
 CLAIM_MS = 60 * 1000
-FINISHED_MS = 24 * 60 * 60 * 1000
-# Seconds between two renewals of the claims in hand, to be answered by Redis, and to leave it alone when it was not.
-RENEW_SECONDS = 20.0
-# Claims renewed at once: some milliseconds, in which none can be let go.
-RENEW_BATCH = 100
+REMEMBER_MS = 24 * 60 * 60 * 1000
+# Seconds for Redis to answer, and to leave it alone when it did not.
 REDIS_TIMEOUT = 0.1
 REDIS_PAUSE = 1.0
 
-# Only who has the claim may give it back: it may have run out meanwhile, and be another instance's.
-# A key's value is the owner's name, with "+" before it once the message is accepted.
-_OURS = "local value = redis.call('get', KEYS[1]); local ours = value == ARGV[1] or value == '+' .. ARGV[1]; "
-_RELEASE = _OURS + "if ours then redis.call('del', KEYS[1]) end"
-_ACCEPT = _OURS + "if value == ARGV[1] then redis.call('set', KEYS[1], '+' .. ARGV[1], 'PX', ARGV[2]) end"
-_RENEW = _OURS + """if ours then redis.call('pexpire', KEYS[1], ARGV[2])
-    elseif not value then redis.call('set', KEYS[1], '+' .. ARGV[1], 'PX', ARGV[2]) end"""
+# A key's value is the owner's name, with "+" before it once the message is accepted. Only the owner may release it: the
+# claim may have run out meanwhile, and be another instance's.
+_RELEASE = """local value = redis.call('get', KEYS[1])
+    if value == ARGV[1] or value == '+' .. ARGV[1] then redis.call('del', KEYS[1]) end"""
 
 
 class SharedClaims:
-    """`ClaimCache`'s methods over Redis at ``url``: a claim is one SET NX PX, renewed while the message is in hand.
+    """`ClaimCache`'s methods over Redis at ``url``: a claim is one SET NX PX, prolonged to a day when it is accepted.
 
-    ``local`` decides first, and alone when Redis is away or slower than 100 ms. ``later`` runs a job after so many
-    seconds; ``timer`` gives seconds from anywhere. Raises `SettingsError` without the package, or for a bad address.
+    ``local`` decides first, and alone when Redis is away or slower than 100 ms. ``timer`` gives seconds from anywhere.
+    Raises `SettingsError` without the package, or for a bad address.
     """
 
-    def __init__(self, url: str, local: ClaimCache, later: Callable[[float, Job], None],
-                 timer: Callable[[], float] = time.monotonic) -> None:
-        self._local, self._later, self._timer = local, later, timer
+    def __init__(self, url: str, local: ClaimCache, timer: Callable[[], float] = time.monotonic) -> None:
+        self._local, self._timer = local, timer
         self._redis, self._error = connect_redis(url)
         self._owner = uuid.uuid4().hex
-        self._lock = threading.Lock()  # guards the two below, and that nothing is let go while it is renewed
-        self._held: Set[str] = set()
-        self._renewing = False
         self._away_until = 0.0  # by the timer; 0 when Redis answers
+
+    def __len__(self) -> int:
+        return len(self._local)
 
     def claim(self, key: str) -> bool:
         """True for exactly one caller on all instances; False for a repeat. Raises `Busy` as a `ClaimCache` does."""
         if not self._local.claim(key):
             return False
-        if self._ask(lambda: self._redis.set(_name(key), self._owner, nx=True, px=CLAIM_MS), True):
-            self._hold(key)
+        if self._ask(True, "set", _name(key), self._owner, nx=True, px=CLAIM_MS):
             return True
         self._local.release(key)
-        if (self._ask(lambda: self._redis.get(_name(key)), b"") or b"").startswith(b"+"):
+        if (self._ask(b"", "get", _name(key)) or b"").startswith(b"+"):
             return False
         raise BeingTaken("another instance is just taking the same message")
 
-    def __len__(self) -> int:
-        return len(self._local)
-
     def accept(self, key: str) -> None:
-        """The claimed message is safe."""
+        """The claimed message is safe: repeats are dropped by all instances for a day."""
         self._local.accept(key)
-        self._ask(lambda: self._redis.eval(_ACCEPT, 1, _name(key), self._owner, CLAIM_MS), None)
+        self._remember(key)
 
     def finish(self, key: str) -> None:
-        """The message is through: remembered by all instances for a day."""
+        """The message is through: remembered from now on, also if Redis was away when it was accepted."""
         self._local.finish(key)
-        self._let_go(key)
-        self._ask(lambda: self._redis.set(_name(key), "+" + self._owner, px=FINISHED_MS), None)
+        self._remember(key)
 
     def release(self, key: str) -> None:
         """The message was refused, or failed for good: the same push may come again, to any instance."""
         self._local.release(key)
-        self._let_go(key)
-        self._ask(lambda: self._redis.eval(_RELEASE, 1, _name(key), self._owner), None)
-
-    def remember(self, key: str) -> None:
-        """The message was finished before a restart; Redis remembers that for itself."""
-        self._local.finish(key)
+        self._ask(None, "eval", _RELEASE, 1, _name(key), self._owner)
 
     def restore(self, key: str) -> None:
         """The message was accepted before a restart, and is in hand again."""
         self._local.restore(key)
-        self._ask(lambda: self._redis.set(_name(key), "+" + self._owner, px=CLAIM_MS), None)
-        self._hold(key)
+        self._remember(key)
 
-    def _hold(self, key: str) -> None:
-        with self._lock:
-            self._held.add(key)
-            start = not self._renewing
-            self._renewing = True
-        if start:
-            self._later(RENEW_SECONDS, self._renew)
+    def _remember(self, key: str) -> None:
+        self._ask(None, "set", _name(key), "+" + self._owner, px=REMEMBER_MS)
 
-    def _let_go(self, key: str) -> None:
-        with self._lock:
-            self._held.discard(key)
-
-    def _renew(self) -> None:
-        with self._lock:
-            keys = list(self._held)
-            self._renewing = bool(keys)
-        for first in range(0, len(keys), RENEW_BATCH):
-            with self._lock:
-                self._ask(functools.partial(self._renew_all, keys[first:first + RENEW_BATCH]), None)
-        if keys:
-            self._later(RENEW_SECONDS, self._renew)
-
-    def _renew_all(self, keys: Sequence[str]) -> None:
-        pipeline = self._redis.pipeline(transaction=False)
-        for key in self._held.intersection(keys):
-            pipeline.eval(_RENEW, 1, _name(key), self._owner, CLAIM_MS)
-        pipeline.execute()
-
-    def _ask(self, command: Callable[[], Any], otherwise: Any) -> Any:
+    def _ask(self, otherwise: Any, command: str, *arguments: Any, **options: Any) -> Any:
         """What Redis answers; ``otherwise`` while it is away. It is asked again after a pause."""
         if self._timer() < self._away_until:
             return otherwise
         try:
-            answer = command()
+            answer = getattr(self._redis, command)(*arguments, **options)
         except self._error as error:
-            self._went_away(error)
+            if not self._away_until:  # two threads may find out at once, and both tell
+                log.warning("Redis is away (%s): this instance drops only the repeats that it has seen itself; "
+                            "check the server behind --redis", type(error).__name__)
+            self._away_until = self._timer() + REDIS_PAUSE
             return otherwise
         if self._away_until:
             self._away_until = 0.0
             log.warning("Redis is back: instances share their claims again")
         return answer
-
-    def _went_away(self, error: BaseException) -> None:
-        first = not self._away_until  # two threads may find out at once, and both tell
-        self._away_until = self._timer() + REDIS_PAUSE
-        if first:
-            log.warning("Redis is away (%s): this instance drops only the repeats that it has seen itself; "
-                        "check the server behind --redis", type(error).__name__)
 
 
 def _name(key: str) -> str:
@@ -2171,7 +1847,7 @@ def connect_redis(url: str) -> Tuple[Any, Type[Exception]]:
     return client, redis.RedisError
 
 
-# ---- 13 Replies -----------------------------------------------------------------------------------------------------
+# ---- 12 Replies -----------------------------------------------------------------------------------------------------
 # Law: what handlers return goes to the user through the platform's send API. Knows nothing of registries and threads;
 # whoever sends waits here until the platform has the reply, or until it is clear that it will not.
 
@@ -2186,6 +1862,8 @@ SEND_DELAYS = (0.5, 2.0, 8.0)
 TOKEN_MARGIN = 60.0
 # Bytes of an answer that are read: real ones have about 300.
 MAX_ANSWER = 64 * 1024
+# Systems without Unix sockets get a number that no address family has.
+UNIX_FAMILY = getattr(socket, "AF_UNIX", -1)
 
 TOKEN_PATH = "/oauth/2.0/token"
 SEND_PATH = "/rest/2.0/smartapp/message/custom/send"
@@ -2213,35 +1891,52 @@ class ApiError(ReplyError):
 
 
 class HttpClient:
-    """JSON over HTTP from one server, on connections that are kept: as many as requests are under way at once."""
+    """HTTP with the one server at ``base``, on connections that are kept: as many as requests are under way at once.
 
-    def __init__(self, base: str) -> None:
+    ``base`` is http://… or https://…, perhaps with a path, or unix:PATH. ``tls`` is for https, instead of the default.
+    """
+
+    def __init__(self, base: str, timeout: float, tls: Optional[ssl.SSLContext] = None) -> None:
         parts = urlsplit(base)
         self._host, self._prefix = parts.netloc, parts.path.rstrip("/")
-        self._context = ssl.create_default_context() if parts.scheme == "https" else None
+        if parts.scheme == "https":
+            self._connect: Any = functools.partial(http.client.HTTPSConnection, self._host, timeout=timeout,
+                                                   context=tls or ssl.create_default_context())
+        elif parts.scheme == "unix":
+            self._connect, self._prefix = functools.partial(_UnixConnection, parts.path, timeout=timeout), ""
+        else:
+            self._connect = functools.partial(http.client.HTTPConnection, self._host, timeout=timeout)
         self._kept: Deque[http.client.HTTPConnection] = deque()
         self._closed = False
 
-    def exchange(self, method: str, path: str, form: str = "") -> Tuple[int, Any]:
-        """One request and its answer: the status and the JSON value. Raises OSError and HTTPException."""
+    def exchange(self, method: str, path: str, body: bytes = b"", kind: str = "") -> Tuple[int, bytes]:
+        """One request, with a body of that Content-Type or without, and its answer: the status and the body, cut at
+        MAX_ANSWER. Raises OSError and HTTPException."""
         connection = self._take_kept() or self._connect()
         try:
-            connection.request(method, self._prefix + path, form or None,
-                               {"Content-Type": "application/x-www-form-urlencoded"} if form else {})
+            connection.request(method, self._prefix + path, body or None, {"Content-Type": kind} if body else {})
             response = connection.getresponse()
-            text = response.read(MAX_ANSWER)
-            if response.length and len(text) < MAX_ANSWER:
-                raise http.client.IncompleteRead(text, response.length)
+            answer = response.read(MAX_ANSWER)
+            if response.length and len(answer) < MAX_ANSWER:
+                raise http.client.IncompleteRead(answer, response.length)
         except BaseException:
             connection.close()
             raise
-        if response.isclosed() and not response.will_close:
-            self._kept.append(connection)
-        else:
+        if self._closed or response.will_close or not response.isclosed():
             connection.close()
-        if self._closed:
-            self.close()
-        return response.status, _json_or_none(text)
+        else:
+            self._kept.append(connection)
+        return response.status, answer
+
+    def probe(self) -> None:
+        """Connect, and keep the connection for the next request. Raises OSError when nobody listens."""
+        connection = self._connect()
+        try:
+            connection.connect()
+        except OSError:
+            connection.close()
+            raise
+        self._kept.append(connection)
 
     def _take_kept(self) -> Optional[http.client.HTTPConnection]:
         """A kept connection on which the server has said nothing since: what it says unasked is farewell."""
@@ -2253,17 +1948,25 @@ class HttpClient:
                 connection.close()
         return None
 
-    def _connect(self) -> http.client.HTTPConnection:
-        if self._context:
-            return http.client.HTTPSConnection(self._host, timeout=SEND_TIMEOUT, context=self._context)
-        return http.client.HTTPConnection(self._host, timeout=SEND_TIMEOUT)
-
     def close(self) -> None:
         """Close the connections that are kept, and those in use when they are free."""
         self._closed = True
         with contextlib.suppress(IndexError):  # two threads may be here
             while True:
                 self._kept.pop().close()
+
+
+class _UnixConnection(http.client.HTTPConnection):
+    """A connection to a Unix socket."""
+
+    def __init__(self, path: str, timeout: float) -> None:
+        super().__init__("localhost", timeout=timeout)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(UNIX_FAMILY)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(self._path)
 
 
 def _is_readable(connection: socket.socket) -> bool:
@@ -2288,7 +1991,7 @@ class SendApi:
     def __init__(self, settings: Settings, rest: Callable[[float], object] = time.sleep,
                  clock: Callable[[], float] = time.time, random: Callable[[], float] = random.random) -> None:
         self._settings = settings
-        self._client = HttpClient(settings.api_base)
+        self._client = HttpClient(settings.api_base, SEND_TIMEOUT)
         self._rest, self._clock, self._random = rest, clock, random
         self._lock = threading.Lock()  # guards the two below, and that only one thread fetches a token
         self._token = settings.access_token
@@ -2308,10 +2011,10 @@ class SendApi:
 
     def _send(self, fields: Dict[str, str]) -> None:
         form = urlencode({"user_type": self._settings.user_type, **fields}, errors="replace")
-        token = self._current_token()
+        token = self._get_token("")
         number, words = self._post(token, form)
         if number in _TOKEN_ERRORS and not self._settings.access_token:
-            number, words = self._post(self._renewed_token(token), form)
+            number, words = self._post(self._get_token(token), form)
         if number != "0":
             raise ApiError(number, words)
 
@@ -2322,15 +2025,10 @@ class SendApi:
         number = answer.get("error_code", answer.get("errno", "no errno"))
         return self._clean(number, token), self._clean(answer.get("error_msg") or answer.get("msg") or "", token)
 
-    def _current_token(self) -> str:
+    def _get_token(self, refused: str) -> str:
+        """A token that has time left, and is not the refused one: another thread may have fetched one meanwhile."""
         with self._lock:
-            if self._clock() >= self._expires:
-                self._fetch_token()
-            return self._token
-
-    def _renewed_token(self, refused: str) -> str:
-        with self._lock:
-            if self._token == refused:  # else another thread has fetched a new one meanwhile
+            if self._token == refused or self._clock() >= self._expires:
                 self._fetch_token()
             return self._token
 
@@ -2349,8 +2047,8 @@ class SendApi:
         """The JSON object that the platform answers; network errors and 5xx are tried again, after a while."""
         for delay in (*SEND_DELAYS, None):
             try:
-                status, answer = self._client.exchange(method, path, form)
-                problem = f"status {status}"
+                status, text = self._client.exchange(method, path, form.encode(), "application/x-www-form-urlencoded")
+                answer, problem = _json_or_none(text), f"status {status}"
                 if status < 500:
                     break
             except (OSError, http.client.HTTPException) as error:
@@ -2432,86 +2130,79 @@ class Outbox:
         self._count("replies_sent")
 
 
-# ---- 14 Dispatcher --------------------------------------------------------------------------------------------------
-# Law: a sender's messages one at a time and in order, different senders beside each other. Knows nothing of HTTP, nor
-# of what a message is for: the work is handed in.
+# ---- 13 Dispatcher --------------------------------------------------------------------------------------------------
+# Law: when and on which thread something runs, never what: a sender's messages one at a time and in order, different
+# senders beside each other. Threads here are daemons: the process decides when it ends.
 
-class Work(NamedTuple):
-    """What is done with a message. ``run`` may raise; ``tried`` then gets the number of tries so far, if another will
-    follow; ``settle`` gets the last error, or None. ``flush`` is called behind one or more that are settled."""
+# Seconds a thread without work is kept.
+KEEP_THREAD = 5.0
 
-    run: Callable[[Message], None]
-    tried: Callable[[Message, int], None]
-    settle: Callable[[Message, Optional[BaseException]], None]
-    flush: Callable[[], None]
+
+class Alarm:
+    """Runs jobs later, on a thread that is there only while something is due. The jobs must be short."""
+
+    def __init__(self) -> None:
+        self._due = sched.scheduler(time.monotonic, self._sleep)
+        self._wake = threading.Event()
+        self._lock = threading.Lock()  # guards _running, and that nothing is entered while the thread leaves
+        self._running = False
+
+    def later(self, seconds: float, job: Callable[[], None]) -> None:
+        """Run ``job`` once, ``seconds`` from now."""
+        with self._lock:
+            self._due.enter(seconds, 0, guard, (job,))
+            if not self._running:
+                with contextlib.suppress(RuntimeError):  # no thread to spare: the next call tries again
+                    threading.Thread(target=self._work, name="kfserver-alarm", daemon=True).start()
+                    self._running = True
+        self._wake.set()
+
+    def _sleep(self, seconds: float) -> None:
+        self._wake.wait(seconds)
+        self._wake.clear()
+
+    def _work(self) -> None:
+        while True:
+            self._due.run()
+            with self._lock:
+                if self._due.empty():
+                    self._running = False
+                    return
 
 
 class _Job:
-    """A message and how often its handler has failed."""
+    """A message, since when it is here, by the monotonic clock, and how often its handler has failed."""
 
     __slots__ = ("message", "sender", "since", "tries")
 
     def __init__(self, message: Message, tries: int) -> None:
-        self.message = message
-        self.sender = (message.to_user_name, message.from_user_name)
-        self.tries = tries
-        self.since = time.monotonic()
+        self.message, self.since, self.tries = message, time.monotonic(), tries
+        self.sender = message.to_user_name, message.from_user_name
 
 
 _Mailbox = Deque[_Job]  # the messages of one sender, the first of them in hand
-
-
-class _Mailboxes:
-    """The mailboxes of all senders. One is ready, in a worker's hands, or parked until its next try; an empty one is
-    not kept. Not safe to use from several threads: the dispatcher's lock guards it."""
-
-    def __init__(self) -> None:
-        self._by_sender: Dict[Tuple[str, str], _Mailbox] = {}
-        self.ready: Deque[_Mailbox] = deque()
-
-    def __len__(self) -> int:
-        return len(self._by_sender)
-
-    def add(self, job: _Job) -> None:
-        """Put the job behind its sender's others; a mailbox that was empty becomes ready."""
-        mailbox = self._by_sender.get(job.sender)
-        if mailbox:
-            mailbox.append(job)
-            return
-        mailbox = self._by_sender[job.sender] = deque((job,))
-        self.ready.append(mailbox)
-
-    def advance(self, mailbox: _Mailbox) -> None:
-        """The first message of a mailbox is through: it is ready for the next, or empty."""
-        job = mailbox.popleft()
-        if mailbox:
-            self.ready.append(mailbox)
-        else:
-            del self._by_sender[job.sender]
-
-    def oldest(self) -> Optional[float]:
-        """When the message that is longest not through was taken, by the monotonic clock; None if all are."""
-        return min((mailbox[0].since for mailbox in self._by_sender.values()), default=None)
-
-    def keys(self) -> List[str]:
-        """The keys of all messages that are not through."""
-        return [job.message.key for mailbox in self._by_sender.values() for job in mailbox]
+Handle = Callable[[Message, int], Optional[float]]
 
 
 class Dispatcher:
-    """Runs the work for each message on up to ``settings.workers`` threads; ``later`` runs a job after some seconds."""
+    """Has each message handled, on up to ``settings.workers`` threads.
 
-    def __init__(self, settings: Settings, work: Work, later: Callable[[float, Job], None]) -> None:
-        self._settings = settings
-        self._work = work
-        self._later = later
-        self._threads = ThreadCache("kfserver-worker")
+    ``handle`` gets a message and how often it has failed; it returns after how many seconds it is to be tried again, or
+    None when it is through. ``flush`` is called behind one or more that are. ``later`` is that of an `Alarm`.
+    """
+
+    def __init__(self, settings: Settings, handle: Handle, flush: Callable[[], None], later: Later) -> None:
+        self._settings, self._handle, self._flush, self._later = settings, handle, flush, later
         self._lock = threading.Lock()  # guards all below
+        self._wanted = threading.Condition(self._lock)  # told when a mailbox is ready, and a worker spare
         self._empty = threading.Condition(self._lock)  # told when the last mailbox is emptied
-        self._mailboxes = _Mailboxes()
-        self._open = 0  # messages taken and not settled
-        self._busy = 0  # workers called or at work
-        self._called = False  # whether a worker is on its way
+        # One is ready, in a worker's hands, or waits for its next try; an empty one is not kept.
+        self._mailboxes: Dict[Tuple[str, str], _Mailbox] = {}
+        self._ready: Deque[_Mailbox] = deque()
+        self._open = 0  # messages taken and not through
+        self._busy = self._spare = 0  # workers that are called or at work, and those that wait for a call
+        self._called = False  # whether a worker is called and not yet there
+        self._unflushed = 0  # messages that are through since the last flush
         self._closed = False
 
     def reserve(self) -> None:
@@ -2524,112 +2215,122 @@ class Dispatcher:
                            "--queue-size, or make the handlers faster")
             self._open += 1
 
-    def cancel(self) -> None:
-        """Give a reserved place back."""
+    def cancel(self, count: int) -> None:
+        """Give reserved places back."""
         with self._lock:
-            self._open -= 1
+            self._open -= count
 
-    def post(self, message: Message) -> None:
-        """Put a message into the place that was reserved for it; `wake` sees to it that a worker comes."""
+    def post(self, messages: Iterable[Message]) -> None:
+        """Take messages into the places that were reserved for them."""
         with self._lock:
-            self._mailboxes.add(_Job(message, 0))
+            for message in messages:
+                self._add(_Job(message, 0))
+            self._call_worker()
+
+    def restore(self, messages: Sequence[Tuple[Message, int]]) -> None:
+        """Take messages that were accepted before a restart, full or not, each with the number of its failed tries."""
+        with self._lock:
+            self._open += len(messages)
+            for message, tries in messages:
+                self._add(_Job(message, tries))
+
+    def _add(self, job: _Job) -> None:
+        mailbox = self._mailboxes.get(job.sender)
+        if mailbox:
+            mailbox.append(job)
+        else:
+            mailbox = self._mailboxes[job.sender] = deque((job,))
+            self._ready.append(mailbox)
 
     def wake(self) -> None:
-        """Call a worker if there is something to do. Apart from `post`, because once is enough for many messages."""
-        if self._mailboxes.ready and not self._called:
-            with self._lock:
-                self._call_worker()
-
-    def restore(self, message: Message, tries: int) -> None:
-        """Take a message that was accepted before a restart, full or not, after so many failed tries; then `wake`."""
+        """Call a worker if there is something to do, as after `restore`."""
         with self._lock:
-            self._open += 1
-            self._mailboxes.add(_Job(message, tries))
+            self._call_worker()
 
     def _call_worker(self) -> None:
         """See to it that a worker comes for what is ready. One is called at a time, and calls the next when it has
         taken a mailbox: under load it finds many, where a call for each would be a change of threads for each."""
-        if self._mailboxes.ready and not self._called and self._busy < self._settings.workers:
+        if not self._ready or self._called or self._busy >= self._settings.workers:
+            return
+        if self._spare:
+            self._wanted.notify()
+        else:
             try:
-                self._threads.run(self._serve)
+                threading.Thread(target=self._work, name="kfserver-worker", daemon=True).start()
             except RuntimeError as error:  # the system has no more threads; those that run go on
                 log.error("no thread for a worker: %s; lower --workers, or raise the limit of threads", error)
                 self._later(1.0, self.wake)
                 return
-            self._called = True
-            self._busy += 1
+        self._called = True
+        self._busy += 1
 
-    def _serve(self) -> None:
-        """A worker's life: one message of each mailbox that is ready, until none is."""
-        with self._lock:
-            self._called = False
-        mailbox = self._next_ready()
-        while mailbox:
-            parked = self._serve_one(mailbox)
-            if not parked:
-                self._advance(mailbox)
+    def _work(self) -> None:
+        """A worker's life: when it is called, one message of each mailbox that is ready."""
+        while self._await_call():
             mailbox = self._next_ready()
+            while mailbox:
+                guard(self._serve, mailbox)
+                mailbox = self._next_ready()
 
-    def _serve_one(self, mailbox: _Mailbox) -> bool:
-        """Try the mailbox's first message; whether it is parked, to be tried again."""
-        job = mailbox[0]
-        error = attempt(functools.partial(self._work.run, job.message))
-        if error and job.tries + 1 < self._settings.tries and not isinstance(error, KfError):
-            self._park(mailbox, job, error)
-            return True
-        guard(functools.partial(self._work.settle, job.message, error))
-        return False
-
-    def _park(self, mailbox: _Mailbox, job: _Job, error: BaseException) -> None:
-        """Leave the mailbox alone for 1 s, then 4 s, 16 s…: what failed by outage or overload needs time."""
-        seconds = 4.0 ** job.tries
-        job.tries += 1
-        guard(lambda: self._work.tried(job.message, job.tries))
-        log.warning("handler failed: key=%s try=%d of %d, %s; again in %d s", job.message.key, job.tries,
-                    self._settings.tries, describe_error(error), seconds)
-        self._later(seconds, lambda: self._unpark(mailbox))
-
-    def _unpark(self, mailbox: _Mailbox) -> None:
+    def _await_call(self) -> bool:
+        """Wait to be called; False when nobody has called for so long that the thread may leave."""
         with self._lock:
-            self._mailboxes.ready.append(mailbox)
-            self._call_worker()
-
-    def _advance(self, mailbox: _Mailbox) -> None:
-        with self._lock:
-            self._mailboxes.advance(mailbox)
-            self._open -= 1
-            if not self._mailboxes:
-                self._empty.notify_all()
+            self._spare += 1
+            self._wanted.wait_for(lambda: self._called, KEEP_THREAD)
+            called, self._called = self._called, False
+            self._spare -= 1
+            return called
 
     def _next_ready(self) -> Optional[_Mailbox]:
-        """The mailbox to serve next. What is settled is flushed before, unless a worker is on its way, who will see to
-        it: so no message waits for another's handler, and those with quick handlers are flushed together."""
+        """The mailbox to serve next. What is through is flushed before, unless a worker is on its way, who will see to
+        it: so those with quick handlers are flushed together, and no more messages than there are workers can be in
+        hand, or through and not flushed."""
         with self._lock:
-            mailbox = self._mailboxes.ready.popleft() if self._mailboxes.ready else None
+            mailbox = self._ready.popleft() if self._ready else None
             if mailbox:
                 self._call_worker()
             else:
                 self._busy -= 1
-            awaited = self._called
-        if not awaited:
-            guard(self._work.flush)
+            if self._called and self._busy + self._unflushed < self._settings.workers:
+                return mailbox
+            self._unflushed = 0
+        guard(self._flush)
         return mailbox
+
+    def _serve(self, mailbox: _Mailbox) -> None:
+        """Have the mailbox's first message handled; then it is ready for the next, or waits to try this one again."""
+        job, seconds = mailbox[0], None
+        try:
+            seconds = self._handle(job.message, job.tries)
+        finally:
+            if seconds is None:
+                self._advance(mailbox)
+            else:
+                job.tries += 1
+                self._later(seconds, lambda: self._put_back(mailbox))
+
+    def _put_back(self, mailbox: _Mailbox) -> None:
+        with self._lock:
+            self._ready.append(mailbox)
+            self._call_worker()
+
+    def _advance(self, mailbox: _Mailbox) -> None:
+        with self._lock:
+            job = mailbox.popleft()
+            self._open -= 1
+            self._unflushed += 1
+            if mailbox:
+                self._ready.append(mailbox)
+                return
+            del self._mailboxes[job.sender]
+            if not self._mailboxes:
+                self._empty.notify_all()
 
     def join(self, seconds: Optional[float] = None) -> bool:
         """Wait until nothing is left to do, for so many seconds at most; whether that was reached."""
-        self.wake()
-        with self._empty:
-            return self._empty.wait_for(lambda: not self._mailboxes, seconds)
-
-    def samples(self) -> List[Sample]:
-        """How much there is to do, for the metrics."""
         with self._lock:
-            oldest = self._mailboxes.oldest()
-            waited = time.monotonic() - oldest if oldest is not None else 0.0
-            waiting = max(0, self._open - self._busy)
-            return [Sample("kfserver_queue_messages", "Messages that wait for a worker.", waiting),
-                    Sample("kfserver_busy_workers", "Workers that run a handler.", self._busy),
-                    Sample("kfserver_oldest_seconds", "Age of the oldest message that is not through.", waited)]
+            self._call_worker()
+            return self._empty.wait_for(lambda: not self._mailboxes, seconds)
 
     def drain(self, seconds: float) -> List[str]:
         """Take no more messages, finish those that wait, for so many seconds; the keys of what was left undone."""
@@ -2637,7 +2338,180 @@ class Dispatcher:
             self._closed = True
         self.join(seconds)
         with self._lock:
-            return self._mailboxes.keys()
+            return [job.message.key for mailbox in self._mailboxes.values() for job in mailbox]
+
+    def samples(self) -> List[Sample]:
+        """How much there is to do, for the metrics."""
+        with self._lock:
+            oldest = min((mailbox[0].since for mailbox in self._mailboxes.values()), default=None)
+            waited = time.monotonic() - oldest if oldest is not None else 0.0
+            waiting = max(0, self._open - self._busy)
+            return [Sample("kfserver_queue_messages", "Messages that wait for a worker.", waiting),
+                    Sample("kfserver_busy_workers", "Workers that run a handler.", self._busy),
+                    Sample("kfserver_oldest_seconds", "Age of the oldest message that is not through.", waited)]
+
+
+# ---- 14 Inbox -------------------------------------------------------------------------------------------------------
+# Law: the way of a message from its push to the end of its handler, and what is remembered of it: claims, journal,
+# dispatcher, handlers, replies. Knows nothing of HTTP.
+
+def make_key(function: Callable[[Message], str], message: Message) -> str:
+    """The key that an embedder's own function makes. Raises `Busy` if it fails, or makes what cannot be stored."""
+    keys: List[str] = []
+    error = attempt(lambda: keys.append(function(message).encode().decode()))
+    if error:
+        log.error("dedup_key failed: the push is answered 503; mend the function", exc_info=exc_info_of(error))
+        raise Busy("the message has no key")
+    return keys[0]
+
+
+class Inbox:
+    """Takes messages from an `Endpoint`, has them handled, and settles what became of them."""
+
+    def __init__(self, registry: HandlerRegistry, settings: Settings, key_of: Callable[[Message], str]) -> None:
+        alarm = Alarm()
+        self.registry = registry
+        self.metrics = Metrics()
+        self.draining = False  # whether the end has begun, for monitors
+        self._settings = settings
+        self._key_of: Callable[[Message], str] = functools.partial(make_key, key_of)
+        if key_of is dedup_key:  # which makes every message a key
+            self._key_of = dedup_key
+        local = ClaimCache(settings.dedup_size)
+        self._claims: Union[ClaimCache, SharedClaims] = SharedClaims(settings.redis, local) if settings.redis else local
+        self._api = SendApi(settings) if settings.app_key or settings.access_token else None
+        self._dispatcher = Dispatcher(settings, self._handle, self._flush, alarm.later)
+        self._journal = Journal(settings, alarm.later) if settings.journal else None
+        if self._journal:
+            self._recover(self._journal, local)
+
+    def _recover(self, journal: Journal, local: ClaimCache) -> None:
+        """Go on where the last process ended: remember what was finished, and queue what was not."""
+        for key in journal.finished_keys():
+            local.finish(key)
+        left: List[Tuple[Message, int]] = []
+        for row in journal.waiting():
+            try:
+                message = parse(row.payload)
+            except PushError as error:
+                journal.fail(row.key, describe_error(error))
+                log.error("left by the last run, and cannot be read: key=%s", row.key)
+                continue
+            message.key = row.key
+            self._claims.restore(row.key)
+            left.append((message, row.tries))
+        if left:
+            log.info("%d messages are left from the last run", len(left))
+        self._dispatcher.restore(left)
+
+    def begin(self) -> None:
+        """Handle what is left from the last run; the first message that comes makes that begin too."""
+        self._dispatcher.wake()
+
+    def take(self, message: Message) -> bool:
+        """Claim a message, and keep a place for it; False for a repeat. Raises `Busy`."""
+        message.key = self._key_of(message)
+        if not self._claims.claim(message.key):
+            return False
+        try:
+            self._dispatcher.reserve()
+        except BaseException:
+            self._claims.release(message.key)
+            raise
+        return True
+
+    def deliver(self, taken: Sequence[Tuple[Message, bytes]]) -> None:
+        """Make safe what was taken, and queue it: each message with its bytes. Raises `Busy`, and gives all back."""
+        try:
+            if self._journal:
+                self._journal.add([(message.key, payload) for message, payload in taken])
+        except BaseException:
+            self._dispatcher.cancel(len(taken))
+            for message, _ in taken:
+                self._claims.release(message.key)
+            raise
+        for message, _ in taken:
+            self._claims.accept(message.key)
+        self._dispatcher.post([message for message, _ in taken])
+
+    def observe(self, response: Response, message: Optional[Message], seconds: float) -> None:
+        """A push was answered after so many seconds."""
+        if self._settings.admin:
+            self.metrics.push(response, message, seconds)
+
+    def _handle(self, message: Message, tries: int) -> Optional[float]:
+        """Run the handler; seconds until it is to be tried again, or None when the message is through."""
+        error = attempt(self._run, message)
+        if not error:
+            if self._journal:
+                self._journal.finish(message.key)
+            self._claims.finish(message.key)
+            return None
+        if tries + 1 >= self._settings.tries or isinstance(error, KfError):
+            self._give_up(message, error)
+            return None
+        seconds = 4.0 ** tries  # 1 s, 4 s, 16 s…: what failed by outage or overload needs time
+        log.warning("handler failed: key=%s try=%d of %d, %s; again in %d s", message.key, tries + 1,
+                    self._settings.tries, describe_error(error), seconds)
+        self.metrics.count("handler_retries")
+        if self._journal:
+            self._journal.tried(message.key, tries + 1)
+        return seconds
+
+    def _run(self, message: Message) -> None:
+        if message.outbox is None:
+            message.outbox = Outbox(self._api, message, self.metrics.count)
+        started = time.monotonic()
+        try:
+            answers = self.registry.handle(message)
+        finally:
+            if self._settings.admin:
+                self.metrics.handler(time.monotonic() - started)
+        if answers is not None:
+            message.outbox(answers)
+
+    def _give_up(self, message: Message, error: BaseException) -> None:
+        self.metrics.count("messages_failed")
+        if self._journal:
+            self._journal.fail(message.key, describe_error(error))
+        self._claims.release(message.key)
+        log.error("message failed for good: key=%s; the platform will not send it again by itself", message.key,
+                  exc_info=exc_info_of(error))
+        for failed in self.registry.handle_error(message, error):
+            log.error("on_error failed: key=%s", message.key, exc_info=exc_info_of(failed))
+
+    def _flush(self) -> None:
+        if self._journal:
+            self._journal.flush()
+
+    def trouble(self) -> str:
+        """What keeps messages from being taken, in words; empty if nothing does."""
+        if self.draining:
+            return "draining"
+        return "the journal cannot be written" if self._journal and not self._journal.healthy else ""
+
+    def samples(self) -> List[Sample]:
+        """The state of things, for the metrics."""
+        healthy = self._journal is None or self._journal.healthy
+        return [*self._dispatcher.samples(),
+                Sample("kfserver_remembered_keys", "Messages known, to drop repeats of.", len(self._claims)),
+                Sample("kfserver_journal_healthy", "0 while the journal cannot be written.", healthy)]
+
+    def join(self, seconds: Optional[float]) -> bool:
+        """Wait until every message is handled, for so many seconds at most; whether that was reached."""
+        reached = self._dispatcher.join(seconds)
+        self._flush()
+        return reached
+
+    def close(self) -> List[str]:
+        """Take nothing more, and finish what waits within the settings' ``grace``; the keys of what was left undone."""
+        self.draining = True
+        undone = self._dispatcher.drain(self._settings.grace)
+        if self._api:
+            self._api.close()
+        if self._journal:
+            self._journal.close()
+        return undone
 
 
 # ---- 15 HTTP server -------------------------------------------------------------------------------------------------
@@ -2661,18 +2535,14 @@ RESERVED_FILES = 64
 # Pieces a chunked body may come in, and the bytes of a line between them: senders of tiny chunks only cost time.
 MAX_CHUNKS = 4096
 MAX_CHUNK_LINE = 256
-# Bytes asked of the system at a time: a push and its head have about 700.
+# Bytes asked of the system at a time: a push and its head have about 700, a record of TLS at most 16 KiB.
 RECEIVE = 64 * 1024
-
-# Systems without Unix sockets get a number that no address family has.
-UNIX_FAMILY = getattr(socket, "AF_UNIX", -1)
 
 # RFC 9110, section 5.6.2 (token) and 5.5 (field values); RFC 9112, sections 3 and 5: no blank before the colon, no line
 # that continues another, no bare CR, LF or NUL.
 _TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
-_FIELD = _TOKEN + rb":[\t -~\x80-\xff]*\r\n"
 _REQUEST_LINE = re.compile(rb"(" + _TOKEN + rb") ([!\"$-~\x80-\xff]+) HTTP/([0-9])\.([0-9])\r\n")
-_FIELDS = re.compile(rb"(?:" + _FIELD + rb")*")
+_FIELDS = re.compile(rb"(?:" + _TOKEN + rb":[\t -~\x80-\xff]*\r\n)*")
 _FRAMING_FIELD = re.compile(rb"(?im)^(host|content-length|transfer-encoding|connection|expect):(.*)\r$")
 _HOST = re.compile(rb"[!$%&'()*+,;=:\[\]._~0-9a-z-]*")
 _CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,8})[\t ]*(?:;[\t -~\x80-\xff]*)?")
@@ -2680,10 +2550,13 @@ _NEVER_IN_HEAD = re.compile(rb"(?<!\r)\n|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 
 
 class Framing(NamedTuple):
-    """What a head says about where its request ends and what follows. ``length`` is -1 for a chunked body."""
+    """What a head says about where its request ends and what follows.
+
+    ``length`` is -1 for a chunked body. ``connection`` is the header of that name in the answer, empty for none.
+    """
 
     length: int
-    keep_alive: bool
+    connection: str
     expects_continue: bool
 
 
@@ -2693,32 +2566,25 @@ def parse_framing(block: bytes, minor: int) -> Framing:
     if not _FIELDS.fullmatch(block):
         raise MalformedPush("malformed header line")
     if block.count(b"\n") > MAX_HEADERS:
-        raise HeadTooLarge(f"more than {MAX_HEADERS} headers")
-    found = _find_framing_fields(block)
-    hosts = found.get(b"host", ())
-    if len(hosts) > 1 or len(hosts) < minor or not all(map(_HOST.fullmatch, hosts)):
-        raise MalformedPush("HTTP/1.1 needs exactly one Host header, with a host and maybe a port")
-    return Framing(_body_length(found, minor), _keeps_alive(found, minor), _expects_continue(found, minor))
-
-
-FramingFields = Mapping[bytes, Sequence[bytes]]
-
-
-def _find_framing_fields(block: bytes) -> FramingFields:
-    """The values of the headers that frame a message, in lower case, as often as they stand there."""
+        raise PushError(f"more than {MAX_HEADERS} headers", status=431)
     found: Dict[bytes, List[bytes]] = {}
     for name, value in _FRAMING_FIELD.findall(block):
         found.setdefault(name.lower(), []).append(value.strip(b"\t ").lower())
-    return found
-
-
-def _keeps_alive(found: FramingFields, minor: int) -> bool:
+    hosts, expectations = found.get(b"host", ()), found.get(b"expect", ())
+    if len(hosts) > 1 or len(hosts) < minor or not all(map(_HOST.fullmatch, hosts)):
+        raise MalformedPush("HTTP/1.1 needs exactly one Host header, with a host and maybe a port")
+    if any(value != b"100-continue" for value in expectations):
+        raise PushError("only 100-continue can be expected", status=417)
     options = {option.strip() for value in found.get(b"connection", ()) for option in value.split(b",")}
-    return b"close" not in options and (minor > 0 or b"keep-alive" in options)
+    if b"close" in options or not (minor or b"keep-alive" in options):
+        connection = "close"
+    else:
+        connection = "" if minor else "keep-alive"
+    length = _body_length(found.get(b"content-length", ()), found.get(b"transfer-encoding", ()), minor)
+    return Framing(length, connection, bool(expectations) and minor > 0)
 
 
-def _body_length(found: FramingFields, minor: int) -> int:
-    lengths, codings = found.get(b"content-length"), found.get(b"transfer-encoding")
+def _body_length(lengths: Sequence[bytes], codings: Sequence[bytes], minor: int) -> int:
     if codings:
         if lengths or not minor or list(codings) != [b"chunked"]:
             raise MalformedPush("a body is framed by Content-Length or by 'Transfer-Encoding: chunked', never by both")
@@ -2730,89 +2596,14 @@ def _body_length(found: FramingFields, minor: int) -> int:
     return int(lengths[0])
 
 
-def _expects_continue(found: FramingFields, minor: int) -> bool:
-    expectations = found.get(b"expect", ())
-    if any(value != b"100-continue" for value in expectations):
-        raise UnknownExpectation("only 100-continue can be expected")
-    return bool(expectations) and minor > 0
-
-
-class ConnectionTable:
-    """The open connections: never more than ``limit``, none longer in a state than its deadline says.
-
-    When all places are taken, the connection that has waited longest for its request to become complete gives way.
-    """
-
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._lock = threading.RLock()  # guards all below; taken again when a connection that is sent away leaves
-        self._open: Set[Channel] = set()
-        self._waiting: OrderedDict[Channel, None] = OrderedDict()  # for the client, longest first
-
-    def __len__(self) -> int:
-        return len(self._open)
-
-    def make_room(self) -> bool:
-        """See to it that there is a place for one more; False if there is none yet."""
-        with self._lock:
-            if len(self._open) >= self._limit:
-                self.make_way()
-            return len(self._open) < self._limit
-
-    def admit(self, handler: Channel) -> None:
-        """Take in one more connection, for which there is room."""
-        with self._lock:
-            self._open.add(handler)
-            self._waiting[handler] = None
-
-    def make_way(self) -> bool:
-        """Send away the connection that has waited longest; False if there is none."""
-        with self._lock:
-            while self._waiting:
-                handler = next(iter(self._waiting))
-                handler.last_look()
-                if self._waiting.pop(handler, self) is None:
-                    handler.abort()
-                    return True
-        return False
-
-    def leave(self, handler: Channel) -> None:
-        """Forget a connection."""
-        with self._lock:
-            self._open.discard(handler)
-            self._waiting.pop(handler, None)
-
-    def wait(self, handler: Channel) -> None:
-        """From now on the client is waited for."""
-        with self._lock:
-            self._waiting[handler] = None
-
-    def proceed(self, handler: Channel) -> None:
-        """The client has done its part, and is not sent away while ours is done."""
-        with self._lock:
-            self._waiting.pop(handler, None)
-
-    def reap(self) -> None:
-        """Send away every client whose time is up."""
-        now = time.monotonic()
-        for handler in self._snapshot():
-            if handler.deadline < now:
-                handler.abort()
-
-    def dismiss_idle(self) -> None:
-        """Send away every client that is between two requests."""
-        for handler in self._snapshot():
-            if handler.idle:
-                handler.abort()
-
-    def dismiss_all(self) -> None:
-        """Send away every client."""
-        for handler in self._snapshot():
-            handler.abort()
-
-    def _snapshot(self) -> List[Channel]:
-        with self._lock:
-            return list(self._open)
+def _origin_form(method: str, target: str) -> str:
+    """Path and query of a request target; proxies write it with scheme and host (RFC 9112, section 3.2.2)."""
+    if target.startswith("/") or (target == "*" and method == "OPTIONS"):
+        return target
+    found = re.fullmatch(r"(?i:https?)://[^/?#]+(/[^?#]*)?(\?[^#]*)?", target)
+    if not found:
+        raise MalformedPush("malformed request target")
+    return (found.group(1) or "/") + (found.group(2) or "")
 
 
 # What a connection waits for.
@@ -2820,19 +2611,20 @@ IDLE, HEAD, BODY = "idle", "head", "body"
 PHASE_SECONDS: Mapping[str, float] = MappingProxyType({IDLE: IDLE_SECONDS, HEAD: HEAD_SECONDS, BODY: BODY_SECONDS})
 
 
-class Wire:
-    """What a client has sent, cut into requests: `feed` bytes, and ask for the `next_body`.
+class RequestReader:
+    """What a client has sent, cut into requests: `feed` bytes, and ask for the `next_request`. Touches no socket.
 
-    The reading is written as one straight generator, which stops wherever more bytes are needed. ``understand`` gets
-    each head, a request line and header lines with CR LF behind each, and says how the body behind it is framed.
+    The reading is written as one straight generator, which stops wherever more bytes are needed. ``phase`` tells what
+    they are needed for, and ``framing`` is that of the request that was read last, or is being read.
     """
 
-    def __init__(self, understand: Callable[[bytes], Framing], most: int) -> None:
-        self._understand = understand
-        self._most = most
+    def __init__(self, max_body: int, parse_framing: Callable[[bytes, int], Framing] = parse_framing) -> None:
+        self._max_body, self._parse_framing = max_body, parse_framing
         self._buffer = bytearray()  # fed and not yet cut
-        self._bodies = self._read_bodies()
+        self._method = ""
+        self._requests = self._read_requests()
         self.phase = IDLE
+        self.framing = Framing(0, "close", False)
 
     def feed(self, data: bytes) -> None:
         """Add what was received."""
@@ -2840,56 +2632,68 @@ class Wire:
         if self.phase == IDLE:
             self.phase = HEAD  # empty lines, which are then skipped, start the clock too
 
-    def next_body(self) -> Optional[bytes]:
-        """The body of the next request that is complete, or None until more is fed. Raises `PushError`, at the end."""
-        return next(self._bodies)
+    def next_request(self) -> Optional[Request]:
+        """The next request that is complete, or None until more is fed. After one with a ``problem`` comes no other."""
+        try:
+            return next(self._requests)
+        except PushError as error:
+            return Request(self._method, "", problem=error)
 
     def close(self) -> None:
-        """Cut no more; without this, memory would be held until the garbage collector comes by."""
-        self._bodies.close()
-        self._understand = _understand_nothing
+        """Read no more; without this, memory would be held until the garbage collector comes by."""
+        self._requests.close()
 
-    def _read_bodies(self) -> Generator[Optional[bytes], None, None]:
+    def _read_requests(self) -> Generator[Optional[Request], None, None]:
         while True:
-            head = yield from self._read_head()
-            framing = self._understand(head)
-            if framing.length > self._most:
-                raise PushTooLarge(f"more than {self._most} bytes")
+            line, fields = yield from self._read_head()
+            self._method, major, minor = line.group(1).decode("ascii"), line.group(3), int(line.group(4))
+            if major != b"1":
+                raise PushError("HTTP/1.1 is spoken here", status=505)
+            path, _, query = _origin_form(self._method, line.group(2).decode("latin-1")).partition("?")
+            self.framing = self._parse_framing(fields, min(minor, 1))
+            self._check_size(self.framing.length)
             self.phase = BODY
-            if framing.length < 0:
+            if self.framing.length < 0:
                 body = yield from self._read_chunks()
             else:
-                body = yield from self._take(framing.length)
+                body = yield from self._take(self.framing.length)
             self._skip_empty_lines()
             self.phase = HEAD if self._buffer else IDLE
-            yield body
+            yield Request(self._method, path, query, body)
+            self._method = ""
+
+    def _check_size(self, size: int) -> None:
+        if size > self._max_body:
+            raise PushError(f"more than {self._max_body} bytes", TOO_LARGE, 413)
 
     def _skip_empty_lines(self) -> None:
         """Before a request they are ignored (RFC 9112, section 2.2)."""
         if self._buffer[:1] in (b"\r", b"\n"):
             del self._buffer[:len(self._buffer) - len(self._buffer.lstrip(b"\r\n"))]
 
-    def _read_head(self) -> Generator[None, None, bytes]:
+    def _read_head(self) -> Generator[None, None, Tuple[Any, bytes]]:
+        """The match of the request line, and the header lines with CR LF behind each."""
         self._skip_empty_lines()
         seen, end = 0, self._buffer.find(b"\r\n\r\n")
         while end < 0:
-            self._check_unfinished_head(seen)
+            # Only what is new is looked at: all of it again for each byte would cost an attacker little.
+            if len(self._buffer) <= MAX_HEAD and _NEVER_IN_HEAD.search(self._buffer, seen):
+                raise MalformedPush("no control characters in a head, and lines end with CR LF")
+            self._check_head(len(self._buffer))
             seen = len(self._buffer)
             yield None
             self._skip_empty_lines()
             end = self._buffer.find(b"\r\n\r\n", max(0, seen - 3))
-        if end > MAX_HEAD:
-            raise HeadTooLarge(f"a head of more than {MAX_HEAD} bytes")
-        head = bytes(self._buffer[:end + 2])
-        del self._buffer[:end + 4]
-        return head
+        self._check_head(end)
+        head = yield from self._take(end + 4)
+        line = _REQUEST_LINE.match(head)
+        if not line:
+            raise MalformedPush("malformed request line")
+        return line, head[line.end():-2]
 
-    def _check_unfinished_head(self, seen: int) -> None:
-        """Look at what came behind ``seen``: to look at all of it again for each byte would cost an attacker little."""
-        if len(self._buffer) > MAX_HEAD:
-            raise HeadTooLarge(f"a head of more than {MAX_HEAD} bytes")
-        if _NEVER_IN_HEAD.search(self._buffer, seen):
-            raise MalformedPush("no control characters in a head, and lines end with CR LF")
+    def _check_head(self, size: int) -> None:
+        if size > MAX_HEAD:
+            raise PushError(f"a head of more than {MAX_HEAD} bytes", status=431)
 
     def _take(self, count: int) -> Generator[None, None, bytes]:
         while len(self._buffer) < count:
@@ -2899,25 +2703,25 @@ class Wire:
         return taken
 
     def _take_line(self) -> Generator[None, None, bytes]:
-        end = self._buffer.find(b"\r\n")
-        while end < 0 and len(self._buffer) <= MAX_CHUNK_LINE:
+        while b"\r\n" not in self._buffer[:MAX_CHUNK_LINE + 2]:
+            if len(self._buffer) > MAX_CHUNK_LINE:
+                raise MalformedPush("a line too long between chunks")
             yield None
-            end = self._buffer.find(b"\r\n")
-        if not 0 <= end <= MAX_CHUNK_LINE:
-            raise MalformedPush("a line too long between chunks")
-        line = yield from self._take(end + 2)
+        line = yield from self._take(self._buffer.index(b"\r\n") + 2)
         return line[:-2]
 
     def _read_chunks(self) -> Generator[None, None, bytes]:
         """A chunked body, joined (RFC 9112, section 7.1); extensions and trailers are checked and dropped."""
         body = bytearray()
         for _ in range(MAX_CHUNKS):
-            size = _chunk_size((yield from self._take_line()))
+            line = _CHUNK_LINE.fullmatch((yield from self._take_line()))
+            if not line:
+                raise MalformedPush("malformed chunk size")
+            size = int(line.group(1), 16)
             if not size:
                 yield from self._skip_trailers()
                 return bytes(body)
-            if len(body) + size > self._most:
-                raise PushTooLarge(f"more than {self._most} bytes")
+            self._check_size(len(body) + size)
             body += yield from self._take(size)
             if (yield from self._take(2)) != b"\r\n":
                 raise MalformedPush("a chunk longer than it says")
@@ -2930,28 +2734,7 @@ class Wire:
                 return
             if not _FIELDS.fullmatch(line + b"\r\n"):
                 raise MalformedPush("malformed trailer")
-        raise HeadTooLarge(f"more than {MAX_HEADERS} trailers")
-
-
-def _understand_nothing(head: bytes) -> Framing:
-    raise MalformedPush("the connection is over")
-
-
-def _chunk_size(line: bytes) -> int:
-    found = _CHUNK_LINE.fullmatch(line)
-    if not found:
-        raise MalformedPush("malformed chunk size")
-    return int(found.group(1), 16)
-
-
-def _origin_form(method: bytes, target: str) -> str:
-    """Path and query of a request target; proxies write it with scheme and host (RFC 9112, section 3.2.2)."""
-    if target.startswith("/") or (target == "*" and method == b"OPTIONS"):
-        return target
-    found = re.fullmatch(r"(?i:https?)://[^/?#]+(/[^?#]*)?(\?[^#]*)?", target)
-    if not found:
-        raise MalformedPush("malformed request target")
-    return (found.group(1) or "/") + (found.group(2) or "")
+        raise PushError(f"more than {MAX_HEADERS} trailers", status=431)
 
 
 def list_headers(response: Response) -> List[Tuple[str, str]]:
@@ -2960,9 +2743,9 @@ def list_headers(response: Response) -> List[Tuple[str, str]]:
             *response.headers]
 
 
-def encode_answer(response: Response, date: str, connection: str) -> bytes:
-    """The response as it is sent. ``connection`` is the header of that name, which is left out where it is empty."""
-    headers = [("Date", date), *list_headers(response)]
+def encode_answer(response: Response, second: int, connection: str) -> bytes:
+    """The response as it is sent in that Unix second; ``connection`` is the header of that name, empty for none."""
+    headers = [("Date", formatdate(second, usegmt=True)), *list_headers(response)]
     if connection:
         headers.append(("Connection", connection))
     lines = [f"HTTP/1.1 {response.status} {http.client.responses[response.status]}"]
@@ -2970,256 +2753,154 @@ def encode_answer(response: Response, date: str, connection: str) -> bytes:
     return "\r\n".join((*lines, "", "")).encode("latin-1") + response.body
 
 
-class Channel(BaseHTTPRequestHandler):
-    """One client's connection: bytes in, bytes out, and whose time is up. Nothing here waits, but for `serve`.
+class Connection(BaseHTTPRequestHandler):
+    """One client's connection: takes requests in, and sends their answers. Nothing here ever waits.
 
-    Names that socketserver and `BaseHTTPRequestHandler` give are kept: ``setup``, ``handle``, ``close_connection``…
+    ``_step`` is what is to be done when the socket is ready, None when the connection is over. ``asked`` is the request
+    that is complete and not yet answered, ``deadline`` when the client's time is up, by the monotonic clock.
+
+    What http.server reads through the email package and several buffers is read here directly and strictly: that took
+    two thirds of a request's time. The names that it gives are kept.
     """
 
     server: PushServer
 
     def setup(self) -> None:
         """Prepare the connection; called by socketserver before `handle`."""
-        self.connection: socket.socket = self.request
+        self.socket: socket.socket = self.request
         if self.server.address_family != UNIX_FAMILY:
-            self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
-        self.deadline = time.monotonic() + HEAD_SECONDS  # of the monotonic clock: when the client's time is up
-        self.over = False
-        self.watched = False  # by the server's selector
-        self.unsent = b""
-        self.handed_in: Optional[Request] = None  # complete, and not yet answered
+            self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
+        self.asked: Optional[Request] = None
+        self.deadline = time.monotonic() + HEAD_SECONDS
         self.phase = IDLE  # what the client is given time for; empty while it has its part behind it
-        self._lingering = False  # what comes is not understood any more
+        self.events = 0  # that the server's selector watches for
+        self._reader = RequestReader(self.server.max_body, self.server.parse_framing)
+        self._unsent = b""
+        self._then: Optional[Callable[[], None]] = None  # when all is sent
+        self._step: Optional[Callable[[], None]] = self._begin_tls if self.server.tls else self._receive
+        self.server.connections[self] = None
 
     def handle(self) -> None:
-        """Nothing yet: `ready` is called whenever there is something to do, or `serve` does everything."""
+        """Do the first step at once: mostly the request is here already."""
+        self.ready()
 
     def finish(self) -> None:
-        """Nothing to flush: answers are not buffered."""
+        """Called by socketserver behind `handle`; the connection goes on."""
 
-    @property
-    def idle(self) -> bool:
-        """Whether the client is between two requests."""
-        return self.phase == IDLE and not self.unsent
-
-    def serve(self) -> None:
-        """Serve the whole connection on a thread of its own; waits for the client, until `abort` ends that."""
-        if self.server.tls is None:
+    def ready(self) -> None:
+        """Do the next step, if it is the client's turn, and find out what the one behind it waits for."""
+        if self.asked or self._step is None:
             return
-        with contextlib.suppress(OSError):  # plain HTTP, an old version of TLS, or nothing at all
-            self.connection = self.server.tls.wrap_socket(self.request, server_side=True, do_handshake_on_connect=False)
-            self.connection.do_handshake()
-            while not self.over:
-                self.receive()
-                while self.handed_in:
-                    self.answer(self.server.endpoint.handle(self.handed_in))
-        self._say_goodbye()
+        events = 0
+        try:
+            self._step()
+        except ssl.SSLWantReadError:
+            events = selectors.EVENT_READ
+        except ssl.SSLWantWriteError:
+            events = selectors.EVENT_WRITE
+        except BlockingIOError:
+            pass
+        except OSError:  # gone, or no TLS where that is spoken
+            self.close()
+        if self._step is not None and not self.asked:
+            self.server.watch(self, events or (selectors.EVENT_WRITE if self._unsent else selectors.EVENT_READ))
 
-    def _say_goodbye(self) -> None:
-        """Send what ends a TLS session (RFC 8446, section 6.1): without it the client must suspect an attacker."""
-        if isinstance(self.connection, ssl.SSLSocket):
-            with contextlib.suppress(OSError, ValueError):
-                self.connection.setblocking(False)  # the client's own goodbye is not waited for
-                self.connection.unwrap()
-            with contextlib.suppress(OSError):
-                self.connection.setblocking(True)
+    def _begin_tls(self) -> None:
+        """Not before the client has sent something: a session takes 50 KiB, and the silent shall not cost that."""
+        if not self.socket.recv(1, socket.MSG_PEEK):
+            self.close()
+            return
+        assert self.server.tls
+        self.socket = self.server.tls.wrap_socket(self.socket, server_side=True, do_handshake_on_connect=False)
+        self._step = self._shake_hands
+        self._shake_hands()
 
-    def ready(self, events: int) -> None:
-        """The client has sent something, or takes something again."""
-        if events & selectors.EVENT_WRITE:
-            self._send_rest()
+    def _shake_hands(self) -> None:
+        self.socket.do_handshake()  # type: ignore[attr-defined]
+        self._step = self._receive
+        self._receive()
+
+    def _receive(self) -> None:
+        data = self.socket.recv(RECEIVE)
+        if data:
+            self._reader.feed(data)
+            self._hand_in()
         else:
-            self.receive()
+            self.close()
 
-    def receive(self) -> None:
-        """Take in what the client has sent, if it is its turn."""
-        if self.over or self.unsent or self.handed_in:
-            return
-        try:
-            data = self.connection.recv(RECEIVE)
-        except BlockingIOError:
-            return
-        except OSError:
-            data = b""
-        if not data:
-            self.server.drop(self)
-        elif not self._lingering:
-            self.feed(data)
+    def _hand_in(self) -> None:
+        """Hand in the next request, or give the client time for its rest, counted from when it began."""
+        self.asked = self._reader.next_request()
+        if self.asked:
+            self.phase, self.deadline = "", float("inf")
+            self.server.complete.append(self)
+        elif self._reader.phase != self.phase:
+            self._give_time(self._reader.phase)
+            if self.phase == BODY and self._reader.framing.expects_continue:
+                self._to_send(b"HTTP/1.1 100 Continue\r\n\r\n", lambda: None)
+                self._send()
 
-    def last_look(self) -> None:
-        """Take in what has come unseen, lest a request that is complete be sent away."""
-        if not self.server.threaded:  # with TLS only the connection's own thread can look, and the push comes again
-            self.receive()
+    def _give_time(self, phase: str) -> None:
+        self.phase = phase
+        self.deadline = time.monotonic() + PHASE_SECONDS[phase]
 
-    def send(self, data: bytes) -> None:
-        """Send as much as the client takes now; the rest goes when it takes more."""
-        try:
-            if self.server.threaded:
-                self.deadline = time.monotonic() + WRITE_SECONDS
-                self.server.connections.wait(self)  # who does not read can be sent away
-                self.connection.sendall(data)
-                return
-            sent = 0 if self.unsent else self.connection.send(data)
-        except BlockingIOError:
-            sent = 0
-        except OSError:
-            self.server.drop(self)
-            return
-        if sent < len(data):
-            self.unsent += data[sent:]
-            self.deadline = time.monotonic() + WRITE_SECONDS
-            self.server.connections.wait(self)
-            self.server.watcher.watch(self)
+    def answer(self, response: Response) -> None:
+        """Send the answer to the request that was handed in, and turn to the next one."""
+        request, header = self.asked, self._reader.framing.connection
+        assert request
+        then = self._await_next
+        if request.problem or header == "close" or self.server.closing:
+            header, then = "close", self._linger if request.problem else self.close
+        data = self.server.encode_answer(response, int(time.time()), header)
+        if request.method == "HEAD":
+            data = data[:len(data) - len(response.body)]
+        self.asked = None
+        self.deadline = time.monotonic() + WRITE_SECONDS
+        self._to_send(data, then)  # in one piece: two would be two packets, and a wait for the first one's receipt
+        self.ready()
 
-    def _send_rest(self) -> None:
-        rest, self.unsent = self.unsent, b""
-        if rest and not self.over:
-            self.send(rest)
-        if not (self.unsent or self.over):
-            self.server.watcher.watch(self)
-            self.go_on()
+    def _to_send(self, data: bytes, then: Callable[[], None]) -> None:
+        """Let the next steps send the data, and do ``then`` when the client has taken all of it."""
+        self._unsent, self._then, self._step = data, then, self._send
 
-    def linger(self) -> None:
+    def _send(self) -> None:
+        self._unsent = self._unsent[self.socket.send(self._unsent):]
+        if not self._unsent and self._then:
+            self._step = self._receive
+            self._then()
+
+    def _await_next(self) -> None:
+        self.server.connections.move_to_end(self)
+        self._give_time(IDLE)
+        if self._reader.phase != IDLE:
+            self._hand_in()
+
+    def _linger(self) -> None:
         """Send no more, and read on for a while without understanding: closing with bytes unread would reset the
         connection, and with it the answer under way (RFC 9112, section 9.6)."""
         self.deadline = time.monotonic() + LINGER_SECONDS
         self._say_goodbye()
-        with contextlib.suppress(OSError):
-            socket.socket.shutdown(self.connection, socket.SHUT_WR)
+        socket.socket.shutdown(self.socket, socket.SHUT_WR)
+        self._step = self._discard
 
-    def abort(self) -> None:
-        """Send the client away: at once, or, from a thread of its own, as soon as that sees the end of the file."""
-        if not self.server.threaded:
-            self.server.drop(self)
-            return
-        with contextlib.suppress(OSError):  # it may be gone already
-            # Not the socket's own method: on a TLS socket that one pulls the session from under the reading thread.
-            socket.socket.shutdown(self.connection, socket.SHUT_RDWR)
+    def _discard(self) -> None:
+        if not self.socket.recv(RECEIVE):
+            self.close()
 
-    def feed(self, data: bytes) -> None:
-        """Understand what was received."""
-        raise NotImplementedError
+    def _say_goodbye(self) -> None:
+        """Send what ends a TLS session (RFC 8446, section 6.1): without it the client must suspect an attacker."""
+        if isinstance(self.socket, ssl.SSLSocket):
+            with contextlib.suppress(OSError, ValueError):
+                self.socket.unwrap()
 
-    def end(self) -> None:
-        """The connection is over."""
-
-    def answer(self, response: Response) -> None:
-        """Answer the request that was handed in."""
-        raise NotImplementedError
-
-    def go_on(self) -> None:
-        """Everything is sent."""
-        raise NotImplementedError
-
-
-class PushHandler(Channel):
-    """Understands the requests of one connection and writes their answers, until either side has enough.
-
-    What http.server reads through the email package and several buffers is read here directly and strictly: that took
-    two thirds of a request's time.
-    """
-
-    def setup(self) -> None:
-        """Prepare the connection; called by socketserver before `handle`."""
-        super().setup()
-        self._framing = Framing(0, False, False)  # of the request that is being read
-        self.command = ""
-        self._wire = Wire(self._understand, self.server.max_body)
-
-    def feed(self, data: bytes) -> None:
-        """Serve the request that is complete with ``data``, if any."""
-        self._wire.feed(data)
-        self.handle_one_request()
-
-    def end(self) -> None:
-        """The connection is over."""
-        self._wire.close()
-
-    def handle_one_request(self) -> None:
-        """Serve the next request if all of it is here."""
-        try:
-            body = self._wire.next_body()
-        except PushError as error:
-            self._refuse(error)
-            return
-        if body is None:
-            self._await_rest()
-        else:
-            self.handed_in = Request(self.command, self.path, self._query, body)
-            self.do_POST()
-
-    def do_POST(self) -> None:
-        """Hand the request in. Whatever the method: the endpoint decides what becomes of it."""
-        self.phase = ""
-        self.deadline = float("inf")
-        self.server.connections.proceed(self)
-        if self.handed_in and not self.server.threaded:
-            self.server.hand_in(self, self.handed_in)
-
-    def _await_rest(self) -> None:
-        """Give the client so much time for what it has begun, counted from when it began."""
-        if self._wire.phase == self.phase:
-            return
-        self.phase = self._wire.phase
-        self.deadline = time.monotonic() + PHASE_SECONDS[self.phase]
-        if self.phase == BODY and self._framing.expects_continue:
-            self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
-
-    def _understand(self, head: bytes) -> Framing:
-        self.raw_requestline = head
-        self.parse_request()
-        return self._framing
-
-    def parse_request(self) -> bool:
-        """Understand the head; raises `PushError` where two readers could understand it differently."""
-        line = _REQUEST_LINE.match(self.raw_requestline)
-        if not line:
-            raise MalformedPush("malformed request line")
-        method, target, major, minor = line.groups()
-        if major != b"1":
-            raise UnsupportedVersion("HTTP/1.1 is spoken here")
-        self.command = method.decode("ascii")
-        self.path, _, self._query = _origin_form(method, target.decode("latin-1")).partition("?")
-        self.request_version = "HTTP/1.0" if minor == b"0" else "HTTP/1.1"
-        self._framing = self.server.framing(self.raw_requestline[line.end():], minor != b"0")
-        return True
-
-    def answer(self, response: Response) -> None:
-        """Send the response to the request that was handed in, and turn to the next one."""
-        self.handed_in = None
-        self.close_connection = not self._framing.keep_alive or self.server.closing
-        self._write(response)
-        self.command = ""
-        if not self.unsent:
-            self.go_on()
-
-    def go_on(self) -> None:
-        """Everything is sent: close, or wait for the next request, or serve it if it is here already."""
-        if self._lingering:
-            self.linger()
-        if self._lingering or self.over or self.phase:  # with a phase, what was sent is 100 Continue
-            return
-        if self.close_connection:
-            self.server.drop(self)
-            return
-        self.phase = IDLE
-        self.deadline = time.monotonic() + IDLE_SECONDS
-        self.server.connections.wait(self)
-        if self._wire.phase != IDLE:
-            self.handle_one_request()
-
-    def _write(self, response: Response) -> None:
-        """Send the answer in one piece: two would be two packets, and a wait for the first one's receipt."""
-        kept = "keep-alive" if self.request_version == "HTTP/1.0" else ""
-        answer = self.server.encode(response, self.server.date(), "close" if self.close_connection else kept)
-        self.send(answer[:len(answer) - len(response.body)] if self.command == "HEAD" else answer)
-
-    def _refuse(self, error: PushError) -> None:
-        """Answer what is no request. What follows it on the connection is never read as one."""
-        self.close_connection, self.request_version, self._lingering = True, "HTTP/1.1", True
-        self._write(self.server.endpoint.refuse_unread(error))
-        if not self.unsent:
-            self.linger()
+    def close(self) -> None:
+        """End the connection."""
+        if self._step:
+            self._step = self._then = None  # or each would hold the connection, and it them
+            self._reader.close()
+            self.server.forget(self)
+            self._say_goodbye()
+            self.server.shutdown_request(self.socket)
 
 
 class Listener(ThreadingHTTPServer):
@@ -3230,7 +2911,6 @@ class Listener(ThreadingHTTPServer):
 
     def __init__(self, settings: Settings) -> None:
         self.tls = make_tls_context(settings) if settings.tls_cert else None
-        self.threaded = self.tls is not None  # whether a connection has a thread of its own
         self._unix = settings.unix
         self._owns_file = False
         self.server_port = 0
@@ -3238,22 +2918,19 @@ class Listener(ThreadingHTTPServer):
             self.address_family = UNIX_FAMILY
         elif ":" in settings.host:
             self.address_family = socket.AF_INET6
-        super().__init__(self._unix or (settings.host, settings.port), PushHandler)  # type: ignore[arg-type]
+        super().__init__(self._unix or (settings.host, settings.port), Connection)  # type: ignore[arg-type]
         self.socket.setblocking(False)
 
     def server_bind(self) -> None:
         """Bind without asking the name service for our own name, which can take seconds."""
         if self._unix:
-            self._bind_unix()
-            return
+            _remove_stale_socket(self._unix)
         TCPServer.server_bind(self)
-        self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
-
-    def _bind_unix(self) -> None:
-        _remove_stale_socket(self._unix)
-        TCPServer.server_bind(self)
-        self._owns_file = True
-        os.chmod(self._unix, 0o666)  # the proxy runs as another user
+        if self._unix:
+            self._owns_file = True
+            os.chmod(self._unix, 0o666)  # the proxy runs as another user
+        else:
+            self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
 
     def server_close(self) -> None:
         """Stop listening; a Unix socket's file goes too, if it is ours."""
@@ -3263,169 +2940,82 @@ class Listener(ThreadingHTTPServer):
         super().server_close()
 
 
-class Watcher:
-    """Calls whoever is to be called when a connection has something for it, and can be woken from another thread."""
-
-    def __init__(self) -> None:
-        self._selector = selectors.DefaultSelector()
-        self._waker, self._woken = socket.socketpair()
-        self._selector.register(self._woken, selectors.EVENT_READ, lambda events: None)
-
-    def watch_listener(self, listener: socket.socket, accept: Callable[[int], None]) -> None:
-        """Call ``accept`` when a client has come."""
-        self._selector.register(listener, selectors.EVENT_READ, accept)
-
-    def watch(self, handler: Channel) -> None:
-        """Call the handler when its client sends, or, while it has something unsent, when its client takes."""
-        events = selectors.EVENT_WRITE if handler.unsent else selectors.EVENT_READ
-        if handler.watched:
-            self._selector.modify(handler.connection, events, handler.ready)
-        else:
-            self._selector.register(handler.connection, events, handler.ready)
-            handler.watched = True
-
-    def forget(self, watched: socket.socket) -> None:
-        """Watch a socket no more; to be called before it is closed."""
-        self._selector.unregister(watched)
-
-    def wait(self, seconds: float) -> List[Callable[[], None]]:
-        """The calls that are due, as soon as there are any, or after so many seconds at most."""
-        return [functools.partial(key.data, events) for key, events in self._selector.select(seconds)]
-
-    def wake(self) -> None:
-        """End the waiting for good."""
-        with contextlib.suppress(OSError):  # closed, and so awake already
-            self._waker.send(b"\0")
-
-    def close(self) -> None:
-        """Let go of everything."""
-        self._selector.close()
-        self._waker.close()
-        self._woken.close()
-
-
-class DateHeader:
-    """The Date header (RFC 9110, section 6.6.1), made once a second."""
-
-    def __init__(self) -> None:
-        self._made = (0, "")
-
-    def __call__(self) -> str:
-        now = int(time.time())
-        if self._made[0] != now:
-            self._made = (now, formatdate(now, usegmt=True))
-        return self._made[1]
-
-
-class Round:
-    """The requests that came together, and are answered together: so their messages can share a write to the disk."""
-
-    def __init__(self, endpoint: Union[Endpoint, AdminEndpoint]) -> None:
-        self._endpoint = endpoint
-        self._waiting: List[Tuple[Channel, Request]] = []
-
-    def add(self, handler: Channel, request: Request) -> None:
-        """The handler's request is to be answered."""
-        self._waiting.append((handler, request))
-
-    def answer(self) -> Iterator[Channel]:
-        """Answer all, and whatever they hand in after that; yields each handler that was served."""
-        while self._waiting:
-            handlers, requests = zip(*self._waiting)
-            self._waiting = []
-            responses: List[Response] = []
-            guard(functools.partial(self._decide, requests, responses))
-            for handler, response in zip(handlers, responses):
-                handler.answer(response)
-            for handler in handlers[len(responses):]:
-                handler.abort()  # without an answer the push comes again
-            yield from handlers
-
-    def _decide(self, requests: Sequence[Request], responses: List[Response]) -> None:
-        responses.extend(self._endpoint.handle_all(requests))
-
-
-class ThreadPerConnection:
-    """Serves each connection of a server with TLS on a thread of its own."""
-
-    def __init__(self, server: PushServer) -> None:
-        self._server = server
-        self._threads = ThreadCache("kfserver-connection")
-
-    def serve(self, handler: Channel) -> None:
-        """Serve the connection, and close it."""
-        try:
-            self._threads.run(functools.partial(self._serve, handler))
-        except RuntimeError as error:
-            log.error("no thread for a connection: %s; lower --max-connections, or raise the limit of threads", error)
-            self._end(handler)
-
-    def _serve(self, handler: Channel) -> None:
-        guard(handler.serve)
-        self._end(handler)
-
-    def _end(self, handler: Channel) -> None:
-        handler.end()
-        self._server.connections.leave(handler)
-        self._server.shutdown_request(handler.connection)
-
-
 class PushServer(Listener):
-    """Accepts and serves. One thread watches all connections, and answers what is complete: an answer takes
-    microseconds, a change of threads as much again, and a slow client only waits. With TLS, whose handshakes take
-    milliseconds, each connection has a thread of its own instead.
-    """
+    """Accepts and serves. One thread watches all connections, takes in what comes, and answers together what is
+    complete: an answer takes microseconds, a change of threads as much again, and a slow client only waits."""
 
     def __init__(self, settings: Settings, endpoint: Union[Endpoint, AdminEndpoint]) -> None:
         super().__init__(settings)
         self.endpoint = endpoint
         self.max_body = settings.max_body
-        self.closing = False
-        self.connections = ConnectionTable(_connection_limit(settings.max_connections))
-        # Heads differ in their first line only, as long as one client or proxy speaks: the rest is understood once.
-        self.framing = functools.lru_cache(maxsize=256)(parse_framing)
+        # Heads differ in their first line only, as long as one client or proxy speaks: the rest is parsed once.
+        self.parse_framing = functools.lru_cache(maxsize=256)(parse_framing)
         # Most answers differ in their date only, and that changes once a second.
-        self.encode = functools.lru_cache(maxsize=16)(encode_answer)
-        self._tls_threads = ThreadPerConnection(self)
-        self._round = Round(endpoint)
-        self.hand_in = self._round.add
-        self.date = DateHeader()
-        self._next_reap = 0.0
-        self._close_by = 0.0
+        self.encode_answer = functools.lru_cache(maxsize=16)(encode_answer)
+        self.closing = False
+        self.connections: OrderedDict[Connection, None] = OrderedDict()  # who has waited longest comes first
+        self.complete: List[Connection] = []  # who is to be answered in this turn
+        self._limit = _connection_limit(settings.max_connections)
+        self._next_reap = self._close_by = 0.0
         self._closed = threading.Event()
-        self.watcher = Watcher()
+        self._selector = selectors.DefaultSelector()
+        self._waker, self._woken = socket.socketpair()
 
     def serve_forever(self, poll_interval: float = 0.5) -> None:
         """Serve until `close` is called from another thread."""
+        self._selector.register(self._woken, selectors.EVENT_READ, lambda: None)
+        self._selector.register(self.socket, selectors.EVENT_READ, self._accept)
         try:
-            self._serve(poll_interval)
+            while not self.closing:
+                self._turn(poll_interval)
+            self._turn(0.0)  # who has come, and what has come from them, is still answered
+            self._selector.unregister(self._woken)
+            self._selector.unregister(self.socket)
+            self.server_close()
+            while self.connections and time.monotonic() < self._close_by:
+                self._close_all(lambda connection: connection.phase == IDLE)
+                self._turn(0.01)
+            self._close_all(lambda connection: True)
         finally:
+            self.abandon()
             self._closed.set()
-
-    def _serve(self, poll_interval: float) -> None:
-        self.watcher.watch_listener(self.socket, self._accept)
-        while not self.closing:
-            self._turn(poll_interval)
-        self._stop_listening()
-        while self.connections and time.monotonic() < self._close_by:
-            self._turn(0.0)
-            time.sleep(0.01)
-        self.connections.dismiss_all()
-        self.watcher.close()
 
     def _turn(self, seconds: float) -> None:
         """Wait for what comes, so many seconds at most, take it in, and answer all that is complete."""
-        for call in (*self.watcher.wait(seconds), self._answer_round, self.service_actions):
-            error = attempt(call)  # not by `guard`: this is done for every request
-            if error:
-                report_bug(error)
+        for key, _ in self._selector.select(seconds):
+            guard(key.data)
+        self._answer_complete()
+        self.service_actions()
+
+    def _answer_complete(self) -> None:
+        """Answer all that is complete, together: so their messages share a write to the disk."""
+        while self.complete:
+            asking, self.complete = self.complete, []
+            responses: List[Response] = []
+            requests = [connection.asked for connection in asking if connection.asked]
+            guard(lambda: responses.extend(self.endpoint.handle_all(requests)))  # noqa: B023
+            for connection, response in itertools.zip_longest(asking, responses):
+                if not (response and guard(connection.answer, response)):
+                    connection.close()  # without an answer the push comes again
+
+    def service_actions(self) -> None:
+        """Called in every turn: twice a second, send away who is too slow."""
+        now = time.monotonic()
+        if now >= self._next_reap:
+            self._next_reap = now + 0.5
+            self._close_all(lambda connection: connection.deadline < now)
+
+    def _close_all(self, condition: Callable[[Connection], bool]) -> None:
+        for connection in list(filter(condition, self.connections)):
+            connection.close()
 
     def close(self, seconds: float) -> None:
         """Stop accepting, finish the requests in flight for so many seconds, close every connection."""
         if not self.closing:
             self._close_by = time.monotonic() + seconds
             self.closing = True
-            self.watcher.wake()
+            with contextlib.suppress(OSError):  # closed, and so awake already
+                self._waker.send(b"\0")
         self._closed.wait()
 
     def shutdown(self) -> None:
@@ -3433,81 +3023,59 @@ class PushServer(Listener):
         self.close(0.0)
 
     def abandon(self) -> None:
-        """Stop listening, without having served."""
+        """Let go of everything."""
         self.server_close()
-        self.watcher.close()
+        self._selector.close()
+        self._waker.close()
+        self._woken.close()
 
-    def _stop_listening(self) -> None:
-        self._turn(0.0)  # who has come, and what has come from them, is still answered
-        self.watcher.forget(self.socket)
-        self.server_close()
-        self.connections.dismiss_idle()
-
-    def _accept(self, events: int) -> None:
+    def _accept(self) -> None:
         """Accept what waits, but not for so long that the accepted must wait."""
         for accepted in range(ACCEPT_BURST):
             try:
                 request, client_address = self.get_request()
             except OSError as error:
                 # Behind the first nobody may wait: the system looks for a descriptor before it looks for a client.
-                if not accepted and error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                    self._out_of_descriptors()
+                is_short = not accepted and error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+                if is_short and not self._make_way():
+                    time.sleep(0.05)  # or the loop would spin on the one that cannot come
                 return
-            self._make_room()
+            while len(self.connections) >= self._limit:
+                self._make_way()
             self.process_request(request, client_address)
 
-    def _make_room(self) -> None:
-        while not (self.connections.make_room() or self.closing):
-            self._answer_round()  # those in hand wait again after it, or are gone
-            self.service_actions()
-            if self.threaded:
-                time.sleep(0.01)  # a thread that serves a connection leaves in its own time
-
-    def _out_of_descriptors(self) -> None:
-        """One connection gives way; if there is none, the loop pauses, or it would spin on the one that cannot come."""
-        if not self.connections.make_way():
-            time.sleep(0.05)
+    def _make_way(self) -> bool:
+        """Send away who has waited longest for its request to become complete; False if there is nobody."""
+        for _ in range(len(self.connections)):
+            connection = next(iter(self.connections))
+            connection.ready()  # what has come unseen may complete it
+            if not connection.asked:
+                connection.close()
+                return True
+            self._answer_complete()  # which sends it to the end of the row
+        return False
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Take in a connection, and serve it here or on a thread of its own."""
-        request.setblocking(self.threaded)  # some systems hand the listener's own mode on
+        """Take in a connection."""
+        request.setblocking(False)
         try:
-            handler = PushHandler(request, client_address, self)
+            self.finish_request(request, client_address)
         except OSError:
             self.shutdown_request(request)  # gone before it was served
-            return
-        self.connections.admit(handler)
-        if self.threaded:
-            self._tls_threads.serve(handler)
-            return
-        handler.receive()  # mostly the request is here already
-        if not (handler.over or handler.handed_in):
-            self.watcher.watch(handler)
 
-    def _answer_round(self) -> None:
-        for handler in self._round.answer():
-            if not (handler.over or handler.watched):
-                self.watcher.watch(handler)
+    def watch(self, connection: Connection, events: int) -> None:
+        """Call the connection when its client sends, or takes, as ``events`` say."""
+        if not connection.events:
+            self._selector.register(connection.socket, events, connection.ready)
+        elif connection.events != events:
+            self._selector.modify(connection.socket, events, connection.ready)
+        connection.events = events
 
-    def drop(self, handler: Channel) -> None:
-        """End a connection; one with a thread of its own is closed by that."""
-        if handler.over:
-            return
-        handler.over = True
-        if self.threaded:
-            return
-        if handler.watched:
-            self.watcher.forget(handler.connection)
-        handler.end()
-        self.connections.leave(handler)
-        self.shutdown_request(handler.connection)
-
-    def service_actions(self) -> None:
-        """Called in every turn: twice a second, send away who is too slow."""
-        now = time.monotonic()
-        if now >= self._next_reap:
-            self._next_reap = now + 0.5
-            self.connections.reap()
+    def forget(self, connection: Connection) -> None:
+        """Watch a connection no more; to be called before it is closed."""
+        self.connections.pop(connection, None)
+        if connection.events:
+            self._selector.unregister(connection.socket)
 
 
 def make_tls_context(settings: Settings) -> ssl.SSLContext:
@@ -3558,139 +3126,6 @@ def _connection_limit(wanted: int) -> int:
 # Seconds that requests in flight get at shutdown, before the waiting messages get theirs.
 FINISH_SECONDS = 2.0
 
-Environ = Dict[str, Any]
-StartResponse = Callable[..., Any]
-
-
-def make_claims(settings: Settings, later: Callable[[float, Job], None]) -> Union[ClaimCache, SharedClaims]:
-    """The claims that the settings ask for: in memory, or shared through Redis."""
-    local = ClaimCache(settings.dedup_size)
-    return SharedClaims(settings.redis, local, later) if settings.redis else local
-
-
-class Pipeline:
-    """The way of a message from its claim to the end of its handler: journal, dispatcher, registry, replies."""
-
-    def __init__(self, registry: HandlerRegistry, settings: Settings) -> None:
-        alarm = Alarm()
-        self.registry = registry
-        self.metrics = Metrics()
-        self._settings = settings
-        self.draining = False  # whether the end has begun, for monitors
-        self.claims = make_claims(settings, alarm.later)
-        self._api = SendApi(settings) if settings.app_key or settings.access_token else None
-        self._dispatcher = Dispatcher(settings, Work(self._run, self._tried, self._settle, self._flush), alarm.later)
-        self._journal: Optional[Journal] = None
-        if settings.journal:
-            self._journal = Journal(settings, alarm.later)
-            self._recover(self._journal)
-
-    def submit(self, message: Message, payload: bytes) -> Confirm:
-        """Take the message; what this returns waits until it is safe. Raises `Busy`, now or then."""
-        self._dispatcher.reserve()
-        if self._journal:
-            confirm = self._journal.add(message.key, payload, functools.partial(self._dispatcher.post, message))
-            return functools.partial(self._confirm, confirm)
-        self._dispatcher.post(message)
-        return self._dispatcher.wake
-
-    def _confirm(self, confirm: Confirm) -> None:
-        try:
-            confirm()
-        except JournalError:
-            self._dispatcher.cancel()
-            raise
-        self._dispatcher.wake()
-
-    def _recover(self, journal: Journal) -> None:
-        """Go on where the last process ended: remember what was finished, and queue what was not."""
-        for key in journal.finished_keys():
-            self.claims.remember(key)
-        rows = journal.waiting()
-        for row in rows:
-            try:
-                message = parse(row.payload)
-            except PushError as error:
-                journal.fail(row.key, describe_error(error))
-                log.error("left by the last run, and cannot be read: key=%s", row.key)
-                continue
-            message.key = row.key
-            self.claims.restore(row.key)
-            self._dispatcher.restore(message, row.tries)
-        if rows:
-            log.info("%d messages are left from the last run", len(rows))
-
-    def begin(self) -> None:
-        """Handle what is left from the last run; the first message that comes makes that begin too."""
-        self._dispatcher.wake()
-
-    def _tried(self, message: Message, tries: int) -> None:
-        self.metrics.count("handler_retries")
-        if self._journal:
-            self._journal.tried(message.key, tries)
-
-    def _run(self, message: Message) -> None:
-        if message.outbox is None:
-            message.outbox = Outbox(self._api, message, self.metrics.count)
-        answers = self._timed_handle(message) if self._settings.admin else self.registry.handle(message)
-        if answers is not None:
-            message.outbox(answers)
-
-    def _timed_handle(self, message: Message) -> Answers:
-        started = time.monotonic()
-        try:
-            return self.registry.handle(message)
-        finally:
-            self.metrics.handler(time.monotonic() - started)
-
-    def _settle(self, message: Message, error: Optional[BaseException]) -> None:
-        if error is None:
-            if self._journal:
-                self._journal.finish(message.key)
-            self.claims.finish(message.key)
-            return
-        self.metrics.count("messages_failed")
-        if self._journal:
-            self._journal.fail(message.key, describe_error(error))
-        self.claims.release(message.key)
-        log.error("message failed for good: key=%s; the platform will not send it again by itself", message.key,
-                  exc_info=exc_info_of(error))
-        for failed in self.registry.handle_error(message, error):
-            log.error("on_error failed: key=%s", message.key, exc_info=exc_info_of(failed))
-
-    def _flush(self) -> None:
-        if self._journal:
-            self._journal.flush()
-
-    def trouble(self) -> str:
-        """What keeps messages from being taken, in words; empty if nothing does."""
-        if self.draining:
-            return "draining"
-        return "the journal cannot be written" if self._journal and not self._journal.healthy else ""
-
-    def samples(self) -> List[Sample]:
-        """The state of things, for the metrics."""
-        healthy = self._journal is None or self._journal.healthy
-        return [*self._dispatcher.samples(),
-                Sample("kfserver_remembered_keys", "Messages known, to drop repeats of.", len(self.claims)),
-                Sample("kfserver_journal_healthy", "0 while the journal cannot be written.", healthy)]
-
-    def join(self, seconds: Optional[float]) -> bool:
-        """Wait until every message is handled, for so many seconds at most; whether that was reached."""
-        reached = self._dispatcher.join(seconds)
-        self._flush()
-        return reached
-
-    def close(self) -> List[str]:
-        """Take nothing more, and finish what waits within the settings' ``grace``; the keys of what was left undone."""
-        self.draining = True
-        undone = self._dispatcher.drain(self._settings.grace)
-        if self._api:
-            self._api.close()
-        if self._journal:
-            self._journal.close()
-        return undone
-
 
 def bind(settings: Settings, endpoint: Union[Endpoint, AdminEndpoint], options: str) -> PushServer:
     """A server that listens and does not serve yet. Raises `SettingsError`, which names the ``options`` for another
@@ -3703,7 +3138,7 @@ def bind(settings: Settings, endpoint: Union[Endpoint, AdminEndpoint], options: 
 
 
 class KfServer:
-    """A receiver: an endpoint, a dispatcher and, once started, an HTTP server in a thread of its own.
+    """A receiver: an endpoint, an inbox and, once started, an HTTP server in a thread of its own.
 
         with KfServer(registry, Settings(port=0)) as server:
             print(server.url)
@@ -3714,48 +3149,45 @@ class KfServer:
     def __init__(self, registry: HandlerRegistry, settings: Settings = Settings(),
                  dedup_key: Callable[[Message], str] = dedup_key) -> None:
         self.settings = settings
-        self._pipeline = Pipeline(registry, settings)
-        self.endpoint = Endpoint(settings, Surroundings(
-            self._pipeline.claims, self._pipeline.submit, time.time, time.monotonic, dedup_key,
-            self._pipeline.metrics.push if settings.admin else None))
+        self._inbox = Inbox(registry, settings, dedup_key)
+        self.endpoint = Endpoint(settings, self._inbox, time.time, time.monotonic)
         self._http: Optional[PushServer] = None
         self._admin: Optional[PushServer] = None
 
     @property
     def registry(self) -> HandlerRegistry:
         """The handlers in service; another registry can be put in their place while the server runs."""
-        return self._pipeline.registry
+        return self._inbox.registry
 
     @registry.setter
     def registry(self, registry: HandlerRegistry) -> None:
         """Put other handlers in service."""
-        self._pipeline.registry = registry
+        self._inbox.registry = registry
 
     def start(self) -> KfServer:
         """Listen, and serve from a thread of its own. Raises `SettingsError` when an address cannot be had."""
-        admin = self._bind_admin() if self.settings.admin else None
+        http = bind(self.settings, self.endpoint, "--host, --port or --unix")
         try:
-            self._http = bind(self.settings, self.endpoint, "--host, --port or --unix")
+            self._admin = self._bind_admin() if self.settings.admin else None
         except SettingsError:
-            if admin:
-                admin.abandon()
+            http.abandon()
             raise
-        self._admin = admin
+        self._http = http
         for server in filter(None, (self._http, self._admin)):
             threading.Thread(target=server.serve_forever, name="kfserver-accept", daemon=True).start()
-        self._pipeline.begin()
+        self._inbox.begin()
         return self
 
     def _bind_admin(self) -> PushServer:
         host, _, port = self.settings.admin.rpartition(":")
         address = {"host": host.strip("[]"), "port": int(port), "unix": "", "tls_cert": "", "tls_key": ""}
         return bind(dataclasses.replace(self.settings, **address),
-                    AdminEndpoint(self._render_metrics, self._pipeline.trouble), "--admin")
+                    AdminEndpoint(self._render_metrics, self._inbox.trouble), "--admin")
 
     def _render_metrics(self) -> str:
         connections = len(self._http.connections) if self._http else 0
-        return self._pipeline.metrics.render([
-            *self._pipeline.samples(), Sample("kfserver_connections", "Open connections of clients.", connections)])
+        return self._inbox.metrics.render([
+            *self._inbox.samples(), Sample("kfserver_connections", "Open connections of clients.", connections)])
 
     @property
     def admin_port(self) -> int:
@@ -3780,10 +3212,10 @@ class KfServer:
 
         What a handler finishes after that is not written down any more: a journal brings its message again.
         """
-        self._pipeline.draining = True
+        self._inbox.draining = True
         if self._http:
             self._http.close(FINISH_SECONDS)
-        undone = self._pipeline.close()
+        undone = self._inbox.close()
         if self._admin:
             self._admin.close(0.0)
         return undone
@@ -3791,62 +3223,42 @@ class KfServer:
     def __enter__(self) -> KfServer:
         return self.start()
 
-    def __exit__(self, kind: Optional[Type[BaseException]], error: Optional[BaseException],
-                 trace: Optional[TracebackType]) -> None:
+    def __exit__(self, *error: object) -> None:
         self.stop()
 
     def feed(self, body: bytes) -> Response:
         """Push ``body`` as the platform would, without a socket: signed and sealed as the settings ask."""
-        token, timestamp = self.settings.token, str(int(time.time()))
-        query = {"signature": sign(token, timestamp, "feed"), "timestamp": timestamp, "nonce": "feed"}
-        if self.settings.aes_key:
-            envelope = Envelope(self.settings.aes_key, self.settings.app_id)
-            encrypted = envelope.seal(body, os.urandom(RANDOM_HEAD))
-            query["msg_signature"] = sign(token, timestamp, "feed", encrypted)
-            body = json.dumps({"Encrypt": encrypted}).encode()
+        query, body = Platform(self.settings, time.time, os.urandom).push(body, encode_json)
         return self.endpoint.handle(Request("POST", self.settings.path or "/", urlencode(query), body))
 
     def join(self, seconds: Optional[float] = None) -> bool:
         """Wait until every message is handled, for so many seconds at most; whether that was reached."""
-        return self._pipeline.join(seconds)
+        return self._inbox.join(seconds)
 
-    def wsgi(self, environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
+    def wsgi(self, environ: Dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         """A WSGI application (PEP 3333) with the same endpoint, for an existing site."""
-        try:
-            response = self.endpoint.handle(self._read_environ(environ))
-        except PushError as error:
-            response = self.endpoint.refuse_unread(error)
-        start_response(f"{response.status} {http.client.responses[response.status]}", list_headers(response))
-        return [b"" if environ["REQUEST_METHOD"] == "HEAD" else response.body]
-
-    def _read_environ(self, environ: Environ) -> Request:
-        length = environ.get("CONTENT_LENGTH") or "0"
+        method, length = environ["REQUEST_METHOD"], environ.get("CONTENT_LENGTH") or "0"
+        path, body = environ.get("SCRIPT_NAME", "") + environ.get("PATH_INFO", "") or "/", b""
+        problem: Optional[PushError] = None
         if not length.isdecimal() or len(length) > 18:
-            raise MalformedPush("Content-Length must be one number")
-        if int(length) > self.settings.max_body:
-            raise PushTooLarge(f"more than {self.settings.max_body} bytes")
-        body = environ["wsgi.input"].read(int(length))
-        path = environ.get("SCRIPT_NAME", "") + environ.get("PATH_INFO", "")
-        return Request(environ["REQUEST_METHOD"], path or "/", environ.get("QUERY_STRING", ""), body)
+            problem = MalformedPush("Content-Length must be one number")
+        elif int(length) > self.settings.max_body:
+            problem = PushError(f"more than {self.settings.max_body} bytes", TOO_LARGE, 413)
+        else:
+            body = environ["wsgi.input"].read(int(length))
+        response = self.endpoint.handle(Request(method, path, environ.get("QUERY_STRING", ""), body, problem))
+        start_response(f"{response.status} {http.client.responses[response.status]}", list_headers(response))
+        return [b"" if method == "HEAD" else response.body]
 
 
 # ---- 17 Push --------------------------------------------------------------------------------------------------------
-# Law: plays the platform against any receiver, over real connections, and judges answers as the platform does. Shares
-# signatures, envelopes and framing with the sections above; knows nothing of how a push is received and handled.
-
-# How a run stays fast: one thread, one write and one read a push, heads of answers understood once a second. A change
-# of threads, or the layers of http.client, would each cost more than all of that.
+# Law: plays the platform against any receiver, over real connections, and judges answers as the platform does. Knows
+# nothing of how a push is received and handled.
 
 # Bodies that the platform takes for an answer, with status 200 (its page on customer-service messages).
 GOOD_ANSWERS = (b"success", b"")
-# Messages that may wait for another try: a receiver that is down shall not fill the memory with them.
-MAX_UNANSWERED = 10000
 # Characters of a request or an answer that are shown.
 MAX_SHOWN = 4000
-# Columns of the progress bar itself, and seconds between two states of it, and between two lines where no terminal is.
-BAR_WIDTH = 30
-BAR_SECONDS = 0.1
-LINE_SECONDS = 1.0
 
 
 class Patience(NamedTuple):
@@ -3861,145 +3273,75 @@ class Patience(NamedTuple):
     pause_seconds: float = 1.0
 
 
-PLATFORM_PATIENCE = Patience()
-
-
-class PushUrl(NamedTuple):
-    """Where pushes go: to ``host`` and ``port``, or to the Unix socket ``unix``. ``authority`` is for the Host header,
-    ``target`` is the path, with the query if there is one."""
-
-    secure: bool
-    host: str
-    port: int
-    unix: str
-    authority: str
-    target: str
-
-
-def read_push_url(text: str) -> PushUrl:
-    """The URL that ``text`` writes: http://, https://, unix:PATH or, with a path for HTTP, unix:PATH:/kf as in nginx.
-    Raises `SettingsError`."""
-    local = re.fullmatch(r"unix:(.+?)(?::(/[!-~]*))?", text)
+def read_push_url(text: str) -> Tuple[str, str]:
+    """The base and the target of a URL: http://, https://, unix:PATH or, with a path for HTTP, unix:PATH:/kf as in
+    nginx. Raises `SettingsError`, without the text, which can hold a password."""
+    local = re.fullmatch(r"(unix:.+?)(?::(/[!-~]*))?", text)
     if local and UNIX_FAMILY >= 0:
-        return PushUrl(False, "", 0, local.group(1), "localhost", local.group(2) or "/")
-    url = _read_web_url(text) if re.fullmatch(r"(?i)https?://[!-~]+", text) else None
-    if not url:
-        # Without the text, which can hold a password.
+        return local.group(1), local.group(2) or "/"
+    found = re.fullmatch(r"(?i:(https?))://([^/?#@\s]+)(/[!-~]*|\?[!-~]*)?", text)
+    base = f"{found.group(1).lower()}://{found.group(2)}" if found else ""
+    if not found or not _is_base(base):
         raise SettingsError("push takes a URL like http://127.0.0.1:8080/kf, https://… or unix:/run/kf.sock")
-    return url
+    target = (found.group(3) or "/").partition("#")[0]
+    return base, target if target.startswith("/") else "/" + target
 
 
-def _read_web_url(text: str) -> Optional[PushUrl]:
-    """None for what is no URL, and for one with a user's name and password, which no push carries."""
-    try:
-        parts = urlsplit(text)
-        port = parts.port
-    except ValueError:  # half of a bracket, or a port above 65535
-        return None
-    if not parts.hostname or parts.username is not None:
-        return None
-    secure = parts.scheme == "https"
-    target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-    return PushUrl(secure, parts.hostname, port or (443 if secure else 80), "", parts.netloc, target)
+class Draft(NamedTuple):
+    """A push before it is sent: the message in the clear, what rides in the query, the body, and what answers it."""
 
-
-# An address family and what a socket of it connects to.
-Address = Tuple[int, Any]
-
-
-def find_listener(url: PushUrl) -> Address:
-    """The first of the URL's addresses where somebody listens. Raises OSError, and `SettingsError` for no host.
-
-    A name can stand for several, as localhost does, and a receiver mostly listens on one of them.
-    """
-    problem = OSError("no address")
-    for family, place in _list_addresses(url):
-        try:
-            with contextlib.closing(socket.socket(family)) as probe:
-                probe.settimeout(PLATFORM_PATIENCE.answer_seconds)
-                probe.connect(place)
-                return family, place
-        except OSError as error:
-            problem = error
-    raise problem
-
-
-def _list_addresses(url: PushUrl) -> List[Address]:
-    if url.unix:
-        return [(UNIX_FAMILY, url.unix)]
-    try:
-        found = socket.getaddrinfo(url.host, url.port, type=socket.SOCK_STREAM)
-    except UnicodeError:  # the codec for host names refuses empty and long parts this way
-        raise SettingsError(f"push takes a URL with the name of a host, which {url.host!r} cannot be") from None
-    return [(family, place) for family, _, _, _, place in found]
-
-
-class Target(NamedTuple):
-    """What connections are made to; with ``tls`` the receiver must be ``host``."""
-
-    address: Address
-    host: str
-    tls: Optional[ssl.SSLContext]
-
-
-Fields = Dict[str, Union[str, int]]
-Encode = Callable[[Fields], bytes]
-
-_TO_JSON = json.JSONEncoder(ensure_ascii=False).encode
-
-
-def encode_xml(fields: Fields) -> bytes:
-    """The fields laid out as on the platform's pages: text in CDATA, numbers bare."""
-    lines = [f"   <{name}>{_to_xml(value)}</{name}>" for name, value in fields.items()]
-    return "\n".join(("<xml>", *lines, "</xml>")).encode("utf-8", "surrogateescape")
-
-
-def _to_xml(value: Union[str, int]) -> str:
-    # The end of a section cannot stand in one, so it is parted between two.
-    return str(value) if isinstance(value, int) else f"<![CDATA[{value.replace(']]>', ']]]]><![CDATA[>')}]]>"
-
-
-def encode_json(fields: Fields) -> bytes:
-    """The fields laid out as on the platform's pages, one a line; characters as they are, not escaped, to be read."""
-    lines = [f"  {_TO_JSON(name)}: {_TO_JSON(value)}" for name, value in fields.items()]
-    return ("{\n" + ",\n".join(lines) + "\n}").encode("utf-8", "surrogateescape")
+    message: bytes
+    query: Mapping[str, str]
+    body: bytes
+    expected: Sequence[bytes] = GOOD_ANSWERS
 
 
 # The types of message that are written here, and the field that makes each.
 _MAIN_FIELDS: Mapping[str, str] = MappingProxyType({"text": "Content", "image": "PicUrl", "event": "Event"})
 
 
-class MessageWriter:
-    """Writes the messages of a run, to the app ``app_id``. ``source`` is random, ``clock`` gives Unix seconds.
+class Drafter:
+    """Drafts the pushes that the arguments ask for. Raises `SettingsError` for what does not go together.
 
-    Each is a message of its own, or a receiver would drop it as a repeat: its MsgId of 63 bits is no other's. An event
-    has none, and is known by its CreateTime: a sender's events lie a second apart, the last of them now.
+    Each message is one of its own, or a receiver would drop it as a repeat: its MsgId of 63 bits is no other's. Events
+    have none, and are known by their CreateTime: a sender's events lie a second apart, the last of them now.
     """
 
-    def __init__(self, arguments: argparse.Namespace, app_id: str, source: random.Random,
-                 clock: Callable[[], float]) -> None:
-        self._type = _chosen_kind(arguments)
-        content = getattr(arguments, self._type)
-        self._constant: Fields = {"ToUserName": arguments.to or app_id or "app", "FromUserName": "", "CreateTime": 0,
-                                  "MsgType": self._type,
-                                  _MAIN_FIELDS[self._type]: "hello" if content is None else content}
-        self._wanted: Fields = dict(arguments.field)
-        self._encode = _chosen_encoding(arguments)
-        self._sender, self._senders, self._count = arguments.sender, arguments.senders, arguments.count
+    def __init__(self, arguments: argparse.Namespace, settings: Settings) -> None:
+        self._arguments, self._kind = arguments, _chosen_kind(arguments)
+        if arguments.in_body and not (settings.aes_key or self._kind == "handshake"):
+            raise SettingsError("--in-body is for encrypted pushes and handshakes: add --aes-key, --app-id, "
+                                "or --handshake")
+        self._platform = Platform(settings, time.time, os.urandom)
+        self._encode = encode_json if arguments.form == "json" else encode_xml
+        self._app = arguments.to or settings.app_id or "app"
+        self._packet = read_packet(arguments.file) if self._kind == "file" else b""
         # Another start for each run, high enough that a receiver which reads ids as floating point shows it.
-        self._first_id = 2 ** 62 + source.getrandbits(61)
-        self._clock = clock
+        self._first_id = 2 ** 62 + random.getrandbits(61)
 
-    def write(self, number: int) -> bytes:
-        """The message of that number, from 0."""
-        fields, now = self._constant.copy(), int(self._clock())
-        fields["FromUserName"] = f"{self._sender}-{number % self._senders + 1}" if self._senders > 1 else self._sender
-        if self._type == "event":
-            fields["CreateTime"] = now - (self._count - 1 - number) // self._senders
+    def draft(self, number: int) -> Draft:
+        """The push of that number, from 0."""
+        in_body = self._arguments.in_body
+        if self._kind == "handshake":
+            query, body = self._platform.handshake(in_body)
+            echo = query.get("echoStr") or dict(parse_qsl(body.decode()))["echoStr"]
+            return Draft(b"", query, body, (echo.encode(),))
+        message = self._packet or self._encode(self.fields(number))
+        return Draft(message, *self._platform.push(message, self._encode, in_body))
+
+    def fields(self, number: int) -> Fields:
+        """The fields of the message of that number."""
+        wanted, now, content = self._arguments, int(time.time()), getattr(self._arguments, self._kind)
+        fields: Dict[str, Union[str, int]] = {"ToUserName": self._app, "FromUserName": wanted.sender, "CreateTime": now,
+                                              "MsgType": self._kind}
+        if wanted.senders > 1:
+            fields["FromUserName"] = f"{wanted.sender}-{number % wanted.senders + 1}"
+        fields[_MAIN_FIELDS[self._kind]] = "hello" if content is None else content
+        if self._kind == "event":
+            fields["CreateTime"] = now - (wanted.count - 1 - number) // wanted.senders
         else:
-            fields["CreateTime"], fields["MsgId"] = now, self._first_id + number
-        fields.update(self._wanted)
-        return self._encode(fields)
+            fields["MsgId"] = self._first_id + number
+        return {**fields, **dict(wanted.field)}
 
 
 def _chosen_kind(arguments: argparse.Namespace) -> str:
@@ -4011,108 +3353,6 @@ def _chosen_kind(arguments: argparse.Namespace) -> str:
     if arguments.field and chosen[0] not in _MAIN_FIELDS:
         raise SettingsError(f"--field goes into a message that push writes itself: leave out --field, or --{chosen[0]}")
     return chosen[0]
-
-
-def _chosen_encoding(arguments: argparse.Namespace) -> Encode:
-    """The same for a message and for the envelope around it, as the platform's console sets it."""
-    return encode_json if arguments.form == "json" else encode_xml
-
-
-class Draft(NamedTuple):
-    """A push before it is framed for HTTP: the message in the clear, what rides in the query, the body, and the bodies
-    that answer it."""
-
-    message: bytes
-    query: Mapping[str, str]
-    body: bytes
-    expected: Sequence[bytes] = GOOD_ANSWERS
-
-
-class PlatformSigner:
-    """Signs with the platform's token. ``source`` makes nonces, ``clock`` gives Unix seconds."""
-
-    def __init__(self, token: str, source: random.Random, clock: Callable[[], float]) -> None:
-        self._token, self._source, self._clock = token, source, clock
-
-    def values(self) -> Dict[str, str]:
-        """A signature of now, with the values that it is made of."""
-        timestamp, nonce = str(int(self._clock())), str(self._source.getrandbits(32))
-        return {"signature": sign(self._token, timestamp, nonce), "timestamp": timestamp, "nonce": nonce}
-
-    def values_for(self, encrypted: str) -> Dict[str, str]:
-        """The same, and the signature that covers what is encrypted."""
-        values = self.values()
-        values["msg_signature"] = sign(self._token, values["timestamp"], values["nonce"], encrypted)
-        return values
-
-    def sign_message(self, message: bytes) -> Draft:
-        """The message as it is, signed in the query."""
-        return Draft(message, self.values(), message)
-
-    def shake_hands(self) -> Draft:
-        """A handshake, in the query; only its echoStr answers it."""
-        echo = str(self._source.getrandbits(62))
-        return Draft(b"", {**self.values(), "echoStr": echo}, b"", (echo.encode(),))
-
-    def shake_hands_in_body(self) -> Draft:
-        """The same, form-encoded in the body."""
-        draft = self.shake_hands()
-        return draft._replace(query={}, body=urlencode(draft.query).encode())
-
-
-class PlatformSealer:
-    """Seals messages as the platform does in safe mode. ``encode`` writes what is around Encrypt.
-
-    Both places of the signature are published, so a receiver must take it from either.
-    """
-
-    def __init__(self, settings: Settings, signer: PlatformSigner, encode: Encode, source: random.Random) -> None:
-        self._envelope = Envelope(settings.aes_key, settings.app_id)
-        self._app_id = settings.app_id
-        self._signer, self._encode, self._source = signer, encode, source
-
-    def seal(self, message: bytes) -> Draft:
-        """The message encrypted in the body, and signed in the query."""
-        encrypted = self._encrypt(message)
-        body = self._encode({"ToUserName": self._app_id, "Encrypt": encrypted})
-        return Draft(message, self._signer.values_for(encrypted), body)
-
-    def seal_in_body(self, message: bytes) -> Draft:
-        """The message encrypted in the body, and signed there."""
-        encrypted = self._encrypt(message)
-        values = self._signer.values_for(encrypted)
-        return Draft(message, {}, self._encode({"Encrypt": encrypted, "MsgSignature": values["msg_signature"],
-                                                "TimeStamp": values["timestamp"], "Nonce": values["nonce"]}))
-
-    def _encrypt(self, message: bytes) -> str:
-        return self._envelope.seal(message, self._source.getrandbits(8 * RANDOM_HEAD).to_bytes(RANDOM_HEAD, "big"))
-
-
-def make_drafter(arguments: argparse.Namespace, settings: Settings, source: random.Random,
-                 clock: Callable[[], float]) -> Callable[[int], Draft]:
-    """What drafts the push of a number, as the arguments ask. Raises `SettingsError` for what does not go together."""
-    signer = PlatformSigner(settings.token, source, clock)
-    kind = _chosen_kind(arguments)
-    if kind == "handshake":
-        shake_hands = signer.shake_hands_in_body if arguments.in_body else signer.shake_hands
-        return lambda number: shake_hands()
-    wrap = _choose_wrap(arguments, settings, signer, source)
-    if kind == "file":
-        packet = read_packet(arguments.file)
-        return lambda number: wrap(packet)
-    writer = MessageWriter(arguments, settings.app_id, source, clock)
-    return lambda number: wrap(writer.write(number))
-
-
-def _choose_wrap(arguments: argparse.Namespace, settings: Settings, signer: PlatformSigner,
-                 source: random.Random) -> Callable[[bytes], Draft]:
-    """How the bytes of a message become a push. Without a token they go as they are, for a receiver without one."""
-    if settings.aes_key:
-        sealer = PlatformSealer(settings, signer, _chosen_encoding(arguments), source)
-        return sealer.seal_in_body if arguments.in_body else sealer.seal
-    if arguments.in_body:
-        raise SettingsError("--in-body is for encrypted pushes and handshakes: add --aes-key, --app-id, or --handshake")
-    return signer.sign_message if settings.token else lambda message: Draft(message, {}, message)
 
 
 def read_packet(path: str) -> bytes:
@@ -4127,40 +3367,6 @@ def read_packet(path: str) -> bytes:
                             ) from None
 
 
-class Outgoing:
-    """One message on its way. Each try sends the same bytes: a receiver must know the message again by what is in it,
-    and takes a signature as often as it comes."""
-
-    __slots__ = ("draft", "request", "lose_answer", "tries", "due")
-
-    def __init__(self, draft: Draft, request: bytes, lose_answer: bool) -> None:
-        self.draft = draft
-        self.request = request
-        self.lose_answer = lose_answer  # the first that counts: the message is then sent again, though it was answered
-        self.tries = 0
-        self.due = 0.0  # by the monotonic clock, not before
-
-
-# By the first byte of the body; the platform documents none.
-_CONTENT_TYPES: Mapping[bytes, str] = MappingProxyType({b"<": "text/xml", b"{": "application/json"})
-
-
-def frame_push(url: PushUrl, draft: Draft) -> bytes:
-    """The whole HTTP request, to be sent in one piece: in two, the second would wait for the receipt of the first."""
-    joint = "" if not draft.query else "&" if "?" in url.target else "?"
-    first = draft.body.lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
-    kind = _CONTENT_TYPES.get(first, "application/x-www-form-urlencoded")
-    head = (f"POST {url.target}{joint}{urlencode(draft.query)} HTTP/1.1\r\nHost: {url.authority}\r\n"
-            f"Content-Type: {kind}\r\nContent-Length: {len(draft.body)}\r\n\r\n")
-    return head.encode("ascii") + draft.body
-
-
-def is_lost(number: int, percent: int) -> bool:
-    """Whether the first answer to the push of that number counts as lost: so many in a hundred, evenly spread and not
-    by chance, so that the figures of a run can be checked to the unit."""
-    return (number + 1) * percent // 100 > number * percent // 100
-
-
 class Outcome(NamedTuple):
     """What became of one try: an answer, or status 0 where none came. ``reason`` says why it does not count, and is
     empty if it does. ``seconds`` went by since the try began."""
@@ -4171,208 +3377,109 @@ class Outcome(NamedTuple):
     seconds: float
 
 
-class MalformedAnswer(KfError):
-    """What came back is no HTTP answer, or none that has one meaning."""
+class PushRun:
+    """Pushes ``count`` messages on ``connections`` threads, each until it is answered or was tried as often as the
+    platform tries; counts what comes of it. ``told`` hears of each try, and whether another will follow."""
 
+    def __init__(self, arguments: argparse.Namespace, client: HttpClient, target: str, patience: Patience) -> None:
+        self._arguments, self._client, self._target, self._patience = arguments, client, target, patience
+        self._lock = threading.Lock()  # guards all below
+        self._numbers = iter(range(arguments.count))
+        self._started = time.monotonic()
+        self.counts: Counter[str] = Counter()  # messages answered; tries sent, retried and repeated
+        self.refused: Counter[str] = Counter()
+        self.failed: Counter[str] = Counter()
+        self.times: List[float] = []  # seconds to each answer that counts
 
-class AnswerHead(NamedTuple):
-    """What the head of an answer says. ``length`` is -1 for a chunked body, and None for one that ends with the
-    connection."""
+    def run(self, draft: Callable[[int], Draft], told: Callable[[Draft, Outcome, str], None]) -> None:
+        """Push them all, from threads; returns when all are through."""
+        threads = [threading.Thread(target=self._work, args=(draft, told), daemon=True)
+                   for _ in range(min(self._arguments.connections, self._arguments.count))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
 
-    status: int
-    length: Optional[int]
-    keep_alive: bool
+    def _work(self, draft: Callable[[int], Draft], told: Callable[[Draft, Outcome, str], None]) -> None:
+        while True:
+            with self._lock:
+                number = next(self._numbers, None)
+            if number is None:
+                return
+            if self._arguments.rate:
+                time.sleep(max(0.0, self._started + number / self._arguments.rate - time.monotonic()))
+            self._push(number, draft(number), told)
 
+    def _push(self, number: int, draft: Draft, told: Callable[[Draft, Outcome, str], None]) -> None:
+        """Send one message as often as the platform would; the same bytes each time, by which it is known again."""
+        lose_answer = is_lost(number, self._arguments.repeat)
+        for retries_left in range(self._patience.retries + lose_answer, -1, -1):
+            outcome = self._try(draft)
+            if not outcome.reason and not lose_answer:
+                next_step = ""
+            elif not outcome.reason:
+                next_step, lose_answer = "repeated", False
+            else:
+                next_step = "retried" if retries_left > lose_answer else ""
+            self._count(outcome, next_step)
+            told(draft, outcome, next_step)
+            if not next_step:
+                return
+            time.sleep(self._patience.pause_seconds if outcome.reason else 0.0)
 
-# RFC 9112, section 4. Interim answers, 1xx, come only to who asks for them.
-_STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([2-5][0-9]{2})(?: [\t -~\x80-\xff]*)?\r\n")
+    def target_of(self, draft: Draft) -> str:
+        """The path of the URL, and the query."""
+        joint = "" if not draft.query else "&" if "?" in self._target else "?"
+        return f"{self._target}{joint}{urlencode(draft.query)}"
 
-
-def parse_answer_head(head: bytes) -> AnswerHead:
-    """Understand a status line and header lines, CR LF behind each. Raises `MalformedAnswer`, and `PushError` for
-    framing that has two meanings."""
-    line = _STATUS_LINE.match(head)
-    if not line or not _FIELDS.fullmatch(head, line.end()):
-        raise MalformedAnswer("what came back is not HTTP")
-    minor, status = int(line.group(1)), int(line.group(2))
-    found = _find_framing_fields(head[line.end():])
-    framed = status in (204, 304) or not found.keys().isdisjoint((b"content-length", b"transfer-encoding"))
-    return AnswerHead(status, _body_length(found, minor) if framed else None, framed and _keeps_alive(found, minor))
-
-
-# A push under way: yields the events that it waits for, ends with the status and the body of the answer.
-Steps = Generator[int, None, Tuple[int, bytes]]
-ResultT = TypeVar("ResultT")
-
-
-class PushConnection:
-    """A connection to the receiver: opened when there is something to send, and kept as long as both sides like.
-
-    One push at a time, and by steps that never wait: the selector tells when the next one is due. The steps are written
-    as straight generators, which stop wherever they would wait.
-    """
-
-    outgoing: Outgoing
-    started: float  # by the monotonic clock, when the try began
-
-    def __init__(self, target: Target, selector: selectors.BaseSelector,
-                 understand: Callable[[bytes], AnswerHead]) -> None:
-        self._target, self._selector, self._understand = target, selector, understand
-        self._socket: Optional[socket.socket] = None
-        self._watched = 0
-        self._steps: Steps
-
-    def begin(self, outgoing: Outgoing) -> Optional[Outcome]:
-        """Try to push; what became of it, if that is known at once."""
-        self.outgoing, self.started = outgoing, time.monotonic()
-        outgoing.tries += 1
-        self._steps = self._exchange(outgoing.request)
-        return self.step()
-
-    def step(self) -> Optional[Outcome]:
-        """Go on with the push as far as possible; what became of it, once that is known."""
+    def _try(self, draft: Draft) -> Outcome:
+        started, status, body = time.monotonic(), 0, b""
         try:
-            self._watch(next(self._steps))
-        except StopIteration as end:
-            status, body = end.value
-            return self._outcome(status, body, judge(status, body, self.outgoing.draft.expected))
-        except (OSError, KfError) as error:
-            return self.fail(_explain_failure(error))
-        return None
+            status, body = self._client.exchange("POST", self.target_of(draft), draft.body, _content_type(draft.body))
+            reason = judge(status, body, draft.expected)
+        except (OSError, http.client.HTTPException) as error:
+            reason = _explain_failure(error)
+        seconds = time.monotonic() - started
+        if seconds > self._patience.answer_seconds:
+            status, reason = 0, f"no answer in {self._patience.answer_seconds:g} s"
+        return Outcome(status, body, reason, seconds)
 
-    def fail(self, reason: str) -> Outcome:
-        """Hang up, and say why."""
-        self.close()
-        return self._outcome(0, b"", reason)
+    def _count(self, outcome: Outcome, next_step: str) -> None:
+        with self._lock:
+            self.counts.update(["sent", next_step or ("unanswered" if outcome.reason else "answered")])
+            if not outcome.reason:
+                self.times.append(outcome.seconds)
+            else:
+                (self.refused if outcome.status else self.failed)[outcome.reason] += 1
 
-    def _outcome(self, status: int, body: bytes, reason: str) -> Outcome:
-        return Outcome(status, body, reason, time.monotonic() - self.started)
+    def state(self) -> str:
+        """How far it is, in a line."""
+        wrong = sum(self.refused.values()) + sum(self.failed.values())
+        rate = len(self.times) / max(time.monotonic() - self._started, 0.001)
+        return f"{self.counts['answered']}/{self._arguments.count}, {rate:.0f}/s" + (
+            f", {wrong} tries failed" if wrong else "")
 
-    def close(self) -> None:
-        """Hang up; the next push opens the connection anew."""
-        if self._socket:
-            if self._watched:
-                self._selector.unregister(self._socket)
-            self._socket.close()
-        self._socket, self._watched = None, 0
-
-    def _watch(self, events: int) -> None:
-        if events == self._watched or not self._socket:
-            return
-        if self._watched:
-            self._selector.modify(self._socket, events, self)
-        else:
-            self._selector.register(self._socket, events, self)
-        self._watched = events
-
-    def _exchange(self, request: bytes) -> Steps:
-        # Nothing can have come before all is sent, so the first look for an answer waits for the selector's word.
-        connection = self._socket or (yield from self._open())
-        while request:
-            sent = yield from _patiently(functools.partial(connection.send, request), selectors.EVENT_WRITE)
-            request = request[sent:]
-        yield selectors.EVENT_READ
-        head, body = yield from _read_answer(functools.partial(connection.recv, RECEIVE), self._understand)
-        if not head.keep_alive:
-            self.close()
-        return head.status, body
-
-    def _open(self) -> Generator[int, None, socket.socket]:
-        """Connect and, if need be, agree on keys, without making the other connections wait for that."""
-        family, place = self._target.address
-        self._socket = connection = socket.socket(family)
-        connection.setblocking(False)
-        if family != UNIX_FAMILY:
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
-        with contextlib.suppress(BlockingIOError):
-            connection.connect(place)
-        yield selectors.EVENT_WRITE
-        error = connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-        if error:
-            raise OSError(error, os.strerror(error))
-        if self._target.tls:
-            self._socket = secured = self._target.tls.wrap_socket(
-                connection, server_hostname=self._target.host, do_handshake_on_connect=False)
-            yield from _patiently(secured.do_handshake, selectors.EVENT_READ)
-            return secured
-        return connection
+    def report(self) -> Dict[str, Any]:
+        """Everything in plain values, for JSON: times in milliseconds, None where there was no answer."""
+        times, seconds = sorted(self.times), time.monotonic() - self._started
+        return {"messages": self._arguments.count, "sent": self.counts["sent"], "answered": self.counts["answered"],
+                "unanswered": self._arguments.count - self.counts["answered"], "repeated": self.counts["repeated"],
+                "retried": self.counts["retried"], "refused": dict(self.refused), "failed": dict(self.failed),
+                "p50_ms": percentile_ms(times, 50), "p99_ms": percentile_ms(times, 99),
+                "max_ms": percentile_ms(times, 100), "seconds": round(seconds, 3),
+                "pushes_per_second": round(len(times) / seconds, 1)}
 
 
-def _patiently(operation: Callable[[], ResultT], events: int) -> Generator[int, None, ResultT]:
-    """The operation's result, once it has one; until then the ``events`` that it waits for, unless TLS wants others."""
-    while True:
-        try:
-            return operation()
-        except BlockingIOError:
-            yield events
-        except ssl.SSLWantReadError:
-            yield selectors.EVENT_READ
-        except ssl.SSLWantWriteError:
-            yield selectors.EVENT_WRITE
+def is_lost(number: int, percent: int) -> bool:
+    """Whether the first answer to the push of that number counts as lost: so many in a hundred, evenly spread and not
+    by chance, so that the figures of a run can be checked to the unit."""
+    return (number + 1) * percent // 100 > number * percent // 100
 
 
-Receive = Callable[[], bytes]
-
-
-def _read_answer(receive: Receive, understand: Callable[[bytes], AnswerHead]
-                 ) -> Generator[int, None, Tuple[AnswerHead, bytes]]:
-    """Only one answer can be under way, so nothing may be left over behind it."""
-    received = b""
-    while b"\r\n\r\n" not in received:
-        received += yield from _receive_more(receive, received)
-    first, _, rest = received.partition(b"\r\n\r\n")
-    head = understand(first + b"\r\n")
-    body = yield from _read_body(receive, head, rest)
-    return head, body
-
-
-def _check_size(size: int) -> None:
-    if size > MAX_ANSWER:
-        raise MalformedAnswer(f"an answer of more than {MAX_ANSWER} bytes")
-
-
-def _receive_more(receive: Receive, received: bytes) -> Generator[int, None, bytes]:
-    """More of an answer of which ``received`` is here."""
-    _check_size(len(received))
-    data = yield from _patiently(receive, selectors.EVENT_READ)
-    if not data:
-        raise MalformedAnswer("hung up before the answer was complete")
-    return data
-
-
-def _read_body(receive: Receive, head: AnswerHead, rest: bytes) -> Generator[int, None, bytes]:
-    """The body, of which ``rest`` is here already."""
-    if head.length is None:
-        return (yield from _read_to_end(receive, rest))
-    if head.length < 0:
-        return (yield from _read_chunks(receive, rest))
-    _check_size(head.length)
-    while len(rest) < head.length:
-        rest += yield from _receive_more(receive, rest)
-    if len(rest) > head.length:
-        raise MalformedAnswer("more came back than one answer")
-    return rest
-
-
-def _read_to_end(receive: Receive, rest: bytes) -> Generator[int, None, bytes]:
-    # Simple receivers, as those on http.server, say no length and speak HTTP/1.0.
-    while True:
-        _check_size(len(rest))
-        data = yield from _patiently(receive, selectors.EVENT_READ)
-        if not data:
-            return rest
-        rest += data
-
-
-def _read_chunks(receive: Receive, rest: bytes) -> Generator[int, None, bytes]:
-    # A wire takes a head first; this one has been understood already.
-    wire = Wire(lambda head: Framing(-1, True, False), MAX_ANSWER)
-    wire.feed(b"chunked\r\n\r\n" + rest)
-    body = wire.next_body()
-    while body is None:
-        wire.feed((yield from _receive_more(receive, b"")))
-        body = wire.next_body()
-    return body
+def _content_type(body: bytes) -> str:
+    """By the first byte of the body; the platform documents none."""
+    first = body.lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
+    return {b"<": "text/xml", b"{": "application/json"}.get(first, "application/x-www-form-urlencoded")
 
 
 def judge(status: int, body: bytes, expected: Sequence[bytes]) -> str:
@@ -4391,51 +3498,10 @@ def _explain_failure(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
-class PushTally:
-    """What became of the pushes of a run of so many ``messages``, each of which can be sent several times.
-
-    Tries are counted by what came back, messages by how they ended; what is neither answered nor given up when a run is
-    interrupted was never answered either.
-    """
-
-    def __init__(self, messages: int) -> None:
-        self.messages = messages
-        self.sent = 0  # tries, of all messages
-        self.answered = 0  # messages that the platform would not send again
-        self.given_up = 0  # messages whose last try has failed
-        self.repeated = 0  # sent again as if the answer had been lost
-        self.retried = 0  # sent again because no answer came that counts
-        self.refused: Counter[str] = Counter()
-        self.failed: Counter[str] = Counter()
-        self.times: List[float] = []  # seconds to each answer that counts
-        self.seconds = 0.0  # of the whole run
-
-    def note(self, outcome: Outcome) -> None:
-        """Count what became of a try."""
-        if not outcome.reason:
-            self.times.append(outcome.seconds)
-        elif outcome.status:
-            self.refused[outcome.reason] += 1
-        else:
-            self.failed[outcome.reason] += 1
-
-    def report(self) -> Dict[str, Any]:
-        """Everything in plain values, for JSON: times in milliseconds, None where there was no answer."""
-        times = sorted(self.times)
-        return {"messages": self.messages, "sent": self.sent, "answered": self.answered,
-                "unanswered": self.messages - self.answered, "repeated": self.repeated, "retried": self.retried,
-                "refused": dict(self.refused), "failed": dict(self.failed),
-                "p50_ms": percentile_ms(times, 50), "p99_ms": percentile_ms(times, 99),
-                "max_ms": percentile_ms(times, 100), "seconds": round(self.seconds, 3),
-                "pushes_per_second": round(len(times) / self.seconds, 1) if self.seconds else 0.0}
-
-
 def percentile_ms(times: Sequence[float], percent: int) -> Optional[float]:
     """The one of ``times``, seconds in order, that so many in a hundred do not exceed (the nearest rank), in
     milliseconds; None if there are none."""
-    if not times:
-        return None
-    return round(times[max(0, -(-len(times) * percent // 100) - 1)] * 1000, 3)
+    return round(times[max(0, -(-len(times) * percent // 100) - 1)] * 1000, 3) if times else None
 
 
 def format_table(report: Mapping[str, Any]) -> str:
@@ -4451,129 +3517,6 @@ def format_table(report: Mapping[str, Any]) -> str:
     return "\n".join(f"{name:<24} {figure:>12}" for name, figure in rows)
 
 
-class RunPlan(NamedTuple):
-    """How a run goes: so many messages, so many new ones a second (0: as fast as it goes), on so many connections."""
-
-    target: Target
-    messages: int
-    rate: float
-    connections: int
-    patience: Patience
-
-
-class PushRun:
-    """Pushes until every message is answered, or was tried as often as the platform tries. One thread watches all
-    connections: a change of threads for each push would take longer than the push.
-
-    ``compose`` makes the message of a number, ``told`` hears of each try. A connection is idle or busy; a message is in
-    the hands of a busy connection, or waits to be sent again.
-    """
-
-    def __init__(self, plan: RunPlan, compose: Callable[[int], Outgoing], tally: PushTally,
-                 told: Callable[[Outgoing, Outcome], None]) -> None:
-        self._plan, self._compose, self._tally, self._told = plan, compose, tally, told
-        self._selector = selectors.DefaultSelector()
-        # Heads of answers differ by their date alone: what is the same for a second is understood once.
-        understand = functools.lru_cache(maxsize=16)(parse_answer_head)
-        self._idle = [PushConnection(plan.target, self._selector, understand) for _ in range(plan.connections)]
-        self._busy: OrderedDict[PushConnection, None] = OrderedDict()  # the longest first
-        self._again: Deque[Outgoing] = deque()  # in the order in which they are due
-        self._composed = 0
-        self._started = time.monotonic()
-
-    def run(self) -> None:
-        """Push them all. KeyboardInterrupt ends it early; the tally then holds what was done."""
-        try:
-            while self._tally.answered + self._tally.given_up < self._plan.messages:
-                self._launch()
-                self._serve()
-                self._expire()
-        finally:
-            self._tally.seconds = time.monotonic() - self._started
-            for connection in (*self._idle, *self._busy):
-                connection.close()
-            self._selector.close()
-
-    def _launch(self) -> None:
-        """Give what is due to idle connections, the one used last first: so few are opened where few are needed."""
-        while self._idle:
-            outgoing = self._next_due()
-            if not outgoing:
-                return
-            connection = self._idle.pop()
-            self._busy[connection] = None
-            self._tally.sent += 1
-            self._conclude(connection, connection.begin(outgoing))
-
-    def _next_due(self) -> Optional[Outgoing]:
-        """What is to be sent now, if anything: first what was sent before, since its user waits longest."""
-        now = time.monotonic()
-        if self._again and self._again[0].due <= now:
-            return self._again.popleft()
-        if self._new_due() > now:
-            return None
-        self._composed += 1
-        return self._compose(self._composed - 1)
-
-    def _new_due(self) -> float:
-        """When the next new message is to be sent, by the monotonic clock."""
-        if self._composed == self._plan.messages or len(self._again) >= MAX_UNANSWERED:
-            return float("inf")
-        return self._started + self._composed / self._plan.rate if self._plan.rate else 0.0
-
-    def _serve(self) -> None:
-        """Wait until something can go on, and go on with all that can."""
-        for key, _ in self._selector.select(self._seconds_to_wait()):
-            connection: PushConnection = key.data
-            if connection in self._busy:
-                self._conclude(connection, connection.step())
-            else:
-                connection.close()  # the receiver hung up between two pushes
-
-    def _seconds_to_wait(self) -> float:
-        """Until something is due that no connection tells of: a message to send, or the end of an answer's time."""
-        due = float("inf")
-        if self._idle:
-            due = min(self._new_due(), self._again[0].due if self._again else due)
-        if self._busy:
-            due = min(due, next(iter(self._busy)).started + self._plan.patience.answer_seconds)
-        return max(0.0, due - time.monotonic())
-
-    def _expire(self) -> None:
-        """Give up on answers that take too long."""
-        limit = self._plan.patience.answer_seconds
-        while self._busy:
-            connection = next(iter(self._busy))
-            if connection.started + limit > time.monotonic():
-                return
-            self._conclude(connection, connection.fail(f"no answer in {limit:g} s"))
-
-    def _conclude(self, connection: PushConnection, outcome: Optional[Outcome]) -> None:
-        """Take note of how a try ended, if it has ended: the connection is free, the message perhaps not through."""
-        if not outcome:
-            return
-        del self._busy[connection]
-        self._idle.append(connection)
-        self._tally.note(outcome)
-        self._told(connection.outgoing, outcome)
-        self._settle(connection.outgoing, outcome)
-
-    def _settle(self, outgoing: Outgoing, outcome: Outcome) -> None:
-        """Decide whether the message is sent again: at once, where its answer counts as lost, else after a pause."""
-        if not outcome.reason and outgoing.lose_answer:
-            outgoing.lose_answer = False
-            self._tally.repeated += 1
-            self._again.appendleft(outgoing)
-        elif not outcome.reason:
-            self._tally.answered += 1
-        elif outgoing.tries <= self._plan.patience.retries:
-            self._tally.retried += 1
-            outgoing.due = time.monotonic() + self._plan.patience.pause_seconds
-            self._again.append(outgoing)
-        else:
-            self._tally.given_up += 1
-
-
 _NOT_FOR_SCREENS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 # What can be done about an answer that does not count, by the reason of `judge`.
 _PUSH_ADVICE: Mapping[str, str] = MappingProxyType({
@@ -4583,91 +3526,18 @@ _PUSH_ADVICE: Mapping[str, str] = MappingProxyType({
     "503": "the receiver's queue is full: see its log, or push slower with --rate"})
 
 
-def readable(data: bytes) -> str:
-    """The bytes as text that a terminal can show: neither broken UTF-8 nor control characters."""
+def quote_bytes(mark: str, data: bytes) -> str:
+    """The bytes as lines behind a mark, fit for a terminal: neither broken UTF-8 nor control characters."""
     text = data.decode("utf-8", "backslashreplace").replace("\r\n", "\n")
-    shown = _NOT_FOR_SCREENS.sub(lambda found: f"\\x{ord(found.group()):02x}", text)
-    return shown if len(shown) <= MAX_SHOWN else f"{shown[:MAX_SHOWN]}… ({len(shown) - MAX_SHOWN} more)"
+    text = _NOT_FOR_SCREENS.sub(lambda found: f"\\x{ord(found.group()):02x}", text)
+    shown = text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}… ({len(text) - MAX_SHOWN} more)"
+    return "\n".join(f"{mark} {line}".rstrip() for line in shown.split("\n"))
 
 
 def _say(out: TextIO, text: str, end: str = "\n") -> None:
     """Print also the characters that the screen does not know, as escapes."""
     encoding = out.encoding or "utf-8"
     print(text.encode(encoding, "backslashreplace").decode(encoding), end=end, file=out, flush=True)
-
-
-class PushStory:
-    """Tells of a single push: the request as it goes out, and each answer."""
-
-    def __init__(self, out: TextIO, patience: Patience) -> None:
-        self._out, self._patience = out, patience
-
-    def begin(self, outgoing: Outgoing) -> None:
-        """Show the request, and what is sealed in it."""
-        self._quote(">", outgoing.request)
-        if outgoing.draft.message not in outgoing.request:
-            _say(self._out, "sealed in it:")
-            self._quote("|", outgoing.draft.message)
-
-    def _quote(self, mark: str, data: bytes) -> None:
-        for line in readable(data).split("\n"):
-            _say(self._out, f"{mark} {line}".rstrip())
-
-    def tell(self, outgoing: Outgoing, outcome: Outcome) -> None:
-        """Show what became of a try, and what follows."""
-        if outcome.status:
-            self._quote(f"< {outcome.status}", outcome.body.strip() or b"(nothing)")
-        verdict = f"not answered: {outcome.reason}" if outcome.reason else "answered"
-        _say(self._out, f"{verdict}, after {outcome.seconds * 1000:.2f} ms")
-        self._tell_next(outgoing, outcome)
-
-    def _tell_next(self, outgoing: Outgoing, outcome: Outcome) -> None:
-        if outcome.reason in _PUSH_ADVICE and outgoing.tries == 1:
-            _say(self._out, _PUSH_ADVICE[outcome.reason])
-        if not outcome.reason and outgoing.lose_answer:
-            _say(self._out, "sent again, as if that answer had been lost")
-        if outcome.reason and outgoing.tries <= self._patience.retries:
-            _say(self._out, f"try {outgoing.tries + 1} of {self._patience.retries + 1} "
-                            f"in {self._patience.pause_seconds:g} s")
-
-
-class PushProgress:
-    """Shows how far a run is: on a terminal by a bar that is drawn over itself, else by a line now and then.
-
-    ``timer`` gives seconds from anywhere.
-    """
-
-    def __init__(self, out: TextIO, tally: PushTally, timer: Callable[[], float] = time.monotonic) -> None:
-        self._out, self._tally, self._timer = out, tally, timer
-        self._started = timer()
-        self._draw, self._interval = (self._bar, BAR_SECONDS) if out.isatty() else (self._line, LINE_SECONDS)
-        self._next = self._started + self._interval
-
-    def tell(self, outgoing: Outgoing, outcome: Outcome) -> None:
-        """Show the state, unless that was done just now."""
-        if self._timer() >= self._next:
-            self._next = self._timer() + self._interval
-            self._draw()
-
-    def end(self) -> None:
-        """Show the last state of a bar, and leave it on the screen; lines need no end."""
-        if self._out.isatty():
-            self._bar()
-            _say(self._out, "")
-
-    def _line(self) -> None:
-        _say(self._out, self._state())
-
-    def _bar(self) -> None:
-        done = BAR_WIDTH * (self._tally.answered + self._tally.given_up) // self._tally.messages
-        _say(self._out, f"\r[{'#' * done:.<{BAR_WIDTH}}] {self._state():<46}", end="")
-
-    def _state(self) -> str:
-        tally, seconds = self._tally, max(self._timer() - self._started, 0.001)
-        wrong = sum(tally.refused.values()) + sum(tally.failed.values())
-        # Tries, not messages: these are not lost yet, and the reader shall see at once that something is wrong.
-        state = f"{tally.answered}/{tally.messages}, {len(tally.times) / seconds:.0f}/s"
-        return f"{state}, {wrong} tries failed" if wrong else state
 
 
 def _number_option(option: str, kind: Callable[[str], float], low: int, high: int) -> Callable[[str], float]:
@@ -4698,92 +3568,36 @@ def build_push_parser() -> argparse.ArgumentParser:
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=28, width=79),
         description="Plays the platform: pushes messages to a receiver and judges its answers.",
         epilog="URL: http://host:port/path, https://…, unix:/path/of/socket or unix:/socket:/path.")
-    parser.add_argument("url", metavar="URL", help="where the receiver is")
-    for add in (_add_message_options, _add_platform_options, _add_run_options):
-        add(parser)
+    add = parser.add_argument
+    add("url", metavar="URL", help="where the receiver is")
+    add("--text", metavar="T", help="a text message (hello)")
+    add("--image", metavar="URL", help="a message with the picture at URL")
+    add("--event", metavar="NAME", help="an event, as user_get_coupon")
+    add("--field", metavar="K=V", action="append", type=_field_option, default=[],
+        help="one more field, or another value; repeatable")
+    add("--file", metavar="PACKET", help="a packet, sent as it is; - for the standard input")
+    add("--handshake", action="store_true", help="the handshake of saving the URL in the console")
+    add("--to", metavar="APP", help="the app it is for (--app-id, or app)")
+    add("--sender", metavar="ID", default="user", help="the openid it is from (user)")
+    add("--xml", dest="form", action="store_const", const="xml", default="xml", help="in XML (default)")
+    add("--json", dest="form", action="store_const", const="json", help="in JSON")
+    add("--token", metavar="T", help="sign with this Token (KF_TOKEN)")
+    add("--aes-key", metavar="KEY", help="encrypt with this EncodingAESKey (KF_AES_KEY)")
+    add("--app-id", metavar="APP", help="the app that is sealed in (KF_APP_ID)")
+    add("--in-body", action="store_true", help="signature in the body instead of the query")
+    add("--insecure", action="store_true", help="accept any certificate")
+    for option, kind, low, high, default, text in (
+            ("--count", int, 1, 10 ** 7, 1, "messages to push (1)"),
+            ("--rate", float, 0, 10 ** 6, 0, "new ones a second; 0 (default): as fast as it goes"),
+            ("--senders", int, 1, 10 ** 7, 1, "senders that they come from in turn (1)"),
+            ("--repeat", int, 0, 100, 0, "of 100, so many sent again as after a lost answer"),
+            ("--connections", int, 1, 1000, 16, "connections to push on (16)")):
+        add(option, metavar="N", type=_number_option(option, kind, low, high), default=default, help=text)
+    add("--json-report", metavar="FILE", help="write the figures as JSON too; - for stdout")
     return parser
 
 
-def _add_message_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--text", metavar="T", help="a text message (hello)")
-    parser.add_argument("--image", metavar="URL", help="a message with the picture at URL")
-    parser.add_argument("--event", metavar="NAME", help="an event, as user_get_coupon")
-    parser.add_argument("--field", metavar="K=V", action="append", type=_field_option, default=[],
-                        help="one more field, or another value; repeatable")
-    parser.add_argument("--file", metavar="PACKET", help="a packet, sent as it is; - for the standard input")
-    parser.add_argument("--handshake", action="store_true", help="the handshake of saving the URL in the console")
-    parser.add_argument("--to", metavar="APP", help="the app it is for (--app-id, or app)")
-    parser.add_argument("--sender", metavar="ID", default="user", help="the openid it is from (user)")
-    parser.add_argument("--xml", dest="form", action="store_const", const="xml", default="xml", help="in XML (default)")
-    parser.add_argument("--json", dest="form", action="store_const", const="json", help="in JSON")
-
-
-def _add_platform_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--token", metavar="T", help="sign with this Token (KF_TOKEN)")
-    parser.add_argument("--aes-key", metavar="KEY", help="encrypt with this EncodingAESKey (KF_AES_KEY)")
-    parser.add_argument("--app-id", metavar="APP", help="the app that is sealed in (KF_APP_ID)")
-    parser.add_argument("--in-body", action="store_true", help="signature in the body instead of the query")
-    parser.add_argument("--insecure", action="store_true", help="accept any certificate")
-
-
-def _add_run_options(parser: argparse.ArgumentParser) -> None:
-    numbers: Sequence[Tuple[str, Callable[[str], float], int, int, int, str]] = (
-        ("--count", int, 1, 10 ** 7, 1, "messages to push (1)"),
-        ("--rate", float, 0, 10 ** 6, 0, "new ones a second; 0 (default): as fast as it goes"),
-        ("--senders", int, 1, 10 ** 7, 1, "senders that they come from in turn (1)"),
-        ("--repeat", int, 0, 100, 0, "of 100, so many sent again as after a lost answer"),
-        ("--connections", int, 1, 10 ** 4, 16, "connections to push on (16)"))
-    for option, kind, low, high, default, text in numbers:
-        read = _number_option(option, kind, low, high)
-        parser.add_argument(option, metavar="N", type=read, default=default, help=text)
-    parser.add_argument("--json-report", metavar="FILE", help="write the figures as JSON too; - for stdout")
-
-
-def read_push_settings(arguments: argparse.Namespace, environment: Mapping[str, str]) -> Settings:
-    """The token, the key and the app id to play the platform with. Raises `SettingsError`."""
-    given: Dict[str, Any] = {name: getattr(arguments, name) or environment.get(f"KF_{name.upper()}", "")
-                             for name in ("token", "aes_key", "app_id")}
-    return Settings(**given)
-
-
-@contextlib.contextmanager
-def open_report(path: Optional[str]) -> Iterator[Optional[TextIO]]:
-    """Where the report goes; None for none. It is opened before the run, lest that turn out to have been in vain.
-    Raises `SettingsError`."""
-    if path is None or path == "-":
-        yield sys.stdout if path else None
-        return
-    with contextlib.ExitStack() as opened:
-        try:
-            file = opened.enter_context(open(path, "w", encoding="utf-8"))
-        except OSError as error:
-            raise SettingsError(f"cannot write {path}: {error.strerror}; let --json-report name another file") from None
-        yield file
-
-
-def make_composer(arguments: argparse.Namespace, url: PushUrl) -> Callable[[int], Outgoing]:
-    """What makes the push of a number ready to be sent. Raises as `make_drafter` does."""
-    draft = make_drafter(arguments, read_push_settings(arguments, os.environ), random.Random(), time.time)
-
-    def compose(number: int) -> Outgoing:
-        drafted = draft(number)
-        return Outgoing(drafted, frame_push(url, drafted), is_lost(number, arguments.repeat))
-    return compose
-
-
-def plan_run(arguments: argparse.Namespace, url: PushUrl, patience: Patience) -> RunPlan:
-    """The run that the arguments ask for, to who listens at the URL. Raises as `find_listener` does."""
-    tls = _make_client_context(arguments) if url.secure else None
-    target = Target(find_listener(url), url.host, tls)
-    return RunPlan(target, arguments.count, arguments.rate, arguments.connections, patience)
-
-
-def _make_client_context(arguments: argparse.Namespace) -> ssl.SSLContext:
-    context = ssl.create_default_context()
-    if arguments.insecure:
-        context.check_hostname = False
-        context.verify_mode = ssl.CERT_NONE
-    return context
+PLATFORM_PATIENCE = Patience()
 
 
 def push(arguments: argparse.Namespace, patience: Patience = PLATFORM_PATIENCE) -> int:
@@ -4791,42 +3605,81 @@ def push(arguments: argparse.Namespace, patience: Patience = PLATFORM_PATIENCE) 
 
     Raises `SettingsError` before anything is sent. A report on the standard output has that for itself.
     """
-    url = read_push_url(arguments.url)
-    compose = make_composer(arguments, url)
-    tally = PushTally(arguments.count)
-    with open_report(arguments.json_report) as report:
+    base, target = read_push_url(arguments.url)
+    secrets = {name: getattr(arguments, name) or os.environ.get(f"KF_{name.upper()}", "")
+               for name in ("token", "aes_key", "app_id")}
+    drafter = Drafter(arguments, Settings(**secrets))  # type: ignore[arg-type]
+    client = HttpClient(base, patience.answer_seconds, _any_certificate() if arguments.insecure else None)
+    with contextlib.ExitStack() as opened:
+        report = _open_report(arguments.json_report, opened)  # before the run, lest that turn out to have been in vain
         out = sys.stderr if report is sys.stdout else sys.stdout
+        run = PushRun(arguments, client, target, patience)
         try:
-            plan = plan_run(arguments, url, patience)
+            client.probe()
+        except ssl.SSLError:
+            pass  # somebody is there, and the push will show what is wrong
         except OSError as error:
             reason = error.strerror or str(error)
-            tally.failed[reason] += 1
+            run.failed[reason] += 1
             _say(sys.stderr, f"nobody listens at {arguments.url}: {reason}; start the receiver, or correct the URL")
-        else:
-            show = _push_one if plan.messages == 1 else _push_many
-            show(plan, compose, tally, out)
+        if not run.failed:
+            with contextlib.suppress(KeyboardInterrupt):
+                (_push_one if arguments.count == 1 else _push_many)(run, drafter, patience, out)
+        client.close()
         if report:
-            _say(report, json.dumps(tally.report(), indent=2))
-    return 0 if tally.answered == tally.messages else 1
+            _say(report, json.dumps(run.report(), indent=2))
+    return 0 if run.counts["answered"] == arguments.count else 1
 
 
-def _push_one(plan: RunPlan, compose: Callable[[int], Outgoing], tally: PushTally, out: TextIO) -> None:
-    """Show the request before it is sent: the answer may take its time."""
-    outgoing, story = compose(0), PushStory(out, plan.patience)
-    story.begin(outgoing)
-    with contextlib.suppress(KeyboardInterrupt):
-        PushRun(plan, lambda number: outgoing, tally, story.tell).run()
+def _open_report(path: Optional[str], opened: contextlib.ExitStack) -> Optional[TextIO]:
+    if not path or path == "-":
+        return sys.stdout if path else None
+    try:
+        return opened.enter_context(open(path, "w", encoding="utf-8"))
+    except OSError as error:
+        raise SettingsError(f"cannot write {path}: {error.strerror}; let --json-report name another file") from None
 
 
-def _push_many(plan: RunPlan, compose: Callable[[int], Outgoing], tally: PushTally, out: TextIO) -> None:
-    """Show how it goes, and the figures at the end, be it an early one."""
-    progress = PushProgress(out, tally)
-    with contextlib.suppress(KeyboardInterrupt):
-        PushRun(plan, compose, tally, progress.tell).run()
-    progress.end()
-    _say(out, format_table(tally.report()))
-    for reason in sorted(tally.refused.keys() & _PUSH_ADVICE.keys()):
-        _say(out, f"{reason}: {_PUSH_ADVICE[reason]}")
+def _any_certificate() -> ssl.SSLContext:
+    context = ssl.create_default_context()
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    return context
+
+
+def _push_one(run: PushRun, drafter: Drafter, patience: Patience, out: TextIO) -> None:
+    """Show the push before it is sent, since the answer may take its time, and what becomes of each try."""
+    def tell(draft: Draft, outcome: Outcome, next_step: str) -> None:
+        if outcome.status:
+            _say(out, quote_bytes(f"< {outcome.status}", outcome.body.strip() or b"(nothing)"))
+        verdict = f"not answered: {outcome.reason}" if outcome.reason else "answered"
+        _say(out, f"{verdict}, after {outcome.seconds * 1000:.2f} ms")
+        if run.counts["sent"] == 1 and outcome.reason in _PUSH_ADVICE:
+            _say(out, _PUSH_ADVICE[outcome.reason])
+        if next_step:
+            _say(out, "sent again, as if that answer had been lost" if next_step == "repeated" else
+                 f"try {run.counts['sent'] + 1} of {patience.retries + 1} in {patience.pause_seconds:g} s")
+    draft = drafter.draft(0)
+    _say(out, quote_bytes(">", f"POST {run.target_of(draft)}\n\n".encode() + draft.body))
+    if draft.message not in draft.body:
+        _say(out, "sealed in it:\n" + quote_bytes("|", draft.message))
+    run.run(lambda number: draft, tell)
+
+
+def _push_many(run: PushRun, drafter: Drafter, patience: Patience, out: TextIO) -> None:
+    """Show a line of how it goes, now and then, and the figures at the end, be it an early one."""
+    due = [time.monotonic() + 1.0]
+
+    def tell(draft: Draft, outcome: Outcome, next_step: str) -> None:
+        if time.monotonic() >= due[0]:
+            due[0] = time.monotonic() + 1.0
+            _say(out, run.state())
+    try:
+        run.run(drafter.draft, tell)
+    finally:
+        _say(out, format_table(run.report()))
+        for reason in sorted(run.refused.keys() & _PUSH_ADVICE.keys()):
+            _say(out, f"{reason}: {_PUSH_ADVICE[reason]}")
 
 
 # ---- 18 Handlers file -----------------------------------------------------------------------------------------------
@@ -4836,6 +3689,13 @@ def _push_many(plan: RunPlan, compose: Callable[[int], Outgoing], tally: PushTal
 DEFAULT_HANDLERS = "handlers.py"
 # Seconds between two looks at the file of the handlers.
 WATCH_SECONDS = 1.0
+
+
+def _default_handlers() -> str:
+    """handlers.py in the current folder, or else beside kfserver.py; empty if there is neither."""
+    folders = (os.getcwd(), os.path.dirname(os.path.abspath(__file__)))
+    paths = [os.path.join(folder, DEFAULT_HANDLERS) for folder in folders]
+    return next((path for path in paths if os.path.exists(path)), "")
 
 
 def load_handlers(wanted: str) -> Tuple[HandlerRegistry, str]:
@@ -4857,49 +3717,33 @@ def load_handlers(wanted: str) -> Tuple[HandlerRegistry, str]:
     return registry, modules[0].__file__ or path
 
 
-def _default_handlers() -> str:
-    """handlers.py in the current folder, or else beside kfserver.py; empty if there is neither."""
-    folders = (os.getcwd(), os.path.dirname(os.path.abspath(__file__)))
-    paths = [os.path.join(folder, DEFAULT_HANDLERS) for folder in folders]
-    return next((path for path in paths if os.path.exists(path)), "")
-
-
 def _import_handlers(wanted: str) -> ModuleType:
     """The module of a dotted name, or of a file by its path, run anew; a file's neighbours can be imported from it."""
     if wanted.endswith(".py") or os.path.exists(wanted):
         path = os.path.abspath(wanted)
         if os.path.dirname(path) not in sys.path:
             sys.path.append(os.path.dirname(path))
-        name = os.path.splitext(os.path.basename(path))[0]
-        return _run_file(importlib.machinery.ModuleSpec(name, None, origin=path), path)
+        return _run_file(ModuleType(os.path.splitext(os.path.basename(path))[0]), path)
     known = sys.modules.get(wanted)
     if known and known.__spec__ and known.__file__:  # importing it once more would not look at its file
-        return _run_file(known.__spec__, known.__file__)
+        return _run_file(importlib.util.module_from_spec(known.__spec__), known.__file__)
     return importlib.import_module(wanted)
 
 
-def _run_file(spec: importlib.machinery.ModuleSpec, path: str) -> ModuleType:
-    """The module of ``spec``, run from its file. If that fails, a module that had its name before has it again."""
-    loader = spec.loader = _SourceLoader(spec.name, path)
-    module = importlib.util.module_from_spec(spec)
-    module.__file__ = path
-    before = sys.modules.get(spec.name)
-    sys.modules[spec.name] = module
+def _run_file(module: ModuleType, path: str) -> ModuleType:
+    """Run the file as it is now in a new module: bytecode kept from an edit in the same second would pass for that of
+    the last one. If that fails, a module that had its name before has it again."""
+    name = module.__name__
+    before, sys.modules[name], module.__file__ = sys.modules.get(name), module, path
     try:
-        loader.exec_module(module)
+        with open(path, "rb") as file:
+            exec(compile(file.read(), path, "exec"), module.__dict__)
     except BaseException:
-        del sys.modules[spec.name]
+        del sys.modules[name]
         if before:
-            sys.modules[spec.name] = before
+            sys.modules[name] = before
         raise
     return module
-
-
-class _SourceLoader(importlib.machinery.SourceFileLoader):
-    """Runs a file as it is now: bytecode kept from an edit in the same second would pass for that of the last one."""
-
-    def get_code(self, fullname: str) -> CodeType:
-        return self.source_to_code(self.get_data(self.path), self.path)
 
 
 def _explain_import(path: str, error: BaseException) -> SettingsError:
@@ -4938,21 +3782,35 @@ class ReloadingHandlers:
         # A file by its full path from now on, since handlers may change the current folder.
         self._wanted = self.path if before else wanted
 
-    def poll(self) -> Optional[HandlerRegistry]:
-        """The registry of a version that is new since the last call, and loads; else None.
+    def poll(self) -> bool:
+        """Whether there is a version that is new since the last call, and loads: `registry` is then its own.
 
         Of one that does not load, the traceback is printed and the log tells, once.
         """
         stamp = _file_stamp(self.path or _default_handlers())
         if stamp is None or stamp == self._seen:  # None: some editors remove a file before they write it
-            return None
+            return False
         self._seen = stamp
         try:
             self.registry, self.path = load_handlers(self._wanted)
         except SettingsError as error:
             log.error("%s; until then the handlers from before stay in service", error)
-            return None
-        return self.registry
+            return False
+        return True
+
+    def watch(self, server: KfServer, later: Later) -> None:
+        """Put new versions into service from now on. They run on the thread of ``later``: an `Alarm` of its own, or the
+        server's retries would wait for them."""
+        if self.poll():
+            server.registry = self.registry
+            log.info("%d handlers loaded again from %s", len(self.registry), self.path)
+        later(WATCH_SECONDS, lambda: self.watch(server, later))
+
+    def describe(self) -> List[str]:
+        """How many handlers there are, from where, and each, in lines."""
+        if not self.path:
+            return ["0 handlers: no handlers.py here; every message is answered and dropped"]
+        return [f"{len(self.registry)} handlers from {self.path}", *(f"  {rule}" for rule in self.registry.rules)]
 
 
 def _file_stamp(path: str) -> Optional[Tuple[int, int, int]]:
@@ -4964,25 +3822,21 @@ def _file_stamp(path: str) -> Optional[Tuple[int, int, int]]:
     return status.st_mtime_ns, status.st_size, status.st_ino
 
 
-def watch_handlers(server: KfServer, handlers: ReloadingHandlers, later: Callable[[float, Job], None]) -> None:
-    """Put new versions of the handlers into service from now on; ``later`` runs a job after so many seconds.
-
-    New versions run on the thread of ``later``: give it an `Alarm` of its own, or the server's retries wait for them.
-    """
-    registry = handlers.poll()
-    if registry is not None:
-        server.registry = registry
-        log.info("%d handlers loaded again from %s", len(registry), handlers.path)
-    later(WATCH_SECONDS, functools.partial(watch_handlers, server, handlers, later))
-
-
 # ---- 19 Chat --------------------------------------------------------------------------------------------------------
 # Law: a terminal or a script in the place of the platform. Messages are made from bytes as those of a push, and replies
 # pass the same `Outbox`; only the network is missing. Knows nothing of servers and settings.
 
-# Who writes until /as names another, and the app that they write to.
-CHAT_USER = "user"
-CHAT_APP = "app"
+# What can be typed behind a slash, what must follow it, and what it does: a method of `Chat` has each one's name.
+CHAT_COMMANDS: Mapping[str, Tuple[str, str]] = MappingProxyType({
+    "image": ("URL", "send a picture"),
+    "event": ("NAME [FIELD=VALUE ...]", "an event, and its fields"),
+    "raw": ("PACKET", "any message, in JSON or XML on one line"),
+    "as": ("OPENID", "be another user"),
+    "help": ("", "show this list"),
+    "quit": ("", "end, as the end of input does")})
+CHAT_HELP = "\n".join(f"  {usage:<31}{purpose}" for usage, purpose in (
+    ("any line", "a text message; type its first slash twice"),
+    *((f"/{name} {usage}", purpose) for name, (usage, purpose) in CHAT_COMMANDS.items())))
 
 
 def _show(text: str) -> None:
@@ -5008,96 +3862,81 @@ class PrintedReplies:
 
 
 class Chat:
-    """A conversation with the handlers, printed as it goes.
+    """A conversation with the handlers, printed as it goes. Each method ``do_…`` is one of CHAT_COMMANDS.
 
     ``user`` is the openid of who writes. ``failures`` counts the messages whose handler failed, and the lines that were
     not understood. ``over`` is set once the user wants to end.
     """
 
     def __init__(self, handlers: ReloadingHandlers) -> None:
-        self.user = CHAT_USER
+        self.user = "user"
         self.failures = 0
         self.over = False
         self._handlers = handlers
         self._api: Any = PrintedReplies()
         # Microseconds, so that no later conversation has the same ids: handlers may remember what they have seen.
-        self._last_id = time.time_ns() // 1000
+        self._ids = itertools.count(time.time_ns() // 1000)
 
     def take(self, line: str) -> None:
         """Do what a line says: it is a text to the handlers or, behind a slash, a command. A blank one says nothing."""
-        if self._handlers.poll() is not None:
+        if self._handlers.poll():
             _show(f"{len(self._handlers.registry)} handlers loaded again from {self._handlers.path}")
         if line.startswith("//") or not line.startswith("/"):
-            self.send_text(line)
+            if line.strip(BLANKS):
+                self._send(MsgType="text", MsgId=next(self._ids), Content=line[line.startswith("//"):])
+            return
+        name, _, rest = line[1:].partition(" ")
+        if name not in CHAT_COMMANDS:
+            self._complain(f"no command /{name}: /help lists them; for a slash at the start of a text type two")
+        elif CHAT_COMMANDS[name][0] and not rest.strip():
+            self._complain(f"write /{name} {CHAT_COMMANDS[name][0]}")
         else:
-            self._obey(line)
-
-    def _obey(self, line: str) -> None:
-        name, _, rest = line.partition(" ")
-        command = CHAT_COMMANDS.get(name)
-        if command is None:
-            self._complain(f"no command {name}: /help lists them; for a slash at the start of a text type two")
-        elif " " in command.usage and not rest.strip():
-            self._complain(f"write {command.usage}")
-        else:
-            command.run(self, rest.strip())
+            getattr(self, f"do_{name}")(rest.strip())
 
     def _complain(self, text: str) -> None:
         self.failures += 1
         _show(text)
 
-    def send_text(self, line: str) -> None:
-        """The user writes. Two slashes at the beginning stand for one."""
-        if line.strip(BLANKS):
-            self._send_numbered({"MsgType": "text", "Content": line[1:] if line.startswith("//") else line})
-
-    def send_image(self, url: str) -> None:
+    def do_image(self, url: str) -> None:
         """The user sends the picture at ``url``."""
-        self._send_numbered({"MsgType": "image", "PicUrl": url})
+        self._send(MsgType="image", MsgId=next(self._ids), PicUrl=url)
 
-    def send_event(self, words: str) -> None:
+    def do_event(self, words: str) -> None:
         """An event: its name and, if it has any, its fields as NAME=VALUE."""
-        event, *pairs = words.split()
-        if not all("=" in pair for pair in pairs):
+        name, *pairs = words.split()
+        if all("=" in pair for pair in pairs):
+            self._send(MsgType="event", Event=name, **dict(pair.split("=", 1) for pair in pairs))
+        else:
             self._complain("a field of an event is written NAME=VALUE, without blanks; /raw takes what has some")
-            return
-        self._send({"MsgType": "event", "Event": event, **dict(pair.split("=", 1) for pair in pairs)})
 
-    def send_raw(self, packet: str) -> None:
+    def do_raw(self, packet: str) -> None:
         """A whole message, in JSON or XML, as a push brings it."""
-        self._push(packet.encode("utf-8", "replace"))
-
-    def become(self, open_id: str) -> None:
-        """Another user writes from now on."""
-        self.user = open_id
-
-    def help(self, _: str) -> None:
-        """Print what can be typed."""
-        print(describe_chat(), flush=True)
-
-    def end(self, _: str) -> None:
-        """The user wants to end."""
-        self.over = True
-
-    def _send_numbered(self, fields: Mapping[str, str]) -> None:
-        self._last_id += 1
-        self._send({"MsgId": str(self._last_id), **fields})
-
-    def _send(self, fields: Mapping[str, str]) -> None:
-        common = {"ToUserName": CHAT_APP, "FromUserName": self.user, "CreateTime": str(int(time.time()))}
-        self._push(json.dumps({**common, **fields}).encode())
-
-    def _push(self, payload: bytes) -> None:
         try:
-            message = parse(payload)
+            message = parse(packet.encode("utf-8", "replace"))
         except MalformedPush as error:
             self._complain(f"a server would refuse this: {error}")
             return
         message.key = dedup_key(message)
         message.outbox = Outbox(self._api, message)
-        self._handle(message, message.outbox)
+        self._handle(message)
 
-    def _handle(self, message: Message, outbox: Callable[[Answers], None]) -> None:
+    def do_as(self, open_id: str) -> None:
+        """Another user writes from now on."""
+        self.user = open_id
+
+    def do_help(self, _: str) -> None:
+        """Print what can be typed."""
+        print(CHAT_HELP, flush=True)
+
+    def do_quit(self, _: str) -> None:
+        """The user wants to end."""
+        self.over = True
+
+    def _send(self, **fields: Any) -> None:
+        common = {"ToUserName": "app", "FromUserName": self.user, "CreateTime": int(time.time())}
+        self.do_raw(json.dumps({**common, **fields}))
+
+    def _handle(self, message: Message) -> None:
         registry = self._handlers.registry
         match = registry.find(message)
         if match is None:
@@ -5105,7 +3944,7 @@ class Chat:
             return
         for rule in registry.rules_of(match.handler):
             _show(rule)
-        error = attempt(lambda: outbox(registry.handle(message)))
+        error = attempt(lambda: message.reply(registry.handle(message)))
         if error:
             self.failures += 1
             _show_error(error)
@@ -5113,58 +3952,28 @@ class Chat:
                 _show_error(failed)
 
 
-class ChatCommand(NamedTuple):
-    """What can be typed behind a slash. ``run`` gets what follows the name; if ``usage`` shows any, there must be."""
-
-    usage: str
-    purpose: str
-    run: Callable[[Chat, str], None]
-
-
-CHAT_COMMANDS: Mapping[str, ChatCommand] = MappingProxyType({command.usage.split()[0]: command for command in (
-    ChatCommand("/image URL", "send a picture", Chat.send_image),
-    ChatCommand("/event NAME [FIELD=VALUE ...]", "an event, and its fields", Chat.send_event),
-    ChatCommand("/raw PACKET", "any message, in JSON or XML on one line", Chat.send_raw),
-    ChatCommand("/as OPENID", "be another user", Chat.become),
-    ChatCommand("/help", "show this list", Chat.help),
-    ChatCommand("/quit", "end, as the end of input does", Chat.end))})
-
-
-def describe_chat() -> str:
-    """What can be typed, a line for each."""
-    rows = [("any line", "a text message; type its first slash twice")]
-    rows += [(command.usage, command.purpose) for command in CHAT_COMMANDS.values()]
-    return "\n".join(f"  {usage:<31}{purpose}" for usage, purpose in rows)
-
-
 def build_chat_parser() -> argparse.ArgumentParser:
     """The parser of the command ``chat``."""
     parser = argparse.ArgumentParser(
         prog="kfserver.py chat", allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Talk to your handlers without a network. They are loaded again when changed.",
-        epilog=f"what can be typed:\n{describe_chat()}\n\nLines from a pipe or a file can be a test: "
+        epilog=f"what can be typed:\n{CHAT_HELP}\n\nLines from a pipe or a file can be a test: "
                "then the exit status is 1\nif a handler failed or a line was not understood.")
     parser.add_argument("--handlers", metavar="FILE", default="", help=SETTING_FIELDS["handlers"].metadata["help"])
     return parser
 
 
 def chat(arguments: argparse.Namespace) -> int:
-    """Talk to the handlers until the input ends: 0 from a terminal, else as `_recite` says.
-
-    Raises `SettingsError` when the handlers cannot be loaded.
-    """
+    """Talk to the handlers until the input ends. 0 from a terminal; from a script, whose lines are printed behind their
+    user's name, 1 if anything in it failed. Raises `SettingsError` when the handlers cannot be loaded."""
     handlers = ReloadingHandlers(arguments.handlers or os.environ.get("KF_HANDLERS", ""))
-    if not sys.stdin.isatty():
-        return _recite(Chat(handlers), sys.stdin)
-    where = handlers.path or "nowhere: there is no handlers.py here"
-    print(f"{len(handlers.registry)} handlers from {where}; /help lists what can be typed", flush=True)
-    _converse(Chat(handlers))
-    return 0
-
-
-def _recite(talk: Chat, script: Iterable[str]) -> int:
-    """Take the lines of a script, each printed behind its user's name; 1 if anything in it failed, else 0."""
-    for line in filter(lambda line: line.strip(BLANKS), script):
+    talk = Chat(handlers)
+    if sys.stdin.isatty():
+        where = handlers.path or "nowhere: there is no handlers.py here"
+        print(f"{len(handlers.registry)} handlers from {where}; /help lists what can be typed", flush=True)
+        _converse(talk)
+        return 0
+    for line in filter(lambda line: line.strip(BLANKS), sys.stdin):
         text = line.rstrip("\r\n")
         print(f"{talk.user}: {text}", flush=True)
         talk.take(text)
@@ -5213,59 +4022,44 @@ def journal_command(arguments: argparse.Namespace) -> int:
     if not os.path.exists(arguments.journal):
         raise SettingsError(f"there is no journal {arguments.journal}")
     _refuse_foreign_file(arguments.journal)
+    # It never makes the file, and changes it only to put back.
+    address = f"file:{quote(os.path.abspath(arguments.journal))}?mode={'rw' if arguments.requeue else 'ro'}"
     try:
-        with contextlib.closing(_connect_journal(arguments.journal, arguments.requeue)) as db:
+        with contextlib.closing(sqlite3.connect(address, uri=True, timeout=LOCK_SECONDS, isolation_level=None)) as db:
             requeued = db.execute(_REQUEUE).rowcount if arguments.requeue else 0
             report = _report_journal(db, requeued, arguments.show)
     except sqlite3.Error as error:
         raise SettingsError(f"cannot use the journal {arguments.journal}: {error}") from error
-    _say(sys.stdout, json.dumps(report, indent=2) if arguments.json else _format_report(report, time.time()))
+    _say(sys.stdout, json.dumps(report, indent=2) if arguments.json else _format_report(report))
     return 0
-
-
-def _connect_journal(path: str, writing: bool) -> sqlite3.Connection:
-    """A connection that never makes the file, and changes it only for ``writing``."""
-    import sqlite3
-    address = f"file:{quote(os.path.abspath(path))}?mode={'rw' if writing else 'ro'}"
-    return sqlite3.connect(address, uri=True, timeout=LOCK_SECONDS, isolation_level=None)
 
 
 def _report_journal(db: sqlite3.Connection, requeued: int, show: bool) -> Report:
     """What the command tells, as JSON prints it."""
+    def tell(row: Row) -> Report:
+        told: Report = {"key": row.key, "received": row.received, "tries": row.tries, "error": row.error}
+        return {**told, "content": row.payload.decode("utf-8", "backslashreplace")} if show else told
     db.execute("BEGIN")  # one moment's view, though a server writes meanwhile
     counts = dict(db.execute("SELECT state, COUNT(*) FROM messages GROUP BY state"))
-    waiting = [_report_row(row, show) for row in read_rows(db, WAITING)]
+    waiting = [tell(row) for row in read_rows(db, WAITING)]
     return {"requeued": requeued, "waiting": len(waiting), "finished": counts.get(FINISHED, 0),
             "dead": counts.get(DEAD, 0), "oldest_waiting": waiting[0] if waiting else None,
             "waiting_messages": waiting if show else None,
-            "dead_messages": [_report_row(row, show) for row in read_rows(db, DEAD)]}
+            "dead_messages": [tell(row) for row in read_rows(db, DEAD)]}
 
 
-def _report_row(row: Row, show: bool) -> Report:
-    told: Report = {"key": row.key, "received": row.received, "tries": row.tries, "error": row.error}
-    return {**told, "content": row.payload.decode("utf-8", "backslashreplace")} if show else told
-
-
-def _format_report(report: Report, now: float) -> str:
-    """The report for people."""
+def _format_report(report: Report) -> str:
+    """The report for people; characters that could steer a terminal are written as escapes."""
+    def line(row: Report) -> str:
+        received = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(row["received"]))
+        error, content = row["error"] and f", {row['error']}", row.get("content", "")
+        return printable(f"{row['key']} received {received}{error}") + (content and f"\n    {printable(content)}")
     put_back = f"{report['requeued']} put back, to be handled when the server starts the next time"
     lines = [put_back] if report["requeued"] else []
     lines += [f"{name:<9}{report[name]:>7}" for name in ("waiting", "finished", "dead")]
     waiting = report["waiting_messages"] or [report["oldest_waiting"]]
-    lines += [f"waiting for {now - row['received']:.0f} s: {_format_row(row)}" for row in waiting if row]
-    lines += [f"dead: {_format_row(row)}" for row in report["dead_messages"]]
-    return "\n".join(lines)
-
-
-def _format_row(row: Report) -> str:
-    """One message; characters that could steer a terminal are written as escapes."""
-    error, content = row["error"] and f", {row['error']}", row.get("content", "")
-    first = printable(f"{row['key']} received {_format_time(row['received'])}{error}")
-    return first + (content and f"\n    {printable(content)}")
-
-
-def _format_time(seconds: float) -> str:
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
+    lines += [f"waiting for {time.time() - row['received']:.0f} s: {line(row)}" for row in waiting if row]
+    return "\n".join([*lines, *(f"dead: {line(row)}" for row in report["dead_messages"])])
 
 
 # ---- 21 Command line ------------------------------------------------------------------------------------------------
@@ -5293,26 +4087,17 @@ def read_settings(arguments: Mapping[str, Any], environment: Mapping[str, str]) 
     return Settings(**{name: read_setting(name, text) for name, text in given.items() if text is not None})
 
 
-class Command(NamedTuple):
-    """A command behind the program's name: its parser, and what runs it and gives the exit status."""
-
-    build_parser: Callable[[], argparse.ArgumentParser]
-    run: Callable[[argparse.Namespace], int]
-
-
-def find_command(arguments: Sequence[str]) -> Tuple[Command, Sequence[str]]:
+def find_command(arguments: Sequence[str]) -> Tuple[str, Sequence[str]]:
     """The command that the arguments begin with, and the rest of them; to serve, if they begin with none.
 
     Raises `SettingsError` for a word that is no command, and suggests a near one.
     """
-    commands = {"serve": Command(build_parser, serve), "push": Command(build_push_parser, push),
-                "chat": Command(build_chat_parser, chat), "journal": Command(build_journal_parser, journal_command)}
     if not arguments or arguments[0].startswith("-"):
-        return commands["serve"], arguments
-    if arguments[0] in commands:
-        return commands[arguments[0]], arguments[1:]
-    near = difflib.get_close_matches(arguments[0], commands, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(commands)}"
+        return "serve", arguments
+    if arguments[0] in COMMANDS:
+        return arguments[0], arguments[1:]
+    near = difflib.get_close_matches(arguments[0], COMMANDS, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}"
     raise SettingsError(f"no command {arguments[0]!r}: {hint}")
 
 
@@ -5364,17 +4149,34 @@ def serve(arguments: argparse.Namespace) -> int:
     handlers = ReloadingHandlers(settings.handlers)
     if arguments.check:
         check_parts(settings)
-        print("\n".join(describe_handlers(handlers)))
+        print("\n".join(handlers.describe()))
         return 0
-    signals = _catch_signals()
     server = KfServer(handlers.registry, settings).start()
-    # In one write: what handlers print must not come between.
-    print("\n".join([f"kfserver {__version__} listening on {server.url}", *describe_handlers(handlers),
-                     *_advice(settings, os.environ)]), flush=True)
-    if settings.reload:
-        watch_handlers(server, handlers, Alarm().later)
-    _wait_for_signal(signals)
-    return _shut_down(server)
+    signals = _signals_to_end()
+    with contextlib.suppress(KeyboardInterrupt):  # the first signal raises it here
+        for each in signals:
+            signal.signal(each, signal.default_int_handler)
+        # In one write: what handlers print must not come between.
+        print("\n".join([f"kfserver {__version__} listening on {server.url}", *handlers.describe(),
+                         *_advice(settings, os.environ)]), flush=True)
+        if settings.reload:
+            handlers.watch(server, Alarm().later)
+        while True:
+            time.sleep(1.0)  # not for ever: a signal in the moment before it is only noticed at its end
+    for each in signals:
+        signal.signal(each, lambda number, frame: os._exit(1))
+    log.info("shutting down: %g s for the messages that wait; a second signal ends at once", settings.grace)
+    undone = server.stop()
+    for key in undone:
+        log.warning("left undone: key=%s", key)
+    return 1 if undone else 0
+
+
+def _signals_to_end() -> List[int]:
+    hang_up = getattr(signal, "SIGHUP", None)  # of a terminal that closes; ignored under nohup
+    if hang_up is None or signal.getsignal(hang_up) is signal.SIG_IGN:
+        return [signal.SIGTERM, signal.SIGINT]
+    return [signal.SIGTERM, signal.SIGINT, hang_up]
 
 
 def check_parts(settings: Settings) -> None:
@@ -5383,14 +4185,6 @@ def check_parts(settings: Settings) -> None:
         connect_redis(settings.redis)
     if settings.tls_cert:
         make_tls_context(settings)
-
-
-def describe_handlers(handlers: ReloadingHandlers) -> List[str]:
-    """How many handlers there are, from where, and each, in lines."""
-    if not handlers.path:
-        return ["0 handlers: no handlers.py here; every message is answered and dropped"]
-    count = len(handlers.registry)
-    return [f"{count} handlers from {handlers.path}", *(f"  {rule}" for rule in handlers.registry.rules)]
 
 
 def _advice(settings: Settings, environment: Iterable[str]) -> Iterator[str]:
@@ -5405,40 +4199,6 @@ def _advice(settings: Settings, environment: Iterable[str]) -> Iterator[str]:
         yield "no --app-key is set: what handlers return is not sent to users"
 
 
-def _catch_signals() -> queue.SimpleQueue[int]:
-    """A queue that gets the first signal to end; a second one ends the process at once."""
-    # Of all that threads can wait for, only this queue may safely be told from inside a signal's handler.
-    signals: queue.SimpleQueue[int] = queue.SimpleQueue()
-    caught = [signal.SIGTERM, signal.SIGINT]
-    hang_up = getattr(signal, "SIGHUP", None)  # of a terminal that closes; ignored under nohup
-    if hang_up and signal.getsignal(hang_up) is not signal.SIG_IGN:
-        caught.append(hang_up)
-
-    def first(number: int, frame: object) -> None:
-        for each in caught:
-            signal.signal(each, lambda number, frame: os._exit(1))
-        signals.put(number)
-    for each in caught:
-        signal.signal(each, first)
-    return signals
-
-
-def _wait_for_signal(signals: queue.SimpleQueue[int]) -> None:
-    # Now and then awake: a signal in the moment before a wait is only noticed at its end.
-    while True:
-        with contextlib.suppress(queue.Empty):
-            signals.get(timeout=1.0)
-            return
-
-
-def _shut_down(server: KfServer) -> int:
-    log.info("shutting down: %g s for the messages that wait; a second signal ends at once", server.settings.grace)
-    undone = server.stop()
-    for key in undone:
-        log.warning("left undone: key=%s", key)
-    return 1 if undone else 0
-
-
 def _accept_any_character() -> None:
     """What the input's encoding does not know is read as U+FFFD, what the output's does not know is printed escaped."""
     for stream, errors in ((sys.stdin, "replace"), (sys.stdout, "backslashreplace"), (sys.stderr, "backslashreplace")):
@@ -5446,12 +4206,19 @@ def _accept_any_character() -> None:
             stream.reconfigure(errors=errors)
 
 
+# The parser of each command, and what runs it and gives the exit status.
+COMMANDS: Mapping[str, Tuple[Callable[[], argparse.ArgumentParser], Callable[[argparse.Namespace], int]]] = (
+    MappingProxyType({"serve": (build_parser, serve), "push": (build_push_parser, push),
+                      "chat": (build_chat_parser, chat), "journal": (build_journal_parser, journal_command)}))
+
+
 def main(arguments: Optional[Sequence[str]] = None) -> int:
     """The whole program, with the command line's arguments or others; the exit status."""
     _accept_any_character()
     try:
         command, rest = find_command(sys.argv[1:] if arguments is None else arguments)
-        return command.run(command.build_parser().parse_args(rest))
+        build, run = COMMANDS[command]
+        return run(build().parse_args(rest))
     except SettingsError as error:
         print(f"kfserver: {error}", file=sys.stderr)
         return 2
@@ -5466,3 +4233,4 @@ if __name__ == "__main__":
     # handlers.py imports this module by its name: without the alias it would get a second copy of every class.
     sys.modules["kfserver"] = sys.modules["__main__"]
     sys.exit(main())
+

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import pathlib
 import sys
-from typing import Any, Callable, Iterator, List, Optional
+from typing import Any, Iterator, List, Optional
 from urllib.parse import urlencode
 
 import pytest
@@ -22,7 +22,7 @@ from kfserver import (  # noqa: E402
     Request,
     Response,
     Settings,
-    Surroundings,
+    dedup_key,
     sign,
 )
 
@@ -51,19 +51,29 @@ class World:
         self.timer = 0.0  # seconds from anywhere
         made = Settings(**settings)
         self.claims = ClaimCache(made.dedup_size)
-        self.endpoint = Endpoint(made, Surroundings(
-            self.claims, self.submit, lambda: self.now, lambda: self.timer))
+        self.endpoint = Endpoint(made, self, lambda: self.now, lambda: self.timer)
 
-    def submit(self, message: Message, payload: bytes) -> Callable[[], None]:
-        """What the endpoint calls with a message: what is returned confirms that the message is safe."""
+    def take(self, message: Message) -> bool:
+        """What the endpoint calls with a message."""
+        message.key = dedup_key(message)
+        if not self.claims.claim(message.key):
+            return False
         if self.full:
+            self.claims.release(message.key)
             raise self.full
-        return lambda: self._confirm(message)
+        return True
 
-    def _confirm(self, message: Message) -> None:
-        if self.unsafe:
-            raise self.unsafe
-        self.submitted.append(message)
+    def deliver(self, taken: Any) -> None:
+        """What the endpoint calls with those that came together."""
+        for message, _ in taken:
+            if self.unsafe:
+                self.claims.release(message.key)
+                raise self.unsafe
+            self.claims.accept(message.key)
+            self.submitted.append(message)
+
+    def observe(self, *told: Any) -> None:
+        """What the endpoint calls with each answer."""
 
     def ask(self, request: Request) -> Response:
         """The endpoint's answer to any request."""

@@ -48,7 +48,7 @@ from kfserver import (  # noqa: E402  (the folder above is on the path by now)
     Request,
     Response,
     Settings,
-    Surroundings,
+    dedup_key,
     decode_aes_key,
     decorator_for,
     dedup_key,
@@ -564,8 +564,7 @@ class World:
     def __init__(self, settings: Settings) -> None:
         self._judge = Judge(settings)
         self._claims = ClaimCache(10 * BATCH)
-        self._endpoint = Endpoint(settings, Surroundings(
-            self._claims, self._submit, lambda: NOW, time.monotonic, observe=self._observe))
+        self._endpoint = Endpoint(settings, self, lambda: NOW, time.monotonic)
         self._taken: Set[str] = set()
         self._dice = Dice(0)
 
@@ -581,18 +580,35 @@ class World:
             self._check_once(response)
         return response
 
-    def _observe(self, response: Response, message: Optional[Message], seconds: float) -> None:
+    def observe(self, response: Response, message: Optional[Message], seconds: float) -> None:
         self._message = message
 
-    def _submit(self, message: Message, payload: bytes) -> Callable[[], None]:
-        self._judge.check_payload(self._case, payload)
-        check_message(message, payload)
-        self._fail_sometimes("the queue is full")
-        return lambda: self._confirm(message)
+    def take(self, message: Message) -> bool:
+        """What the endpoint calls with a message."""
+        message.key = dedup_key(message)
+        if not self._claims.claim(message.key):
+            return False
+        try:
+            self._fail_sometimes("the queue is full")
+        except Busy:
+            self._claims.release(message.key)
+            raise
+        return True
 
-    def _confirm(self, message: Message) -> None:
-        self._fail_sometimes("the journal cannot be written")
-        self._submitted.append(message)
+    def deliver(self, taken: Any) -> None:
+        """What the endpoint calls with those that came together."""
+        try:
+            for message, payload in taken:
+                self._judge.check_payload(self._case, payload)
+                check_message(message, payload)
+            self._fail_sometimes("the journal cannot be written")
+        except BaseException:
+            for message, _ in taken:
+                self._claims.release(message.key)
+            raise
+        for message, _ in taken:
+            self._claims.accept(message.key)
+            self._submitted.append(message)
 
     def _fail_sometimes(self, reason: str) -> None:
         if self._dice.often(0.05):
@@ -762,11 +778,11 @@ class Siege:
 
     def _let_time_run_out(self) -> None:
         """As if the longest time limit was over: whoever has none would stay for ever."""
-        wait_until(lambda: all(channel.deadline < float("inf") for channel in self._table._snapshot()))
+        wait_until(lambda: all(channel.deadline < float("inf") for channel in list(self._table)))
         wait_until(self._expire_all)
 
     def _expire_all(self) -> bool:
-        for channel in self._table._snapshot():
+        for channel in list(self._table):
             channel.deadline = 0.0
         self._http._next_reap = 0.0
         self._push()  # wakes the server

@@ -23,7 +23,7 @@ from kfserver import (
     Request,
     Response,
     Settings,
-    Surroundings,
+    dedup_key,
 )
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -169,19 +169,38 @@ class Shop:
         assert message.content != "bad"
 
 
+class Nowhere:
+    """An inbox whose messages go nowhere."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._claims = ClaimCache(settings.dedup_size)
+
+    def take(self, message: Message) -> bool:
+        """Claim it."""
+        message.key = dedup_key(message)
+        return self._claims.claim(message.key)
+
+    def deliver(self, taken: Any) -> None:
+        """Accept them."""
+        for message, _ in taken:
+            self._claims.accept(message.key)
+
+    def observe(self, *told: Any) -> None:
+        """Nothing."""
+
+
 class RecordingEndpoint(Endpoint):
     """The real endpoint, which keeps what it was asked, and answers while ``open`` is set. Its messages go nowhere."""
 
     def __init__(self, settings: Settings) -> None:
-        super().__init__(settings, Surroundings(
-            ClaimCache(settings.dedup_size), lambda message, payload: lambda: None, time.time, time.monotonic))
+        super().__init__(settings, Nowhere(settings), time.time, time.monotonic)
         self.requests: List[Request] = []
         self.open = threading.Event()
         self.open.set()
 
     def handle_all(self, requests: Sequence[Request]) -> List[Response]:
         """Keep the requests, and answer them as the real endpoint does."""
-        self.requests.extend(requests)
+        self.requests.extend(request for request in requests if not request.problem)
         assert self.open.wait(PATIENCE)
         return super().handle_all(requests)
 

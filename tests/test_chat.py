@@ -33,7 +33,6 @@ from kfserver import (
     SettingsError,
     build_chat_parser,
     chat,
-    watch_handlers,
 )
 
 HANDLERS = r"""
@@ -216,7 +215,7 @@ def lines(text: str) -> str:
     pytest.param(["", "  ", "\t"], "", id="blank lines"),
     pytest.param([], "", id="nothing"),
     pytest.param(["/quit", "hi"], "user: /quit\n", id="quit"),
-    pytest.param(["/help"], "user: /help\n" + kfserver.describe_chat() + "\n", id="help"),
+    pytest.param(["/help"], "user: /help\n" + kfserver.CHAT_HELP + "\n", id="help"),
 ])
 def test_chat_prints_what_is_said_who_takes_it_and_what_is_answered(
         script: List[str], transcript: str, recite: Recite) -> None:
@@ -352,7 +351,7 @@ def test_build_chat_parser_has_a_help_that_fits_a_screen_and_lists_every_command
     assert caught.value.code == 0
     assert len(printed) <= 24
     assert max(map(len, printed)) <= 80
-    assert set(re.findall(r"^  (/\w+)", "\n".join(printed), re.MULTILINE)) == set(kfserver.CHAT_COMMANDS)
+    assert set(re.findall(r"^  (/\w+)", "\n".join(printed), re.MULTILINE)) == {"/" + name for name in kfserver.CHAT_COMMANDS}
 
 
 def test_printed_replies_come_through_an_outbox(capsys: pytest.CaptureFixture[str]) -> None:
@@ -451,9 +450,9 @@ def test_reloading_handlers_poll_gives_a_changed_version_once(
     monkeypatch.setattr(sys, "dont_write_bytecode", not bytecode)
     save(answering("one"))
     handlers = ReloadingHandlers("")
-    assert (ask(handlers.registry), handlers.poll()) == ("one", None)
+    assert (ask(handlers.registry), handlers.poll()) == ("one", False)
     save(answering("two"))
-    assert (ask(handlers.poll()), ask(handlers.registry), handlers.poll()) == ("two", "two", None)
+    assert (ask(handlers.poll() and handlers.registry), ask(handlers.registry), handlers.poll()) == ("two", "two", False)
 
 
 def test_reloading_handlers_poll_gives_a_version_that_replaced_the_file_with_its_time_and_size(save: Save) -> None:
@@ -462,13 +461,13 @@ def test_reloading_handlers_poll_gives_a_version_that_replaced_the_file_with_its
     save(answering("two"), "new.py")
     os.utime("new.py", ns=(FIRST_SAVE, FIRST_SAVE))
     os.replace("new.py", path)
-    assert ask(handlers.poll()) == "two"
+    assert ask(handlers.poll() and handlers.registry) == "two"
 
 
 def test_reloading_handlers_poll_sees_what_was_saved_while_the_file_was_loaded(save: Save) -> None:
     save(f"import pathlib\npathlib.Path(__file__).write_text({answering('later')!r})\n" + answering("one"))
     handlers = ReloadingHandlers("")
-    assert (ask(handlers.registry), ask(handlers.poll())) == ("one", "later")
+    assert (ask(handlers.registry), ask(handlers.poll() and handlers.registry)) == ("one", "later")
 
 
 def test_reloading_handlers_poll_waits_for_a_file_that_was_removed(
@@ -476,16 +475,16 @@ def test_reloading_handlers_poll_waits_for_a_file_that_was_removed(
     path = save(answering("one"))
     handlers = ReloadingHandlers("")
     os.unlink(path)
-    assert (handlers.poll(), ask(handlers.registry), caplog.messages) == (None, "one", [])
+    assert (handlers.poll(), ask(handlers.registry), caplog.messages) == (False, "one", [])
     save(answering("two"))
-    assert ask(handlers.poll()) == "two"
+    assert ask(handlers.poll() and handlers.registry) == "two"
 
 
 def test_reloading_handlers_poll_finds_the_default_file_once_it_is_there(save: Save) -> None:
     handlers = ReloadingHandlers("")
-    assert (len(handlers.registry), handlers.poll()) == (0, None)
+    assert (len(handlers.registry), handlers.poll()) == (0, False)
     path = save(answering("one"))
-    assert (ask(handlers.poll()), handlers.path) == ("one", path)
+    assert (ask(handlers.poll() and handlers.registry), handlers.path) == ("one", path)
 
 
 def test_reloading_handlers_poll_finds_its_file_from_another_folder(
@@ -494,9 +493,9 @@ def test_reloading_handlers_poll_finds_its_file_from_another_folder(
     handlers = ReloadingHandlers("bot.py")
     (tmp_path / "other").mkdir()
     monkeypatch.chdir(tmp_path / "other")
-    assert handlers.poll() is None
+    assert not handlers.poll()
     save(answering("two"), path)
-    assert ask(handlers.poll()) == "two"
+    assert ask(handlers.poll() and handlers.registry) == "two"
 
 
 @pytest.mark.parametrize(("name", "wanted"), [("shop/bot.py", "shop.bot"), ("shop/__init__.py", "shop")])
@@ -507,9 +506,9 @@ def test_reloading_handlers_poll_loads_a_module_again(
     save("TEA = 'tea'\n", "library/shop/goods.py")
     save("from .goods import TEA\n" + answering("one"), f"library/{name}")
     handlers = ReloadingHandlers(wanted)
-    assert (ask(handlers.registry), handlers.poll()) == ("one", None)
+    assert (ask(handlers.registry), handlers.poll()) == ("one", False)
     save("from .goods import TEA\n" + answering("two"), f"library/{name}")
-    assert ask(handlers.poll()) == "two"
+    assert ask(handlers.poll() and handlers.registry) == "two"
 
 
 def test_reloading_handlers_poll_does_not_look_at_what_the_file_imports(save: Save) -> None:
@@ -517,7 +516,7 @@ def test_reloading_handlers_poll_does_not_look_at_what_the_file_imports(save: Sa
     path = save("import goods\n" + answering("one").replace("'one'", "goods.TEA"))
     handlers = ReloadingHandlers(path)
     save("TEA = 'black'\n", "goods.py")
-    assert (handlers.poll(), ask(handlers.registry)) == (None, "green")
+    assert (handlers.poll(), ask(handlers.registry)) == (False, "green")
 
 
 @pytest.mark.parametrize(("broken", "told", "traced"), [
@@ -537,7 +536,7 @@ def test_reloading_handlers_poll_tells_once_of_a_broken_version_and_keeps_the_on
     handlers = ReloadingHandlers(path)
     kept = sys.modules["handlers"]
     save(broken)
-    assert (handlers.poll(), ask(handlers.registry), handlers.poll()) == (None, "one", None)
+    assert (handlers.poll(), ask(handlers.registry), handlers.poll()) == (False, "one", False)
     printed = capsys.readouterr().err
     assert printed.count(f'File "{path}"') == int(traced)
     assert "kfserver.py" not in printed
@@ -546,7 +545,7 @@ def test_reloading_handlers_poll_tells_once_of_a_broken_version_and_keeps_the_on
     assert "; until then the handlers from before stay in service" in caplog.text
     assert not traced or sys.modules["handlers"] is kept
     save(answering("mended"))
-    assert ask(handlers.poll()) == "mended"
+    assert ask(handlers.poll() and handlers.registry) == "mended"
 
 
 def test_reloading_handlers_leave_no_module_behind_if_the_first_version_is_broken(save: Save) -> None:
@@ -580,7 +579,7 @@ def test_watch_handlers_puts_each_new_version_into_service(save: Save, caplog: p
     handlers = ReloadingHandlers("")
     server = KfServer(handlers.registry, local())
     due: List[Tuple[float, Callable[[], None]]] = []
-    watch_handlers(server, handlers, lambda seconds, job: due.append((seconds, job)))
+    handlers.watch(server, lambda seconds, job: due.append((seconds, job)))
     answers = []
     for text in ("", answering("one"), answering("two"), "1 / 0\n", answering("three")):
         if text:
@@ -600,7 +599,7 @@ def test_watch_handlers_puts_a_version_without_handlers_into_service_too(save: S
     handlers = ReloadingHandlers("")
     server = KfServer(handlers.registry, local())
     save("from kfserver import HandlerRegistry\nregistry = HandlerRegistry()\n")
-    watch_handlers(server, handlers, lambda seconds, job: None)
+    handlers.watch(server, lambda seconds, job: None)
     assert len(server.registry) == 0
     server.stop()
 

@@ -14,7 +14,9 @@ import pytest
 from support import PATIENCE, no_thread_left, wait_until
 
 import kfserver
-from kfserver import Busy, Dispatcher, Job, KfError, Message, Settings, Work
+from kfserver import Busy, Dispatcher, KfError, Message, Settings, attempt
+
+Job = Callable[[], None]
 
 
 def letter(key: str) -> Message:
@@ -38,12 +40,17 @@ class Office:
         self.settled: List[Tuple[str, Optional[BaseException]]] = []
         self.alarms: List[Tuple[float, Job]] = []
         self.flushed: List[int] = []  # how many messages were settled at each flush
-        self.dispatcher = Dispatcher(
-            settings or Settings(), Work(self._run, self._tried, self._settle, self._flush), self._later)
+        self._settings = settings or Settings()
+        self.dispatcher = Dispatcher(self._settings, self._handle, self._flush, self._later)
 
-    def _run(self, message: Message) -> None:
+    def _handle(self, message: Message, tries: int) -> Optional[float]:
         self.begun.append(message.key)
-        self._work(message)
+        error = attempt(self._work, message)
+        if error and tries + 1 < self._settings.tries and not isinstance(error, KfError):
+            self._tried(message, tries + 1)
+            return 4.0 ** tries
+        self._settle(message, error)
+        return None
 
     def _tried(self, message: Message, tries: int) -> None:
         self.tried.append((message.key, tries))
@@ -70,8 +77,7 @@ class Office:
     def hand_in(self, message: Message) -> None:
         """Hand in one message; raises `Busy` when there is no place for it."""
         self.dispatcher.reserve()
-        self.dispatcher.post(message)
-        self.dispatcher.wake()
+        self.dispatcher.post([message])
 
     def finish(self) -> None:
         """Ring every alarm, until all messages are settled."""
@@ -287,22 +293,10 @@ def test_dispatcher_loses_no_worker_to_an_error_in_the_work_itself(
 
 def test_dispatcher_restore_goes_on_counting_tries() -> None:
     office = Office(Failing(times=100), Settings(tries=4))
-    office.dispatcher.restore(letter("ann/1"), 2)
+    office.dispatcher.restore([(letter("ann/1"), 2)])
     office.finish()
     assert [seconds for seconds, _ in office.alarms] == [16.0]
     assert office.done == ["ann/1"]
-
-
-def test_dispatcher_logs_a_retry_by_key_and_never_by_what_was_written(caplog: pytest.LogCaptureFixture) -> None:
-    office = Office(Failing(times=1), Settings(tries=3))
-    message = Message({"FromUserName": "ann", "Content": "my secret"})
-    message.key = "ann/1"
-    office.hand_in(message)
-    office.finish()
-    assert [record.levelname for record in caplog.records] == ["WARNING"]
-    assert caplog.messages[0].startswith("handler failed: key=ann/1 try=1 of 3, ValueError")
-    assert caplog.messages[0].endswith("; again in 1 s")
-    assert "secret" not in caplog.text
 
 
 # ---- Flush
@@ -324,18 +318,6 @@ def test_dispatcher_flushes_before_a_handler_that_takes_long(workers: int) -> No
     wait_until(lambda: gate.inside == ["slow/1"] and 2 in office.flushed)
     gate.open()
     office.finish()
-
-
-def test_dispatcher_leaves_the_flush_to_the_worker_that_is_on_its_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    workers: List[Job] = []
-    monkeypatch.setattr(kfserver.ThreadCache, "run", lambda cache, job: workers.append(job))
-    office = Office()
-    office.submit("ann/1", "bob/1", "cid/1")
-    first, = workers
-    first()
-    assert (office.done, office.flushed) == (["ann/1", "bob/1", "cid/1"], [])
-    workers[1]()
-    assert office.flushed == [3]
 
 
 def test_dispatcher_goes_on_when_a_flush_fails(
@@ -391,9 +373,8 @@ def test_dispatcher_reserve_keeps_a_place() -> None:
     office.dispatcher.reserve()
     office.dispatcher.reserve()
     assert submit_fails(office, "eve/1")
-    office.dispatcher.cancel()
-    office.dispatcher.post(letter("ann/1"))
-    office.dispatcher.wake()
+    office.dispatcher.cancel(1)
+    office.dispatcher.post([letter("ann/1")])
     assert office.dispatcher.join(PATIENCE)
     office.submit("eve/2")
     office.finish()
@@ -404,7 +385,7 @@ def test_dispatcher_restore_takes_more_than_the_queue_holds() -> None:
     # What was accepted before a restart cannot be refused after it.
     office = Office(settings=Settings(workers=1, queue_size=1))
     for number in range(20):
-        office.dispatcher.restore(letter(f"ann/{number}"), 0)
+        office.dispatcher.restore([(letter(f"ann/{number}"), 0)])
     office.finish()
     assert office.done == [f"ann/{number}" for number in range(20)]
 

@@ -18,15 +18,15 @@ from kfserver import (
     MAX_DEPTH,
     MAX_HANDSHAKE,
     Busy,
-    ClaimCache,
     Endpoint,
     Envelope,
+    HandlerRegistry,
+    KfServer,
     MalformedPush,
     Message,
-    PushTooLarge,
+    PushError,
     Request,
     Settings,
-    Surroundings,
     decode_aes_key,
     dedup_key,
     make_cipher,
@@ -257,10 +257,8 @@ def test_handle_gives_the_message_its_key(world: World) -> None:
 
 
 def test_handle_asks_the_given_dedup_key() -> None:
-    submit = World().submit
-    endpoint = Endpoint(Settings(), Surroundings(
-        ClaimCache(9), submit, float, float, lambda message: message.from_user_name))
-    assert [endpoint.handle(post(push(number=number))).outcome for number in (1, 2)] == ["accepted", "repeat"]
+    server = KfServer(HandlerRegistry(), dedup_key=lambda message: message.from_user_name)
+    assert [server.endpoint.handle(post(push(number=number))).outcome for number in (1, 2)] == ["accepted", "repeat"]
 
 
 # ---- Queue full, or shutting down
@@ -281,8 +279,7 @@ def test_handle_answers_503_and_leaves_no_claim_so_that_a_retry_is_accepted(
 @pytest.mark.parametrize("when", ["full", "unsafe"])
 def test_handle_leaves_no_claim_when_a_bug_stops_it(world: World, when: str) -> None:
     setattr(world, when, ZeroDivisionError())
-    with pytest.raises(ZeroDivisionError):
-        world.push(BODY)
+    assert world.push(BODY).status == 503
     assert len(world.claims) == 0
 
 
@@ -304,14 +301,11 @@ def test_handle_all_runs_a_message_once_that_comes_twice(world: World) -> None:
 
 
 def test_handle_all_hands_everything_over_before_it_waits_for_any() -> None:
-    steps: List[str] = []
-
-    def submit(message: Message, payload: bytes) -> Callable[[], None]:
-        steps.append("submit")
-        return lambda: steps.append("confirm")
-    endpoint = Endpoint(Settings(), Surroundings(ClaimCache(9), submit, float, float))
-    endpoint.handle_all([post(push(number=number)) for number in (1, 2, 3)])
-    assert steps == ["submit"] * 3 + ["confirm"] * 3
+    world, counts = World(), []
+    deliver = world.deliver
+    world.deliver = lambda taken: (counts.append(len(taken)), deliver(taken))  # type: ignore
+    world.endpoint.handle_all([post(push(number=number)) for number in (1, 2, 3)])
+    assert counts == [3]
 
 
 def test_handle_all_of_nothing_is_nothing(world: World) -> None:
@@ -319,13 +313,9 @@ def test_handle_all_of_nothing_is_nothing(world: World) -> None:
 
 
 def test_handle_hands_over_the_bytes_of_the_message_decrypted() -> None:
-    payloads: List[bytes] = []
-
-    def submit(message: Message, payload: bytes) -> Callable[[], None]:
-        payloads.append(payload)
-        return lambda: None
-    endpoint = Endpoint(Settings(**SAFE), Surroundings(ClaimCache(9), submit, float, float))
-    assert endpoint.handle(sealed(seal())).status == 200
+    world, payloads = World(**SAFE), []
+    world.deliver = lambda taken: payloads.extend(payload for _, payload in taken)  # type: ignore
+    assert world.ask(sealed(seal())).status == 200
     assert payloads == [BODY]
 
 
@@ -556,8 +546,7 @@ def test_handle_logs_one_line_a_push(lines: Lines, row: Row) -> None:
 
 def test_handle_logs_type_key_outcome_and_milliseconds(lines: Lines) -> None:
     times = iter([1.0, 1.0125])
-    endpoint = Endpoint(Settings(), Surroundings(
-        ClaimCache(9), lambda message, payload: lambda: None, float, lambda: next(times)))
+    endpoint = Endpoint(Settings(), World(), float, lambda: next(times))
     endpoint.handle(post())
     assert lines(logging.INFO) == ["push type=text key=app/user/text/1 outcome=accepted ms=12.50"]
 
@@ -674,8 +663,8 @@ def test_handle_advises_nothing_where_only_the_sender_can_help(lines: Lines, wor
 
 @pytest.mark.parametrize("error, status, body", [
     (MalformedPush("malformed header line"), 400, b"malformed header line\n"),
-    (PushTooLarge("more than 5 bytes"), 413, b"more than 5 bytes\n")], ids=["malformed", "too large"])
+    (PushError("more than 5 bytes", "", 413), 413, b"more than 5 bytes\n")], ids=["malformed", "too large"])
 def test_refuse_unread_answers_what_was_no_request(
         lines: Lines, world: World, error: Any, status: int, body: bytes) -> None:
-    assert world.endpoint.refuse_unread(error)[:2] == (status, body)
+    assert world.ask(Request("", "", problem=error))[:2] == (status, body)
     assert lines(logging.INFO) == [f"push type=- key=- outcome=refused {status}: {error} ms=0.00"]

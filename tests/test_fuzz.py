@@ -45,7 +45,7 @@ def test_run_cases_notices_a_bug(owner: Any, name: str, bug: Any, monkeypatch: p
 
 
 def test_run_shots_notices_a_traceback_in_the_log(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kfserver, "_body_length", lambda found, minor: int(found.get(b"content-length", [b"0"])[0]))
+    monkeypatch.setattr(kfserver, "_body_length", lambda lengths, codings, minor: int((lengths or [b"0"])[0]))
     with contextlib.closing(LawfulLog()) as log, pytest.raises(Broken, match="--seed 7, shots 0 to 49"):
         run_shots(log, 7, 50)
 

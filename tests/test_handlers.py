@@ -99,7 +99,7 @@ def test_find_names_the_handler_and_what_its_groups_caught() -> None:
         """Never run: it is only looked for."""
     match = registry.find(text("order 12"))
     assert match is not None
-    assert (match.handler, match.arguments, match.name) == (order, ("12",), "order")
+    assert (match.handler, match.arguments, match.handler.__name__) == (order, ("12",), "order")
 
 
 def test_find_gives_none_for_what_nobody_takes() -> None:
@@ -226,7 +226,7 @@ MISTAKES: Dict[str, Tuple[Tuple[Any, ...], Any, str]] = {
     "an asynchronous object": (("text",), AsyncCallable(), "without async"),
     "a pattern for images": (("image", "cat"), GOOD, "@registry.on('image')"),
     "a pattern for the rest": (("*", "cat"), GOOD, "@registry.on('*')"),
-    "a list as pattern": (("text", ["a", "b"]), GOOD, '@registry.on(\'text\', "menu")'),
+    "a list as pattern": (("text", ["a", "b"]), GOOD, '@registry.on("text", "menu")'),
     "an expression over bytes": (("text", re.compile(b"a")), GOOD, "re.compile("),
 }
 
@@ -343,7 +343,7 @@ shop = importlib.import_module("handlers").registry
 def test_shop_has_a_handler_for_every_message(message: Message, name: str, arguments: Tuple[str, ...]) -> None:
     match = shop.find(message)
     assert match is not None
-    assert (match.name, match.arguments) == (name, arguments)
+    assert (match.handler.__name__, match.arguments) == (name, arguments)
 
 
 @pytest.mark.parametrize("message, printed", [

@@ -21,7 +21,7 @@ import pytest
 from support import PATIENCE, Client, Receiver, no_thread_left, post, push, receiver, wait_until
 
 import kfserver
-from kfserver import BODY, HEAD, IDLE, Channel, ConnectionTable, PushServer, Request, Response, parse_framing
+from kfserver import BODY, HEAD, IDLE, Connection, PushServer, Request, Response, parse_framing
 
 GET = b"GET / HTTP/1.1\r\nHost: kf\r\n\r\n"
 # What a smuggler hides behind a request that two readers understand differently.
@@ -230,16 +230,15 @@ def test_wire_refuses_before_the_body_is_sent(kf: Receiver, lines: List[str], st
 
 def put_off(monkeypatch: pytest.MonkeyPatch, beginning: bytes) -> None:
     """What begins so is not taken by the client at once, as if it had not read for a while."""
-    send = Channel.send
+    send = Connection._send
+    put_off_once: List[bytes] = []
 
-    def send_later(handler: Channel, data: bytes) -> None:
-        if not data.startswith(beginning) or handler.unsent:
-            send(handler, data)
-            return
-        monkeypatch.setattr(Channel, "send", send)
-        handler.unsent = data
-        handler.server.watcher.watch(handler)
-    monkeypatch.setattr(Channel, "send", send_later)
+    def send_later(handler: Connection) -> None:
+        if handler._unsent.startswith(beginning) and not put_off_once:
+            put_off_once.append(beginning)
+            raise BlockingIOError
+        send(handler)
+    monkeypatch.setattr(Connection, "_send", send_later)
 
 
 def test_push_handler_says_continue_once_though_the_client_takes_it_late(
@@ -287,7 +286,7 @@ def test_push_handler_refuses_a_head_before_it_is_complete(kf: Receiver, pieces:
     client = kf.connect()
     for piece in pieces[:-1]:
         client.send(piece)
-        wait_until(lambda: [each.phase for each in kf.server.connections._snapshot()] == [HEAD])
+        wait_until(lambda: [each.phase for each in list(kf.server.connections)] == [HEAD])
     client.send(pieces[-1])
     assert client.read_answer().status == 400
     assert client.at_end()
@@ -530,7 +529,8 @@ class ImpatientServer(PushServer):
 
     def service_actions(self) -> None:
         """Send away who is too slow."""
-        self.connections.reap()
+        self._next_reap = 0.0
+        super().service_actions()
 
 
 def limit_only(monkeypatch: pytest.MonkeyPatch, limited: str) -> None:
@@ -619,7 +619,7 @@ def test_push_server_measures_time_from_the_first_byte(kf: Receiver, pieces: Lis
     # Measured from the last byte, a byte every few seconds would hold a connection for ever.
     client = kf.connect()
     wait_until(lambda: len(kf.server.connections) == 1)
-    connection = next(iter(kf.server.connections._open))
+    connection = next(iter(kf.server.connections))
     silent, before = connection.deadline, time.monotonic()
     client.send(pieces[0])
     wait_until(lambda: connection.deadline != silent)
@@ -629,139 +629,6 @@ def test_push_server_measures_time_from_the_first_byte(kf: Receiver, pieces: Lis
         client.send(piece)
     kf.connect().ask(GET)  # when this is answered, the pieces have been read
     assert connection.deadline == begun
-
-
-# ---- ConnectionTable
-
-
-class Guest:
-    """What a table knows of a connection. It leaves as soon as it is sent away, unless it is ``slow`` to."""
-
-    def __init__(self, table: ConnectionTable, slow: bool = False) -> None:
-        self.deadline = float("inf")
-        self.idle = False
-        self.sent_away = False
-        self.request_has_come = False
-        self._table: Any = table
-        self._slow = slow
-
-    def last_look(self) -> None:
-        """See whether the request is complete after all."""
-        if self.request_has_come:
-            self._table.proceed(self)
-
-    def abort(self) -> None:
-        """Be sent away."""
-        self.sent_away = True
-        if not self._slow:
-            self._table.leave(self)
-
-
-def seat(table: ConnectionTable, count: int = 1, slow: bool = False) -> List[Any]:
-    """Let so many guests in, one after the other, for each of whom room can be made."""
-    guests: List[Any] = [Guest(table, slow) for _ in range(count)]
-    for guest in guests:
-        assert table.make_room()
-        table.admit(guest)
-    return guests
-
-
-def sent_away(guests: List[Any]) -> List[int]:
-    """The numbers of those who were sent away."""
-    return [number for number, guest in enumerate(guests) if guest.sent_away]
-
-
-def test_connection_table_has_room_up_to_its_limit() -> None:
-    table = ConnectionTable(3)
-    guests = seat(table, 3)
-    assert (len(table), sent_away(guests)) == (3, [])
-
-
-def test_connection_table_make_room_sends_away_who_waited_longest() -> None:
-    table = ConnectionTable(3)
-    guests = seat(table, 5)
-    assert (len(table), sent_away(guests)) == (3, [0, 1])
-
-
-def test_connection_table_make_room_spares_whose_request_is_complete() -> None:
-    table = ConnectionTable(3)
-    guests = seat(table, 3)
-    table.proceed(guests[0])
-    guests[1].request_has_come = True  # and nobody has looked yet
-    guests += seat(table)
-    assert sent_away(guests) == [2]
-
-
-def test_connection_table_make_room_cannot_when_all_requests_are_complete() -> None:
-    table = ConnectionTable(2)
-    guests = seat(table, 2)
-    for guest in guests:
-        table.proceed(guest)
-    assert not table.make_room()
-    assert sent_away(guests) == []
-
-
-def test_connection_table_make_room_counts_who_has_not_yet_left() -> None:
-    table = ConnectionTable(1)
-    guest = seat(table, slow=True)[0]
-    assert not table.make_room()
-    assert guest.sent_away
-    table.leave(guest)
-    assert table.make_room()
-
-
-def test_connection_table_wait_puts_a_connection_at_the_end_of_the_row() -> None:
-    table = ConnectionTable(2)
-    guests = seat(table, 2)
-    table.proceed(guests[0])
-    table.wait(guests[0])
-    guests += seat(table)
-    assert sent_away(guests) == [1]
-
-
-def test_connection_table_make_way_sends_away_who_waited_longest() -> None:
-    table = ConnectionTable(10)
-    guests = seat(table, 3)
-    table.proceed(guests[0])
-    assert table.make_way()
-    assert sent_away(guests) == [1]
-
-
-def test_connection_table_make_way_tells_that_nobody_can_be_sent_away() -> None:
-    table = ConnectionTable(10)
-    guests = seat(table, 1)
-    table.proceed(guests[0])
-    assert not table.make_way()
-    assert sent_away(guests) == []
-
-
-def test_connection_table_reap_sends_away_whose_time_is_up() -> None:
-    table = ConnectionTable(10)
-    guests = seat(table, 4)
-    guests[1].deadline = guests[3].deadline = time.monotonic() - 1.0
-    guests[2].deadline = time.monotonic() + 60.0
-    table.reap()
-    assert (len(table), sent_away(guests)) == (2, [1, 3])
-
-
-def test_connection_table_leave_forgets_a_connection() -> None:
-    table = ConnectionTable(10)
-    guests = seat(table, 2)
-    table.leave(guests[0])
-    table.leave(guests[0])
-    assert len(table) == 1
-    assert table.make_way()
-    assert sent_away(guests) == [1]
-
-
-def test_connection_table_dismisses_who_is_between_two_requests() -> None:
-    table = ConnectionTable(10)
-    guests = seat(table, 4)
-    guests[0].idle = guests[3].idle = True
-    table.dismiss_idle()
-    assert sent_away(guests) == [0, 3]
-    table.dismiss_all()
-    assert sent_away(guests) == [0, 1, 2, 3]
 
 
 # ---- PushServer
@@ -840,7 +707,7 @@ def test_push_server_out_of_descriptors_pauses_and_goes_on(kf: Receiver) -> None
     def nobody_can_go() -> bool:
         moments.append(time.monotonic())
         return False
-    kf.server.connections.make_way = nobody_can_go  # type: ignore[method-assign]
+    kf.server._make_way = nobody_can_go  # type: ignore[method-assign]
     with unconnected() as client:
         with no_descriptor_free():
             client.connect(("127.0.0.1", kf.server.server_port))

@@ -23,10 +23,8 @@ from kfserver import (
     JOURNAL_VERSION,
     Alarm,
     HandlerRegistry,
-    Job,
     Journal,
     JournalError,
-    JournalFile,
     KfServer,
     Message,
     Request,
@@ -134,7 +132,7 @@ def leave(path: str, *bodies: bytes) -> Journal:
     """An open journal with messages that were acknowledged and not handled, as a killed process leaves them."""
     journal = Journal(Settings(journal=path, dedup_size=100), Alarm().later)
     for body in bodies:
-        journal.add(dedup_key(parse(body)), body, lambda: None)()
+        journal.add([(dedup_key(parse(body)), body)])
     return journal
 
 
@@ -289,43 +287,38 @@ def test_kf_server_writes_down_a_failed_try_that_another_will_follow(
 
 def test_kf_server_starts_though_a_message_that_was_left_cannot_be_read(start: Start, shop: Shop, path: str) -> None:
     left = leave(path)
-    left.add("app/user/text/1", b"?", lambda: None)()
-    left.add("app/user/text/2", push(number=2, content="good"), lambda: None)()
+    left.add([("app/user/text/1", b"?")])
+    left.add([("app/user/text/2", push(number=2, content="good"))])
     left.close()
     assert start(shop.registry).join(PATIENCE)
     assert shop.served == ["good"]
     assert states(path) == {"1": DEAD, "2": FINISHED}
 
 
-def test_journal_answers_everyone_for_an_error_that_nobody_foresaw(
-        path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    posted: List[str] = []
+def test_journal_recovers_from_an_error_that_nobody_foresaw(path: str) -> None:
     with contextlib.closing(Journal(Settings(journal=path), Alarm().later)) as journal:
-        one = journal.add("a/1", b"", lambda: posted.append("a/1"))
-        half = journal.add("\ud83d", b"", lambda: posted.append("half"))
-        for confirm in (one, half):
-            with pytest.raises(JournalError):
-                confirm()
-        journal.add("a/2", b"", lambda: posted.append("a/2"))()
+        with pytest.raises(JournalError):
+            journal.add([("a/1", b""), ("\ud83d", b"")])
+        journal.add([("a/2", b"")])
         assert journal.healthy
-    assert (posted, [row.key for row in stored(path)]) == (["a/2"], ["a/2"])
+    assert [row.key for row in stored(path)] == ["a/2"]
 
 
 def test_journal_keeps_a_mark_that_was_to_share_a_commit_with_what_cannot_be_stored(path: str) -> None:
     with contextlib.closing(Journal(Settings(journal=path), lambda seconds, job: None)) as journal:
-        journal.add("a/1", b"", lambda: None)()
+        journal.add([("a/1", b"")])
         journal.finish("a/1")
         with pytest.raises(JournalError):
-            journal.add("\ud83d", b"", lambda: None)()
+            journal.add([("\ud83d", b"")])
     assert stored(path)[0].state == FINISHED
 
 
 def test_journal_looks_again_though_nothing_comes(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    due: List[Job] = []
+    due: List[Callable[[], None]] = []
     with contextlib.closing(Journal(Settings(journal=path), lambda seconds, job: due.append(job))) as journal:
-        journal.add("a/1", b"", lambda: None)()
+        journal.add([("a/1", b"")])
         with monkeypatch.context() as broken:
-            broken.setattr(JournalFile, "change", fail_to_write)
+            broken.setattr(Journal, "_commit", fail_to_write)
             journal.finish("a/1")
             journal.flush()
             due.pop()()
@@ -335,7 +328,7 @@ def test_journal_looks_again_though_nothing_comes(path: str, monkeypatch: pytest
         assert stored(path)[0].state == FINISHED
 
 
-def fail_to_write(file: JournalFile, changes: object) -> None:
+def fail_to_write(file: Journal, changes: object) -> None:
     """What a full disk does."""
     raise OSError("no space left on device")
 
@@ -374,38 +367,6 @@ def test_kf_server_writes_pushes_that_come_together_in_one_commit(
     assert heard.count("COMMIT") == 1
 
 
-def test_journal_add_shares_the_next_commit_with_all_who_come_during_one(path: str, connections: Connections) -> None:
-    with contextlib.closing(Journal(Settings(journal=path, dedup_size=100), Alarm().later)) as journal:
-        heard = connections.listen(path)
-        begun, released = threading.Event(), threading.Event()
-
-        def hold() -> None:
-            begun.set()
-            assert released.wait(PATIENCE)
-        threads = [threading.Thread(target=journal.add("first", b"", hold))]
-        threads[0].start()
-        assert begun.wait(PATIENCE)
-        threads += [threading.Thread(target=journal.add(str(number), b"", lambda: None)) for number in range(8)]
-        for thread in threads[1:]:
-            thread.start()
-        released.set()
-        for thread in threads:
-            thread.join(PATIENCE)
-        assert heard.count("COMMIT") == 2
-        assert len(journal.waiting()) == 9
-
-
-def test_journal_add_calls_then_in_the_order_of_the_journal(path: str) -> None:
-    with contextlib.closing(Journal(Settings(journal=path, dedup_size=100), Alarm().later)) as journal:
-        called: List[int] = []
-        confirms = [journal.add(str(number), b"", functools.partial(called.append, number)) for number in range(5)]
-        assert called == []  # nothing is safe yet
-        for confirm in reversed(confirms):
-            confirm()
-        assert called == [0, 1, 2, 3, 4]
-        assert [row.key for row in journal.waiting()] == ["0", "1", "2", "3", "4"]
-
-
 @pytest.mark.parametrize(("sync", "level"), [("normal", 1), ("full", 2)])
 def test_settings_journal_sync_is_the_databases_own(
         start: Start, shop: Shop, path: str, connections: Connections, sync: str, level: int) -> None:
@@ -415,11 +376,11 @@ def test_settings_journal_sync_is_the_databases_own(
 
 
 @pytest.mark.parametrize("write", [
-    Journal.flush, lambda journal: journal.add("a/2", b"", lambda: None)(), lambda journal: journal.tried("a/1", 1)],
+    Journal.flush, lambda journal: journal.add([("a/2", b"")]), lambda journal: journal.tried("a/1", 1)],
     ids=["flush", "another message", "a try"])
 def test_journal_finish_is_written_by(path: str, write: Callable[[Journal], None]) -> None:
     with contextlib.closing(Journal(Settings(journal=path), Alarm().later)) as journal:
-        journal.add("a/1", b"", lambda: None)()
+        journal.add([("a/1", b"")])
         journal.finish("a/1")
         assert stored(path)[0].state == WAITING
         write(journal)
@@ -428,19 +389,19 @@ def test_journal_finish_is_written_by(path: str, write: Callable[[Journal], None
 
 def test_journal_finish_is_written_at_the_end(path: str) -> None:
     with contextlib.closing(Journal(Settings(journal=path), Alarm().later)) as journal:
-        journal.add("a/1", b"", lambda: None)()
+        journal.add([("a/1", b"")])
         journal.finish("a/1")
     assert stored(path)[0].state == FINISHED
 
 
 def test_journal_flush_leaves_a_broken_file_to_the_next_look(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    due: List[Job] = []
+    due: List[Callable[[], None]] = []
     tried: List[object] = []
     with contextlib.closing(Journal(Settings(journal=path), lambda seconds, job: due.append(job))) as journal:
-        journal.add("a/1", b"", lambda: None)()
+        journal.add([("a/1", b"")])
         journal.finish("a/1")
         with monkeypatch.context() as broken:
-            broken.setattr(JournalFile, "change", lambda file, changes: fail_to_write(file, tried.append(changes)))
+            broken.setattr(Journal, "_commit", lambda file, changes: fail_to_write(file, tried.append(changes)))
             journal.flush()
             journal.flush()
         assert (journal.healthy, len(tried)) == (False, 1)
@@ -456,7 +417,7 @@ def test_journal_remembers_as_many_finished_messages_as_it_shall(
     monkeypatch.setattr(kfserver, "TRIM_EVERY", 5)
     with contextlib.closing(Journal(Settings(journal=path, dedup_size=3), Alarm().later)) as journal:
         for key in ["dead", "waiting", *map(str, range(20))]:
-            journal.add(key, b"", lambda: None)()
+            journal.add([(key, b"")])
         journal.fail("dead", "ValueError")
         for number in range(20):
             journal.finish(str(number))
@@ -471,7 +432,7 @@ def test_journal_stops_growing(path: str, monkeypatch: pytest.MonkeyPatch) -> No
     sizes: List[int] = []
     with contextlib.closing(Journal(Settings(journal=path, dedup_size=20), Alarm().later)) as journal:
         for number in range(2000):
-            journal.add(str(number), b"x" * 1000, lambda: None)()
+            journal.add([(str(number), b"x" * 1000)])
             journal.finish(str(number))
             sizes.append(sum(file.stat().st_size for file in pathlib.Path(path).parent.iterdir()))
     assert max(sizes[1000:]) <= max(sizes[:1000])

@@ -44,7 +44,7 @@ def server_at_work(path: str) -> Iterator[Journal]:
     with contextlib.closing(Journal(settings, Alarm().later, lambda: RECEIVED)) as journal:
         for number, content in enumerate(["done", "a secret", "another secret", "a secret of the dead"], 1):
             body = push("user", number, content)
-            journal.add(dedup_key(parse(body)), body, lambda: None)()
+            journal.add([(dedup_key(parse(body)), body)])
         journal.finish("app/user/text/1")
         journal.tried("app/user/text/3", 1)
         journal.fail("app/user/text/4", "ValueError at handlers.py:7")
@@ -135,7 +135,7 @@ def test_journal_command_shows_what_users_wrote_to_who_asks(journal: str, capsys
 def test_journal_command_shows_safely(
         path: str, payload: bytes, shown: str, capsys: pytest.CaptureFixture[str]) -> None:
     with contextlib.closing(Journal(Settings(journal=path, dedup_size=100), Alarm().later)) as journal:
-        journal.add("key", payload, lambda: None)()
+        journal.add([("key", payload)])
     assert tell(capsys, "--show", path).splitlines()[-1] == "    " + shown
 
 
@@ -244,7 +244,7 @@ def test_program_journal(path: str, name: str) -> None:
 
 def test_program_journal_shows_what_the_terminal_cannot(path: str) -> None:
     with contextlib.closing(Journal(Settings(journal=path, dedup_size=100), Alarm().later)) as journal:
-        journal.add("key", "谢谢".encode(), lambda: None)()
+        journal.add([("key", "谢谢".encode())])
     result = run("--show", path, PYTHONIOENCODING="ascii")
     assert (result.returncode, result.stderr) == (0, b"")
     assert result.stdout.splitlines()[-1] == rb"    \u8c22\u8c22"

@@ -6,6 +6,7 @@ tries: the seconds are noted. The clock stands where the test sets it.
 
 from __future__ import annotations
 
+import json
 import logging
 import pathlib
 import re
@@ -470,10 +471,12 @@ def test_send_api_refuses_an_answer_that_is_no_object(
 
 
 def test_http_client_gives_status_and_json(platform: SendApiServer) -> None:
-    client = HttpClient(platform.base)
+    client = HttpClient(platform.base, PATIENCE)
     platform.send_troubles.append(says({"errno": 1}, 418))
     form = "user_type=2&open_id=user&msg_type=text&content=hello&pic_url="
-    assert client.exchange("POST", SEND_PATH + "?access_token=x", form) == (418, {"errno": 1})
+    kind = "application/x-www-form-urlencoded"
+    status, body = client.exchange("POST", SEND_PATH + "?access_token=x", form.encode(), kind)
+    assert (status, json.loads(body)) == (418, {"errno": 1})
     client.close()
 
 

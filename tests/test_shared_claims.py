@@ -126,7 +126,7 @@ class Instance:
 
     def __init__(self, url: str) -> None:
         self.clockwork = Clockwork()
-        self.claims = SharedClaims(url, ClaimCache(100), self.clockwork.later, lambda: self.clockwork.now)
+        self.claims = SharedClaims(url, ClaimCache(100), lambda: self.clockwork.now)
 
 
 @pytest.fixture
@@ -163,10 +163,11 @@ def test_shared_claims_claim_raises_busy_while_the_first_may_yet_be_refused(one:
 
 
 @needs_package
-def test_shared_claims_claim_lives_for_a_minute(one: Instance, store: Any) -> None:
+def test_shared_claims_claim_lives_for_a_minute_and_a_day_when_accepted(one: Instance, store: Any) -> None:
     one.claims.claim(KEY)
-    one.claims.accept(KEY)
     assert store.pttl(NAME) in MINUTE
+    one.claims.accept(KEY)
+    assert store.pttl(NAME) in DAY
 
 
 @needs_package
@@ -202,78 +203,6 @@ def test_shared_claims_release_leaves_alone_what_is_anothers_by_now(one: Instanc
     assert store.pttl(NAME) in MINUTE
 
 
-# ---- Renewal
-
-
-@needs_package
-def test_shared_claims_are_renewed_in_time_while_in_hand(one: Instance, store: Any) -> None:
-    one.claims.claim(KEY)
-    one.claims.accept(KEY)
-    for _ in range(3):
-        store.pexpire(NAME, 10_000)
-        assert one.clockwork.run_next() < 60
-        assert store.pttl(NAME) in MINUTE
-
-
-@needs_package
-@pytest.mark.parametrize(("end", "left"), [
-    pytest.param(SharedClaims.finish, DAY, id="finished"),
-    pytest.param(SharedClaims.release, [-2], id="released"),  # -2: there is no such key
-])
-def test_shared_claims_are_not_renewed_when_out_of_hand(
-        one: Instance, store: Any, end: Callable[[SharedClaims, str], None], left: Sequence[int]) -> None:
-    one.claims.claim(KEY)
-    one.claims.accept(KEY)
-    end(one.claims, KEY)
-    one.clockwork.run_next()
-    assert store.pttl(NAME) in left
-    assert one.clockwork.jobs == []  # nothing is in hand, and nothing to be done
-
-
-@needs_package
-def test_shared_claims_are_set_again_by_the_renewal_when_redis_forgot_them(
-        one: Instance, other: Instance, store: Any) -> None:
-    one.claims.claim(KEY)
-    one.claims.accept(KEY)
-    store.flushall()  # as a Redis that was started anew
-    one.clockwork.run_next()
-    assert store.pttl(NAME) in MINUTE
-    assert not other.claims.claim(KEY)
-
-
-@needs_package
-def test_shared_claims_renewal_leaves_alone_what_another_finished(one: Instance, other: Instance, store: Any) -> None:
-    one.claims.claim(KEY)
-    store.delete(NAME)
-    other.claims.claim(KEY)
-    other.claims.finish(KEY)
-    one.clockwork.run_next()
-    assert store.pttl(NAME) in DAY
-
-
-@needs_package
-def test_shared_claims_restore_claims_again_and_renews(one: Instance, other: Instance, store: Any) -> None:
-    one.claims.restore(KEY)
-    assert store.pttl(NAME) in MINUTE
-    assert not other.claims.claim(KEY)
-    store.pexpire(NAME, 10_000)
-    one.clockwork.run_next()
-    assert store.pttl(NAME) in MINUTE
-    one.claims.release(KEY)
-    assert store.exists(NAME) == 0
-
-
-def test_shared_claims_renew_nothing_that_was_let_go_meanwhile(one: Instance, store: Any) -> None:
-    assert one.claims.claim(KEY)
-    one.claims.release(KEY)
-    one.claims._renew_all([KEY])
-    assert store.exists(NAME) == 0
-    assert one.claims.claim(KEY)
-    one.claims.finish(KEY)
-    one.claims._renew_all([KEY])
-    assert store.pttl(NAME) in DAY
-
-
 # ---- Servers
 
 
@@ -288,13 +217,13 @@ def test_kf_server_shares_its_claims(redis_server: RedisServer, store: Any, shop
 
 
 @needs_package
-def test_kf_server_claims_for_a_minute_what_is_in_a_handlers_hands(
+def test_kf_server_claims_for_a_day_what_is_in_a_handlers_hands(
         redis_server: RedisServer, store: Any, shop: Shop) -> None:
     shop.open.clear()
     server = KfServer(shop.registry, Settings(redis=redis_server.url))
     server.feed(push(number=1))
     wait_until(lambda: shop.served)
-    assert store.pttl(NAME) in MINUTE
+    assert store.pttl(NAME) in DAY
     shop.open.set()
     assert server.join(PATIENCE)
 

@@ -36,7 +36,7 @@ def attacks(connections: int) -> dict[str, Attack]:
     """All kinds."""
     return {"drip": Attack(f"{connections:,} that send a byte every 2 s", connections, 2.0),
             "silent": Attack(f"{connections:,} that send nothing", connections, 0.0),
-            "tls": Attack(f"{connections // 5:,} that send nothing, TLS", connections // 5, 0.0, True)}
+            "tls": Attack(f"{connections:,} that send nothing, TLS", connections, 0.0, True)}
 
 
 @contextmanager
