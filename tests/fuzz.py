@@ -48,7 +48,6 @@ from kfserver import (  # noqa: E402  (the folder above is on the path by now)
     Request,
     Response,
     Settings,
-    dedup_key,
     decode_aes_key,
     decorator_for,
     dedup_key,

@@ -23,7 +23,6 @@ from kfserver import (
     HandlerRegistry,
     KfServer,
     MalformedPush,
-    Message,
     PushError,
     Request,
     Settings,

@@ -314,7 +314,8 @@ def test_admin_endpoint_handle_all_answers_in_order() -> None:
 
 
 def test_admin_endpoint_refuse_unread_says_what_is_wrong() -> None:
-    response = AdminEndpoint(lambda: "", lambda: "").handle(Request("", "", problem=MalformedPush("malformed header line")))
+    request = Request("", "", problem=MalformedPush("malformed header line"))
+    response = AdminEndpoint(lambda: "", lambda: "").handle(request)
     assert (response.status, response.body) == (400, b"malformed header line\n")
 
 

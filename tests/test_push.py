@@ -11,37 +11,32 @@ import io
 import json
 import os
 import pathlib
-import random
 import shutil
 import socket
 import subprocess
 import sys
 import threading
 import time
-from typing import Callable, Dict, Iterator, List, Optional
+from typing import Dict, Iterator, List, Optional
 
 from urllib.parse import parse_qsl, urlencode
 
 import pytest
 from conftest import NOW, TOKEN, World
-from support import PATIENCE, PUSHES, ROOT, Receiver, local, receiver
+from support import PATIENCE, PUSHES, ROOT, Receiver, receiver
 
 import kfserver
 from kfserver import (
-    Draft,
     Drafter,
     Message,
-    Outcome,
     Patience,
     Platform,
-    PushRun,
     Request,
     Settings,
     SettingsError,
     build_push_parser,
     encode_json,
     encode_xml,
-    format_table,
     is_lost,
     judge,
     parse,
@@ -269,7 +264,8 @@ def test_platform_signs_what_the_endpoint_takes() -> None:
 def test_platform_shakes_hands_with_the_endpoint(in_body: bool) -> None:
     query, body = platform().handshake(in_body)
     response = World(token=TOKEN, max_age=10).ask(as_request(query, body))
-    assert (response.status, response.body) == (200, dict(parse_qsl(body.decode() or urlencode(query)))["echoStr"].encode())
+    echo = dict(parse_qsl(body.decode() or urlencode(query)))["echoStr"]
+    assert (response.status, response.body) == (200, echo.encode())
 
 
 @pytest.mark.parametrize("encode", [encode_xml, encode_json])

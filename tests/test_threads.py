@@ -9,7 +9,6 @@ from typing import Callable, List
 import pytest
 from support import PATIENCE, no_thread_left, wait_until
 
-import kfserver
 from kfserver import Alarm
 
 
