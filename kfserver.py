@@ -58,6 +58,7 @@ import difflib
 import errno
 import functools
 import hashlib
+import heapq
 import hmac
 import http.client
 import importlib
@@ -71,7 +72,6 @@ import operator
 import os
 import random
 import re
-import sched
 import selectors
 import signal
 import socket
@@ -2134,76 +2134,126 @@ class Outbox:
 # Law: when and on which thread something runs, never what: a sender's messages one at a time and in order, different
 # senders beside each other. Threads here are daemons: the process decides when it ends.
 
-# Seconds a thread without work is kept.
+# Seconds that a thread without work is kept.
 KEEP_THREAD = 5.0
 
 
-class Alarm:
-    """Runs jobs later, on a thread that is there only while something is due. The jobs must be short."""
-
-    def __init__(self) -> None:
-        self._due = sched.scheduler(time.monotonic, self._sleep)
-        self._wake = threading.Event()
-        self._lock = threading.Lock()  # guards _running, and that nothing is entered while the thread leaves
-        self._running = False
-
-    def later(self, seconds: float, job: Callable[[], None]) -> None:
-        """Run ``job`` once, ``seconds`` from now."""
-        with self._lock:
-            self._due.enter(seconds, 0, guard, (job,))
-            if not self._running:
-                with contextlib.suppress(RuntimeError):  # no thread to spare: the next call tries again
-                    threading.Thread(target=self._work, name="kfserver-alarm", daemon=True).start()
-                    self._running = True
-        self._wake.set()
-
-    def _sleep(self, seconds: float) -> None:
-        self._wake.wait(seconds)
-        self._wake.clear()
-
-    def _work(self) -> None:
-        while True:
-            self._due.run()
-            with self._lock:
-                if self._due.empty():
-                    self._running = False
-                    return
+def call_later(seconds: float, job: Callable[[], None]) -> None:
+    """Run ``job`` once, ``seconds`` from now, on a thread of its own; not at all if the system has no thread to spare."""
+    timer = threading.Timer(seconds, guard, (job,))
+    timer.name, timer.daemon = "kfserver-timer", True
+    with contextlib.suppress(RuntimeError):
+        timer.start()
 
 
-class _Job:
-    """A message, since when it is here, by the monotonic clock, and how often its handler has failed."""
+class Job:
+    """A message from its push until it is done, and how far it has come.
 
-    __slots__ = ("message", "sender", "since", "tries")
+    ``since`` is when it came here, by the dispatcher's timer; ``tries`` how often its handler has failed, and ``seconds``
+    how long its last run took. ``replies`` is None until the handler is done, then what is still to be sent, of which
+    ``sent`` were; the first has failed ``reply_tries`` times since ``failing_since``. ``is_leftover`` marks a message of
+    the last run, ``is_suspect`` one that may have ended that run, ``error`` one that did so too often.
+    """
 
-    def __init__(self, message: Message, tries: int) -> None:
-        self.message, self.since, self.tries = message, time.monotonic(), tries
+    __slots__ = ("message", "sender", "since", "tries", "match", "seconds", "session", "replies", "sent", "reply_tries",
+                 "failing_since", "is_leftover", "is_suspect", "is_settled", "error")
+
+    def __init__(self, message: Message, tries: int = 0) -> None:
+        self.message, self.tries = message, tries
         self.sender = message.to_user_name, message.from_user_name
+        self.match: Optional[Match] = None
+        self.session: Optional[Session] = None
+        self.replies: Optional[Deque[Answer]] = None
+        self.since = self.seconds = self.failing_since = 0.0
+        self.sent = self.reply_tries = 0
+        self.is_leftover = self.is_suspect = self.is_settled = False
+        self.error: Optional[BaseException] = None
 
 
-_Mailbox = Deque[_Job]  # the messages of one sender, the first of them in hand
-Handle = Callable[[Message, int], Optional[float]]
+Mailbox = Deque[Job]  # the messages of one sender, the first of them next or in hand
+
+
+class Mailboxes:
+    """The messages that are not done, by sender. A mailbox is ready, taken, or waits until it is due; an empty one is not
+    kept. ``timer`` gives seconds from anywhere. Not safe to use from several threads."""
+
+    def __init__(self, timer: Callable[[], float]) -> None:
+        self._timer = timer
+        self._all: Dict[Tuple[str, str], Mailbox] = {}
+        self._ready: Deque[Mailbox] = deque()
+        self._due: List[Tuple[float, int, Mailbox]] = []  # a heap; the number keeps the order of equal times
+        self._count = itertools.count()
+
+    def __len__(self) -> int:
+        return len(self._all)
+
+    def __iter__(self) -> Iterator[Job]:
+        return itertools.chain.from_iterable(self._all.values())
+
+    def add(self, job: Job) -> None:
+        """Put a message behind those of its sender."""
+        job.since = self._timer()
+        mailbox = self._all.get(job.sender)
+        if mailbox:
+            mailbox.append(job)
+        else:
+            mailbox = self._all[job.sender] = deque((job,))
+            self._ready.append(mailbox)
+
+    def put_suspects_first(self) -> int:
+        """Sort the ready mailboxes: first those that begin with a suspect; how many these are."""
+        self._ready = deque(sorted(self._ready, key=lambda mailbox: not mailbox[0].is_suspect))
+        return sum(mailbox[0].is_suspect for mailbox in self._ready)
+
+    def are_ready(self) -> bool:
+        """Whether there is a mailbox to take: one that was ready, or one that is due by now."""
+        while self._due and self._due[0][0] <= self._timer():
+            self._ready.append(heapq.heappop(self._due)[2])
+        return bool(self._ready)
+
+    def next_due(self) -> Optional[float]:
+        """When the next one is due, by the timer; None if none waits."""
+        return self._due[0][0] if self._due else None
+
+    def take(self) -> Mailbox:
+        """The mailbox that has been ready for longest."""
+        return self._ready.popleft()
+
+    def park(self, mailbox: Mailbox, seconds: float) -> None:
+        """Let a mailbox that was taken wait."""
+        heapq.heappush(self._due, (self._timer() + seconds, next(self._count), mailbox))
+
+    def advance(self, mailbox: Mailbox) -> None:
+        """The first message of a mailbox that was taken is done."""
+        sender = mailbox.popleft().sender
+        if mailbox:
+            self._ready.append(mailbox)
+        else:
+            del self._all[sender]
 
 
 class Dispatcher:
     """Has each message handled, on up to ``settings.workers`` threads.
 
-    ``handle`` gets a message and how often it has failed; it returns after how many seconds it is to be tried again, or
-    None when it is through. ``flush`` is called behind one or more that are. ``later`` is that of an `Alarm`.
+    ``handle`` gets a job and does what is next for it. It returns after how many seconds the job is to be handled again,
+    or None when it is done; before that it must `settle` the job. ``flush`` is called after one or more are settled.
     """
 
-    def __init__(self, settings: Settings, handle: Handle, flush: Callable[[], None], later: Later) -> None:
-        self._settings, self._handle, self._flush, self._later = settings, handle, flush, later
+    def __init__(self, settings: Settings, handle: Callable[[Job], Optional[float]], flush: Callable[[], None],
+                 timer: Callable[[], float] = time.monotonic) -> None:
+        self._settings, self._handle, self._flush, self._timer = settings, handle, flush, timer
         self._lock = threading.Lock()  # guards all below
-        self._wanted = threading.Condition(self._lock)  # told when a mailbox is ready, and a worker spare
-        self._empty = threading.Condition(self._lock)  # told when the last mailbox is emptied
-        # One is ready, in a worker's hands, or waits for its next try; an empty one is not kept.
-        self._mailboxes: Dict[Tuple[str, str], _Mailbox] = {}
-        self._ready: Deque[_Mailbox] = deque()
-        self._open = 0  # messages taken and not through
+        self._wanted = threading.Condition(self._lock)  # tells spare workers of a call, or of what will be due
+        self._changed = threading.Condition(self._lock)  # tells that nothing is left to do, or that threads are short
+        self._mailboxes = Mailboxes(timer)
+        self._open = 0  # messages taken and not done
         self._busy = self._spare = 0  # workers that are called or at work, and those that wait for a call
         self._called = False  # whether a worker is called and not yet there
-        self._unflushed = 0  # messages that are through since the last flush
-        self._closed = False
+        self._unflushed = 0  # messages that were settled since the last flush
+        self._limit = settings.workers  # messages in hand at the same time
+        self._suspects = 0  # mailboxes that are served alone before the others get their turn
+        self._short = False  # whether the system refused the last thread
+        self._closed = self._ended = False  # whether nothing more is taken, and whether nothing more is begun
 
     def reserve(self) -> None:
         """Keep a place in the queue for a message that `post` will bring, or `cancel` will not. Raises `Busy`."""
@@ -2215,140 +2265,188 @@ class Dispatcher:
                            "--queue-size, or make the handlers faster")
             self._open += 1
 
-    def cancel(self, count: int) -> None:
-        """Give reserved places back."""
+    def cancel(self) -> None:
+        """Give a reserved place back."""
         with self._lock:
-            self._open -= count
+            self._open -= 1
 
     def post(self, messages: Iterable[Message]) -> None:
         """Take messages into the places that were reserved for them."""
         with self._lock:
             for message in messages:
-                self._add(_Job(message, 0))
+                self._mailboxes.add(Job(message))
             self._call_worker()
 
-    def restore(self, messages: Sequence[Tuple[Message, int]]) -> None:
-        """Take messages that were accepted before a restart, full or not, each with the number of its failed tries."""
+    def restore(self, jobs: Sequence[Job]) -> None:
+        """Take what was accepted before a restart, oldest first, also when the queue is full; `wake` begins it. A sender's
+        first message that is a suspect is handled alone, and before all others."""
         with self._lock:
-            self._open += len(messages)
-            for message, tries in messages:
-                self._add(_Job(message, tries))
-
-    def _add(self, job: _Job) -> None:
-        mailbox = self._mailboxes.get(job.sender)
-        if mailbox:
-            mailbox.append(job)
-        else:
-            mailbox = self._mailboxes[job.sender] = deque((job,))
-            self._ready.append(mailbox)
+            self._open += len(jobs)
+            for job in jobs:
+                self._mailboxes.add(job)
+            self._suspects = self._mailboxes.put_suspects_first()
+            self._limit = 1 if self._suspects else self._settings.workers
 
     def wake(self) -> None:
-        """Call a worker if there is something to do, as after `restore`."""
+        """Call a worker if there is something to do: after `restore`, and after threads were short."""
         with self._lock:
             self._call_worker()
 
     def _call_worker(self) -> None:
-        """See to it that a worker comes for what is ready. One is called at a time, and calls the next when it has
-        taken a mailbox: under load it finds many, where a call for each would be a change of threads for each."""
-        if not self._ready or self._called or self._busy >= self._settings.workers:
+        """See to it that a worker comes for what is ready, and that one waits for what will be due. One is called at a
+        time, and calls the next when it has taken a mailbox: under load it finds many, where a call for each would be a
+        change of threads for each."""
+        if self._called or self._busy >= self._limit or self._ended:
             return
-        if self._spare:
-            self._wanted.notify()
-        else:
-            try:
-                threading.Thread(target=self._work, name="kfserver-worker", daemon=True).start()
-            except RuntimeError as error:  # the system has no more threads; those that run go on
+        is_ready = self._mailboxes.are_ready()
+        if not is_ready and self._mailboxes.next_due() is None:
+            return
+        if not self._spare and not self._start_thread():
+            return
+        if is_ready:
+            self._called = True
+            self._busy += 1
+        self._wanted.notify()
+
+    def _start_thread(self) -> bool:
+        try:
+            threading.Thread(target=self._work, name="kfserver-worker", daemon=True).start()
+        except RuntimeError as error:  # the system has no more; the threads that run go on
+            if not (self._short or self._closed):
                 log.error("no thread for a worker: %s; lower --workers, or raise the limit of threads", error)
-                self._later(1.0, self.wake)
-                return
-        self._called = True
-        self._busy += 1
+            self._short = True
+            self._changed.notify_all()
+            return False
+        self._short = False
+        self._spare += 1
+        return True
 
     def _work(self) -> None:
         """A worker's life: when it is called, one message of each mailbox that is ready."""
         while self._await_call():
-            mailbox = self._next_ready()
+            mailbox = self._take_mailbox()
             while mailbox:
                 guard(self._serve, mailbox)
-                mailbox = self._next_ready()
+                mailbox = self._take_mailbox()
 
     def _await_call(self) -> bool:
-        """Wait to be called; False when nobody has called for so long that the thread may leave."""
+        """Wait to be called; False when the thread may leave, because it was not needed for a while, or because the end
+        has come. While something will be due, one thread stays."""
         with self._lock:
-            self._spare += 1
-            self._wanted.wait_for(lambda: self._called, KEEP_THREAD)
-            called, self._called = self._called, False
+            leave_at = self._timer() + KEEP_THREAD
+            while not self._called:
+                now, due = self._timer(), self._mailboxes.next_due()
+                if self._ended or (now >= leave_at and (due is None or self._spare > 1)):
+                    self._spare -= 1
+                    return False
+                self._wanted.wait(max(0.0, min(each for each in (due, leave_at) if each and each >= now) - now))
+                self._call_worker()
+            self._called = False
             self._spare -= 1
-            return called
+            return True
 
-    def _next_ready(self) -> Optional[_Mailbox]:
-        """The mailbox to serve next. What is through is flushed before, unless a worker is on its way, who will see to
-        it: so those with quick handlers are flushed together, and no more messages than there are workers can be in
-        hand, or through and not flushed."""
+    def _take_mailbox(self) -> Optional[Mailbox]:
+        """The mailbox to serve next. What is settled is flushed before, unless another worker has been called, which
+        will flush: so messages with quick handlers share a write, and no more messages than there are workers can be in
+        hand, or settled and not flushed."""
         with self._lock:
-            mailbox = self._ready.popleft() if self._ready else None
+            mailbox = self._mailboxes.take() if self._mailboxes.are_ready() and not self._ended else None
             if mailbox:
                 self._call_worker()
             else:
                 self._busy -= 1
-            if self._called and self._busy + self._unflushed < self._settings.workers:
+                self._spare += 1
+            if self._called and self._busy + self._unflushed < self._limit:
                 return mailbox
             self._unflushed = 0
         guard(self._flush)
         return mailbox
 
-    def _serve(self, mailbox: _Mailbox) -> None:
-        """Have the mailbox's first message handled; then it is ready for the next, or waits to try this one again."""
-        job, seconds = mailbox[0], None
+    def _serve(self, mailbox: Mailbox) -> None:
+        """Have the mailbox's first message handled, and put the mailbox back."""
+        seconds = None
         try:
-            seconds = self._handle(job.message, job.tries)
+            seconds = self._handle(mailbox[0])
         finally:
-            if seconds is None:
-                self._advance(mailbox)
-            else:
-                job.tries += 1
-                self._later(seconds, lambda: self._put_back(mailbox))
+            with self._lock:
+                if not self._ended:
+                    self._put_back(mailbox, seconds)
 
-    def _put_back(self, mailbox: _Mailbox) -> None:
-        with self._lock:
-            self._ready.append(mailbox)
-            self._call_worker()
+    def _put_back(self, mailbox: Mailbox, seconds: Optional[float]) -> None:
+        if self._suspects:
+            self._suspects -= 1
+            self._limit = 1 if self._suspects else self._settings.workers
+        if seconds is not None:
+            self._mailboxes.park(mailbox, seconds)
+            self._wanted.notify()  # a spare worker may have to wait less long now
+            return
+        self._mailboxes.advance(mailbox)
+        self._open -= 1
+        if not self._mailboxes:
+            self._changed.notify_all()
 
-    def _advance(self, mailbox: _Mailbox) -> None:
+    def settle(self, job: Job, mark: Callable[..., None], *arguments: Any) -> bool:
+        """Call ``mark``, which must not wait, to note what became of the job. False, and no call, if the end has come
+        first: then `drain` has told that the job was left undone."""
         with self._lock:
-            job = mailbox.popleft()
-            self._open -= 1
+            if self._ended:
+                return False
+            mark(*arguments)
+            job.is_settled = True
             self._unflushed += 1
-            if mailbox:
-                self._ready.append(mailbox)
-                return
-            del self._mailboxes[job.sender]
-            if not self._mailboxes:
-                self._empty.notify_all()
+            return True
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether `drain` is over, so that nothing is begun any more."""
+        return self._ended
 
     def join(self, seconds: Optional[float] = None) -> bool:
-        """Wait until nothing is left to do, for so many seconds at most; whether that was reached."""
-        with self._lock:
-            self._call_worker()
-            return self._empty.wait_for(lambda: not self._mailboxes, seconds)
+        """Wait until nothing is left to do, ``seconds`` at most; whether that was reached. When no thread can be had, as
+        at the exit of an interpreter from 3.12 on, the calling thread works itself."""
+        deadline = float("inf") if seconds is None else time.monotonic() + seconds
+        while True:
+            with self._lock:
+                self._call_worker()
+                left = deadline - time.monotonic()
+                if not self._mailboxes or left <= 0:
+                    return not self._mailboxes
+                is_needed = self._short and self._busy < self._limit and self._mailboxes.are_ready()
+                if is_needed:
+                    self._busy += 1
+                    mailbox = self._mailboxes.take()
+                else:  # when threads are short, nobody else looks for what is due
+                    self._changed.wait(min(left, 0.05 if self._short else 1.0))
+            if is_needed:
+                guard(self._serve, mailbox)
+                guard(self._flush)
+                with self._lock:
+                    self._busy -= 1
 
     def drain(self, seconds: float) -> List[str]:
-        """Take no more messages, finish those that wait, for so many seconds; the keys of what was left undone."""
+        """Take no more messages, finish those that wait, within ``seconds``; the keys of what was left undone. After
+        that nothing is begun, and nothing that is still in a handler can be settled."""
         with self._lock:
             self._closed = True
         self.join(seconds)
         with self._lock:
-            return [job.message.key for mailbox in self._mailboxes.values() for job in mailbox]
+            self._ended = True
+            self._wanted.notify_all()
+            return [job.message.key for job in self._mailboxes if not job.is_settled]
+
+    def jobs(self) -> List[Job]:
+        """All that is not settled, each sender's in order."""
+        with self._lock:
+            return [job for job in self._mailboxes if not job.is_settled]
 
     def samples(self) -> List[Sample]:
         """How much there is to do, for the metrics."""
         with self._lock:
-            oldest = min((mailbox[0].since for mailbox in self._mailboxes.values()), default=None)
-            waited = time.monotonic() - oldest if oldest is not None else 0.0
+            waited = max((self._timer() - job.since for job in self._mailboxes), default=0.0)
             waiting = max(0, self._open - self._busy)
             return [Sample("kfserver_queue_messages", "Messages that wait for a worker.", waiting),
                     Sample("kfserver_busy_workers", "Workers that run a handler.", self._busy),
-                    Sample("kfserver_oldest_seconds", "Age of the oldest message that is not through.", waited)]
+                    Sample("kfserver_oldest_seconds", "Age of the oldest message that is not done.", waited)]
 
 
 # ---- 14 Inbox -------------------------------------------------------------------------------------------------------

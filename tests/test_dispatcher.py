@@ -1,7 +1,7 @@
 """Dispatcher: which message runs when, beside which others, and what becomes of one that fails.
 
-Nothing waits for a retry here: the alarm is a list, and a test rings it. Messages are made by hand, and known by keys
-like ``ann/2``: the second message of ann.
+Nothing waits for a retry here: the clock stands still until a test moves it. Messages are made by hand, and known by
+keys like ``ann/2``: the second message of ann.
 """
 
 from __future__ import annotations
@@ -14,9 +14,7 @@ import pytest
 from support import PATIENCE, no_thread_left, wait_until
 
 import kfserver
-from kfserver import Busy, Dispatcher, KfError, Message, Settings, attempt
-
-Job = Callable[[], None]
+from kfserver import Busy, Dispatcher, Job, KfError, Message, Settings, attempt
 
 
 def letter(key: str) -> Message:
@@ -27,42 +25,40 @@ def letter(key: str) -> Message:
 
 
 def no_work(message: Message) -> None:
-    """A handler that is through at once."""
+    """A handler that is done at once."""
 
 
 class Office:
-    """A dispatcher whose handler is ``work``, and a record of what happened."""
+    """A dispatcher whose handler is ``work``, a clock that stands still, and a record of what happened."""
 
     def __init__(self, work: Callable[[Message], None] = no_work, settings: Optional[Settings] = None) -> None:
         self._work = work
         self.begun: List[str] = []
-        self.tried: List[Tuple[str, int]] = []
+        self.delays: List[float] = []  # until the next try of what failed, in seconds
         self.settled: List[Tuple[str, Optional[BaseException]]] = []
-        self.alarms: List[Tuple[float, Job]] = []
         self.flushed: List[int] = []  # how many messages were settled at each flush
+        self.now = 0.0
         self._settings = settings or Settings()
-        self.dispatcher = Dispatcher(self._settings, self._handle, self._flush, self._later)
+        self.dispatcher = Dispatcher(self._settings, self._handle, self._flush, lambda: self.now)
 
-    def _handle(self, message: Message, tries: int) -> Optional[float]:
-        self.begun.append(message.key)
-        error = attempt(self._work, message)
-        if error and tries + 1 < self._settings.tries and not isinstance(error, KfError):
-            self._tried(message, tries + 1)
-            return 4.0 ** tries
-        self._settle(message, error)
+    def _handle(self, job: Job) -> Optional[float]:
+        self.begun.append(job.message.key)
+        error = attempt(self._work, job.message)
+        if error and job.tries + 1 < self._settings.tries and not isinstance(error, KfError):
+            return self._fail(job)
+        self.dispatcher.settle(job, self._settle, job.message, error)
         return None
 
-    def _tried(self, message: Message, tries: int) -> None:
-        self.tried.append((message.key, tries))
+    def _fail(self, job: Job) -> float:
+        job.tries += 1
+        self.delays.append(4.0 ** (job.tries - 1))
+        return self.delays[-1]
 
     def _settle(self, message: Message, error: Optional[BaseException]) -> None:
         self.settled.append((message.key, error))
 
     def _flush(self) -> None:
         self.flushed.append(len(self.settled))
-
-    def _later(self, seconds: float, job: Job) -> None:
-        self.alarms.append((seconds, job))
 
     @property
     def done(self) -> List[str]:
@@ -79,14 +75,22 @@ class Office:
         self.dispatcher.reserve()
         self.dispatcher.post([message])
 
+    def restore(self, *jobs: Job) -> None:
+        """Bring back what the last run left."""
+        self.dispatcher.restore(jobs)
+        self.dispatcher.wake()
+
+    def pass_time(self, seconds: float) -> None:
+        """Move the clock."""
+        self.now += seconds
+        self.dispatcher.wake()
+
     def finish(self) -> None:
-        """Ring every alarm, until all messages are settled."""
-        rung = 0
-        while not self.dispatcher.join(0.0):
-            wait_until(lambda rung=rung: len(self.alarms) > rung or self.dispatcher.join(0.0))  # type: ignore[misc]
-            for _, job in self.alarms[rung:]:
-                rung += 1
-                job()
+        """Let time pass until all messages are settled."""
+        def is_over() -> bool:
+            self.pass_time(1000.0)
+            return self.dispatcher.join(0.0)
+        wait_until(is_over)
 
 
 class Gate:
@@ -96,6 +100,7 @@ class Gate:
         self._held = held
         self._opened = threading.Event()
         self._lock = threading.Lock()
+        self._let_through: List[str] = []
         self.inside: List[str] = []
         self.most = 0
 
@@ -104,13 +109,17 @@ class Gate:
             self.inside.append(message.key)
             self.most = max(self.most, len(self.inside))
         if message.key.startswith(self._held):
-            assert self._opened.wait(PATIENCE)
+            wait_until(lambda: self._opened.is_set() or message.key in self._let_through)
         with self._lock:
             self.inside.remove(message.key)
 
     def open(self) -> None:
         """Let everything through, now and later."""
         self._opened.set()
+
+    def open_for(self, key: str) -> None:
+        """Let one message through."""
+        self._let_through.append(key)
 
 
 class Failing:
@@ -211,9 +220,8 @@ def test_dispatcher_tries_again_later(failures: int, tries: int, delays: List[fl
     office = Office(Failing(failures), Settings(tries=tries))
     office.submit("ann/1")
     office.finish()
-    assert [seconds for seconds, _ in office.alarms] == delays
+    assert office.delays == delays
     assert office.begun == ["ann/1"] * (failures + 1)
-    assert office.tried == [("ann/1", tries_so_far + 1) for tries_so_far in range(failures)]
     assert office.settled == [("ann/1", None)]
 
 
@@ -231,14 +239,14 @@ def test_dispatcher_counts_the_tries_of_each_message_anew() -> None:
     office = Office(Failing(times=1), Settings(tries=2))
     office.submit("ann/1", "ann/2")
     office.finish()
-    assert [seconds for seconds, _ in office.alarms] == [1.0, 1.0]
+    assert office.delays == [1.0, 1.0]
     assert office.settled == [("ann/1", None), ("ann/2", None)]
 
 
 def test_dispatcher_lets_later_messages_of_the_sender_wait_for_a_retry() -> None:
     office = Office(Failing(times=1), Settings(workers=4))
     office.submit("ann/1", "ann/2")
-    wait_until(lambda: office.alarms)
+    wait_until(lambda: office.delays)
     assert office.begun == ["ann/1"]
     office.finish()
     assert office.begun == ["ann/1", "ann/1", "ann/2", "ann/2"]
@@ -248,7 +256,7 @@ def test_dispatcher_keeps_no_worker_waiting_for_a_retry() -> None:
     failing = Failing(times=1)
     office = Office(lambda message: failing(message) if message.key == "ann/1" else None, Settings(workers=1))
     office.submit("ann/1")
-    wait_until(lambda: office.alarms)
+    wait_until(lambda: office.delays)
     office.submit("bob/1")
     wait_until(lambda: office.done == ["bob/1"])
     office.finish()
@@ -278,11 +286,11 @@ def test_dispatcher_loses_no_worker_to_an_error(error: Type[BaseException]) -> N
         ("ann/1", error), ("ann/2", error), ("bob/1", error)]
 
 
-@pytest.mark.parametrize("part", ["_tried", "_settle"])
+@pytest.mark.parametrize("part", ["_fail", "_settle"])
 def test_dispatcher_loses_no_worker_to_an_error_in_the_work_itself(
         part: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    def fail(office: Office, message: Message, value: object) -> None:
-        raise UnicodeEncodeError("utf-8", message.from_user_name, 0, 1, "surrogates not allowed")
+    def fail(*arguments: object) -> None:
+        raise UnicodeEncodeError("utf-8", "a user's words", 0, 1, "surrogates not allowed")
     monkeypatch.setattr(Office, part, fail)
     office = Office(Failing(1, ValueError), Settings(workers=1, tries=2))
     office.submit("ann/1", "bob/1", "ann/2")
@@ -293,10 +301,39 @@ def test_dispatcher_loses_no_worker_to_an_error_in_the_work_itself(
 
 def test_dispatcher_restore_goes_on_counting_tries() -> None:
     office = Office(Failing(times=100), Settings(tries=4))
-    office.dispatcher.restore([(letter("ann/1"), 2)])
+    office.restore(Job(letter("ann/1"), 2))
     office.finish()
-    assert [seconds for seconds, _ in office.alarms] == [16.0]
+    assert office.delays == [16.0]
     assert office.done == ["ann/1"]
+
+
+def test_dispatcher_waits_until_a_retry_is_due() -> None:
+    office = Office(Failing(times=1))
+    office.submit("ann/1")
+    wait_until(lambda: office.delays)
+    office.pass_time(0.9)
+    assert not office.dispatcher.join(0.05)
+    office.pass_time(0.2)
+    assert office.dispatcher.join(PATIENCE)
+
+
+@pytest.mark.parametrize("busy", ["", "bob/1"])
+def test_dispatcher_runs_a_retry_without_being_called(busy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # On the real clock, and also when all who run have something else to do.
+    gate, failing, done = Gate(held="bob"), Failing(times=1), []
+
+    def handle(job: Job) -> Optional[float]:
+        error = attempt(gate if job.sender[1] == "bob" else failing, job.message)
+        return 0.1 if error else dispatcher.settle(job, done.append, job.message.key) and None
+
+    monkeypatch.setattr(kfserver, "KEEP_THREAD", 0.0)
+    dispatcher = Dispatcher(Settings(workers=2), handle, lambda: None)
+    for key in filter(None, ("ann/1", busy)):
+        dispatcher.reserve()
+        dispatcher.post([letter(key)])
+    wait_until(lambda: done == ["ann/1"])
+    gate.open()
+    assert dispatcher.join(PATIENCE)
 
 
 # ---- Flush
@@ -362,8 +399,8 @@ def test_dispatcher_submit_is_busy_when_the_queue_is_full() -> None:
 def test_dispatcher_submit_counts_what_waits_for_a_retry() -> None:
     office = Office(Failing(times=1), Settings(workers=1, queue_size=1))
     office.submit("ann/1")
-    # The worker has to be through with the first message: until then that counts as in hand, and eve's as waiting.
-    wait_until(lambda: office.alarms)
+    # The worker has to be done with the first message: until then that counts as in hand, and eve's as waiting.
+    wait_until(lambda: office.delays)
     wait_until(lambda: submit_fails(office, "eve/1"))
     office.finish()
 
@@ -373,7 +410,7 @@ def test_dispatcher_reserve_keeps_a_place() -> None:
     office.dispatcher.reserve()
     office.dispatcher.reserve()
     assert submit_fails(office, "eve/1")
-    office.dispatcher.cancel(1)
+    office.dispatcher.cancel()
     office.dispatcher.post([letter("ann/1")])
     assert office.dispatcher.join(PATIENCE)
     office.submit("eve/2")
@@ -385,7 +422,7 @@ def test_dispatcher_restore_takes_more_than_the_queue_holds() -> None:
     # What was accepted before a restart cannot be refused after it.
     office = Office(settings=Settings(workers=1, queue_size=1))
     for number in range(20):
-        office.dispatcher.restore([(letter(f"ann/{number}"), 0)])
+        office.dispatcher.restore([Job(letter(f"ann/{number}"))])
     office.finish()
     assert office.done == [f"ann/{number}" for number in range(20)]
 
@@ -402,6 +439,69 @@ def test_dispatcher_goes_on_when_a_thread_could_not_be_started(monkeypatch: pyte
     assert office.dispatcher.join(PATIENCE)
     # What was refused comes again from the platform, so it must not be handled now; what was taken must.
     assert sorted(office.done) == [*taken, "bob/1"]
+
+
+def test_dispatcher_works_on_the_thread_that_joins_when_there_is_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    # From Python 3.12 on no thread can be started while the interpreter ends.
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't create new thread at interpreter shutdown")
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    failing = Failing(times=1)
+    office = Office(lambda message: failing(message) if message.key == "ann/1" else None)
+    office.submit("ann/1", "bob/1")
+    assert not office.dispatcher.join(0.1)
+    assert office.done == ["bob/1"]
+    office.pass_time(1.0)
+    assert office.dispatcher.drain(PATIENCE) == []
+    assert office.done == ["bob/1", "ann/1"]
+
+
+def test_dispatcher_wake_begins_what_a_shortage_of_threads_held_up(
+        monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    office = Office()
+    with monkeypatch.context() as patch:
+        def refuse(thread: threading.Thread) -> None:
+            raise RuntimeError("can't start new thread")
+        patch.setattr(threading.Thread, "start", refuse)
+        office.submit("ann/1", "bob/1")
+        office.dispatcher.wake()
+    assert [record.levelname for record in caplog.records] == ["ERROR"]
+    office.dispatcher.wake()
+    wait_until(lambda: sorted(office.done) == ["ann/1", "bob/1"])
+
+
+# ---- What may have ended the last run
+
+
+def suspect(key: str) -> Job:
+    """A message that may have been in hand when the process died."""
+    job = Job(letter(key))
+    job.is_suspect = True
+    return job
+
+
+def test_dispatcher_handles_suspects_alone_and_first() -> None:
+    gate = Gate()
+    office = Office(gate, Settings(workers=8))
+    office.restore(Job(letter("eve/1")), suspect("ann/1"), Job(letter("ann/2")), suspect("bob/1"))
+    office.submit("new/1")
+    for expected in (["ann/1"], ["ann/1", "bob/1"]):
+        wait_until(lambda expected=expected: office.begun == expected)  # type: ignore[misc]
+        assert not office.dispatcher.join(0.01)
+        assert office.begun == expected
+        gate.open_for(expected[-1])
+    wait_until(lambda: sorted(gate.inside) == ["ann/2", "eve/1", "new/1"])
+    gate.open()
+    office.finish()
+
+
+def test_dispatcher_lets_the_others_go_on_when_a_suspect_has_failed() -> None:
+    failing = Failing(times=1)
+    office = Office(lambda message: failing(message) if message.key == "ann/1" else None)
+    office.restore(suspect("ann/1"), Job(letter("bob/1")))
+    wait_until(lambda: office.done == ["bob/1"])
+    office.finish()
+    assert office.done == ["bob/1", "ann/1"]
 
 
 # ---- The end
@@ -439,13 +539,23 @@ def test_dispatcher_drain_tells_what_was_left_undone() -> None:
     wait_until(lambda: gate.inside)
     assert sorted(office.dispatcher.drain(0.0)) == ["ann/1", "slow/1", "slow/2"]
     gate.open()
-    office.finish()
+
+
+def test_dispatcher_begins_and_settles_nothing_after_drain() -> None:
+    gate = Gate(held="slow")
+    office = Office(gate, Settings(workers=1))
+    office.submit("slow/1", "ann/1")
+    wait_until(lambda: gate.inside)
+    with no_thread_left():
+        assert sorted(office.dispatcher.drain(0.0)) == ["ann/1", "slow/1"]
+        gate.open()
+    assert (office.begun, office.settled) == (["slow/1"], [])
 
 
 def test_dispatcher_drain_tells_what_waits_for_a_retry() -> None:
     office = Office(Failing(times=1))
     office.submit("ann/1", "ann/2")
-    wait_until(lambda: office.alarms)
+    wait_until(lambda: office.delays)
     assert office.dispatcher.drain(0.0) == ["ann/1", "ann/2"]
 
 
