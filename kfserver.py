@@ -81,7 +81,6 @@ import sys
 import threading
 import time
 import traceback
-import uuid
 import xml.etree.ElementTree as ElementTree
 from collections import Counter, OrderedDict, deque
 from email.utils import formatdate
@@ -1755,70 +1754,59 @@ def _refuse_foreign_file(path: str) -> None:
 
 # ---- 11 Shared claims -----------------------------------------------------------------------------------------------
 # Law: several instances claim as one, through Redis. Works like a `ClaimCache`, and is one when Redis is away. Only the
-# threads of this section wait for Redis; who calls waits for them, no longer than a limit.
+# threads of this section wait for Redis; a caller waits for them, no longer than a limit.
 
-# Milliseconds that a claim lives until its message is safe, and that a message is remembered from then on.
+# Milliseconds that a claim lives until its message is safe, that a message is remembered from then on, and that a
+# conversation is kept: after 48 h the platform lets nobody be answered.
 CLAIM_MS = 3 * 1000
 REMEMBER_MS = 24 * 60 * 60 * 1000
-# Milliseconds that a conversation is kept: 48 h, after which the platform lets nobody be answered.
 SESSION_MS = 48 * 60 * 60 * 1000
-# Seconds that a round waits for its claims, that whatever else is asked may take, and between two looks at a Redis that
-# is away.
+# Seconds that a round waits for its claims, that all else may take, and between two looks at a Redis that is away.
 REDIS_TIMEOUT = 0.1
 REDIS_PATIENCE = 1.0
 REDIS_PAUSE = 1.0
-# Seconds after which an idle connection is tried, before a firewall drops it silently.
+# Seconds of silence after which a connection is tried: firewalls drop idle ones and tell nobody.
 REDIS_IDLE = 30.0
 # Writes that may be owed while Redis is away, and those of one pipeline.
 MAX_OWED = 10000
 OWED_BATCH = 500
 
-# A key's value is "owner:number", with "+" before it once the message is safe. The number tells one claim of an owner
-# from the next. All scripts return numbers, which no option of a client can change.
-# 1: the claim is ours. 0: the message is safe, here or elsewhere. 2: another instance is just taking it.
-_CLAIM = b"""local value = redis.pcall('get', KEYS[1])
-if type(value) == 'string' then
-    if value:sub(1, 1) == '+' then return 0 end
-    if value:sub(1, #ARGV[1]) ~= ARGV[1] then return 2 end
-end
-redis.call('set', KEYS[1], ARGV[1] .. ARGV[2], 'px', ARGV[3])
-return 1"""
-# Only the owner may release a claim, and only one that is older than the release: it may come late.
-_RELEASE = b"""local value = redis.pcall('get', KEYS[1])
+# A key's value is "owner:number", with "+" before it once the message is safe; each write has a number of its own. Only
+# the owner may release its claim, and a release that comes late must spare a newer claim.
+_RELEASE = """local value = redis.pcall('get', KEYS[1])
 local owner, number = string.match(type(value) == 'string' and value or '', '^%+?(%x+:)(%d+)$')
 if owner == ARGV[1] and tonumber(number) < tonumber(ARGV[2]) then redis.call('del', KEYS[1]) end
 return 1"""
 
-# Asks for what a claim needs: a server that answers, runs scripts and may be written to.
 _Command = Tuple[Any, ...]
-_PROBE: _Command = ("EVAL", b"redis.call('set', KEYS[1], '', 'px', 1) return 1", 1, b"kfserver-probe")
+# Whether Redis answers, runs scripts and can be written to, which a replica cannot.
+_PROBE: _Command = ("EVAL", "redis.call('set', KEYS[1], '', 'px', 1) return 1", 1, "kfserver-probe")
 
 
 class SessionUnavailable(ConnectionError):
-    """A conversation cannot be read or written because Redis is away: the try fails, and is repeated later."""
+    """A conversation cannot be read or written, since Redis is away: the try fails, and can be repeated."""
 
 
 def connect_redis(url: str) -> Any:
     """A client that connects at its first command, gives up soon and never tries again by itself.
 
-    Raises `SettingsError` for a package that is missing or cannot be used, and for a bad address.
+    Raises `SettingsError` for a package that is missing or does not work, and for a bad address.
     """
     error = attempt(importlib.import_module, "redis")
-    redis = sys.modules.get("redis")
-    if isinstance(error, ImportError) or redis is None:
-        raise SettingsError("--redis (KF_REDIS) needs the redis package: pip install redis") from None
-    if error or not hasattr(redis, "ConnectionPool"):
-        raise SettingsError(f"--redis (KF_REDIS): what Python imports as redis, {getattr(redis, '__file__', None)}, is "
-                            f"not a redis package that works: rename that file, or pip install --upgrade redis")
+    redis: Any = sys.modules.get("redis")
+    if error or not hasattr(redis, "Redis"):
+        found = f" ({getattr(redis, '__file__', None)} is not it, or is broken)" if redis else ""
+        raise SettingsError(f"--redis (KF_REDIS) needs the redis package{found}: pip install redis")
     try:
         client = redis.Redis.from_url(url)
-        options = client.connection_pool.connection_kwargs
-        # Set last: in an address they would count more. Version 3 tries nothing again, and has no `retry`.
-        options.update(decode_responses=False, socket_timeout=REDIS_PATIENCE, socket_connect_timeout=REDIS_PATIENCE,
-                       retry_on_timeout=False, health_check_interval=0)
-        if hasattr(redis, "retry"):
-            options.update(retry=redis.retry.Retry(redis.backoff.NoBackoff(), 0))
-        client.connection_pool.make_connection()  # it connects later, and knows its options now
+        pool = client.connection_pool
+        # These replace what the address says, which would replace what `from_url` is given.
+        pool.connection_kwargs.update(decode_responses=False, encoding="utf-8", encoding_errors="surrogatepass",
+                                      socket_timeout=REDIS_PATIENCE, retry_on_timeout=False, health_check_interval=0)
+        if hasattr(redis, "retry"):  # version 3 has none, and tries nothing again
+            pool.connection_kwargs.update(socket_connect_timeout=REDIS_PATIENCE,
+                                          retry=redis.retry.Retry(redis.backoff.NoBackoff(), 0))
+        pool.connection_class(**pool.connection_kwargs)  # it does not connect, and judges its options
     except (ValueError, TypeError):  # whose texts may hold a part of the password
         raise SettingsError("--redis (KF_REDIS) takes an address like redis://127.0.0.1:6379/0, "
                             "a password in it percent-encoded") from None
@@ -1836,108 +1824,126 @@ class _Question:
 
 
 class RedisLine:
-    """A connection to Redis and the thread that alone uses it: resolving, connecting and waiting happen there.
+    """A connection to Redis, and the thread that alone uses it: resolving, connecting and waiting happen there.
 
-    What several threads ask at the same time goes in one pipeline. ``limit`` is in seconds: a Redis that is slower is
-    away. ``tell`` is called after ``trouble`` has changed.
+    What several threads ask at the same time goes in one pipeline. While there is ``trouble``, as when an answer takes
+    longer than ``limit`` seconds, nobody is made to wait. If it lasts, Redis is ``away``; ``tell`` is called when that
+    may have changed.
     """
 
     def __init__(self, url: str, limit: float, tell: Callable[[], None]) -> None:
-        self.trouble: Optional[BaseException] = None  # why Redis counts as away
-        self._client, self._limit, self._tell = connect_redis(url), limit, tell
-        self._changed = threading.Condition()  # guards all below; told when there is work, and when it is done
+        self._url, self._limit, self._tell = url, limit, tell
+        self._begin()
+
+    def _begin(self) -> None:
+        self.trouble: Optional[BaseException] = None
+        self.away: Optional[BaseException] = None
+        self._client = connect_redis(self._url)
+        self._changed = threading.Condition()  # guards all here; told when there is work, and when it is done
         self._questions: List[_Question] = []
-        self._owed: OrderedDict[bytes, _Command] = OrderedDict()
+        self._owed: OrderedDict[str, _Command] = OrderedDict()
         self._thread: Optional[threading.Thread] = None
         self._sent = 0.0  # when the pipeline in hand was begun, by the monotonic clock
-        self._connected = self._closed = self._over = False
+        self._connected = self._late = self._closed = self._ended = False
+        self._pid = os.getpid()
+
+    def _begin_in_child(self) -> None:
+        """When a process forks, the thread, the connection and what is owed stay with the parent."""
+        if self._pid != os.getpid():
+            self._begin()
 
     def open(self) -> bool:
         """See to it that the thread runs, which connects at once; whether it does."""
+        self._begin_in_child()
         with self._changed:
             if self._closed or (self._thread and self._thread.is_alive()):
                 return not self._closed
             thread = threading.Thread(target=self._work, name="kfserver-redis", daemon=True)
             try:
                 thread.start()
-            except RuntimeError as error:  # no thread to spare, or the interpreter ends: the next call tries again
-                self.trouble = error
-            else:
                 self._thread = thread
+            except RuntimeError as error:  # no thread to spare, or the interpreter ends: the next call tries again
+                self.trouble = self.away = error
         self._tell()
         return self._thread is thread
 
     def ask(self, commands: Sequence[_Command]) -> Optional[List[Any]]:
-        """What Redis answers to the commands, one answer each; None while it is away, or slower than the limit."""
-        if not self.open() or self.trouble:
-            return None
-        question = _Question(commands)
+        """What Redis answers to each of the commands; None while it is away, or slower than the limit."""
+        question, running = _Question(commands), self.open()
         with self._changed:
-            self._questions.append(question)
-            self._changed.notify_all()
-            self._changed.wait_for(lambda: question.answers is not None or self.trouble, self._limit)
-            if question in self._questions:
-                self._questions.remove(question)
-            # One that had to wait for another's pipeline first says nothing about Redis.
-            if question.answers is None and not self.trouble and self._sent < question.since + self._limit / 4:
-                self.trouble = TimeoutError()
+            if running and not self.trouble:
+                self._await(question)
+            if self.trouble and time.monotonic() - self._sent > REDIS_PATIENCE:  # as when a resolver is silent
+                self.away = self.trouble
         self._tell()
         return question.answers
 
-    def owe(self, name: bytes, command: _Command) -> None:
-        """Send the command soon, or when Redis is back, without waiting for it; the last one of a name counts."""
+    def _await(self, question: _Question) -> None:
+        self._questions.append(question)
+        self._changed.notify_all()
+        self._changed.wait_for(lambda: question.answers is not None or self.trouble, self._limit)
+        if question in self._questions:
+            self._questions.remove(question)
+        # One that first had to wait for another's pipeline says nothing about Redis.
+        if question.answers is None and not self.trouble and self._sent < question.since + self._limit / 4:
+            self.trouble = TimeoutError()
+            self._changed.notify_all()
+
+    def owe(self, name: str, command: _Command) -> None:
+        """Send the command soon, or when Redis is back, and wait for nothing; the last one of a name counts."""
         self.open()
         with self._changed:
-            if self._closed:
-                return
-            self._owed[name] = command
-            self._owed.move_to_end(name)
-            if len(self._owed) > MAX_OWED:
-                self._owed.popitem(last=False)
-            self._changed.notify_all()
+            if not self._closed:
+                self._owed[name] = command
+                self._owed.move_to_end(name)
+                if len(self._owed) > MAX_OWED:
+                    self._owed.popitem(last=False)
+                self._changed.notify_all()
 
     def _is_wanted(self) -> bool:
         return bool(self._closed or self._questions or self._owed or self.trouble)
 
     def _work(self) -> None:
         """The thread's life: send what waits. While Redis is away, and after a long silence, see whether it answers."""
-        going_on = True
-        while going_on:
+        closing = False
+        while not (closing and self.trouble):
             with self._changed:
-                if self.trouble:
+                if self.away:
                     self._changed.wait_for(lambda: self._closed, REDIS_PAUSE)
                 elif self._connected:
                     self._changed.wait_for(self._is_wanted, REDIS_IDLE)
                 questions, self._questions = self._questions, []
                 owed = dict(itertools.islice(self._owed.items(), OWED_BATCH))
-                self._sent = time.monotonic()
-                if self._closed and not owed:
-                    break
-            going_on = self._exchange(questions, owed)
+                self._sent, closing = time.monotonic(), self._closed
+            if closing and not owed:
+                break
+            self._exchange(questions, owed)
             self._tell()
         attempt(self._client.connection_pool.disconnect)
 
-    def _exchange(self, questions: Sequence[_Question], owed: Dict[bytes, _Command]) -> bool:
-        """Send what waits in one pipeline, and hand the answers out; whether the thread has more to do."""
+    def _exchange(self, questions: Sequence[_Question], owed: Dict[str, _Command]) -> None:
+        """Send what waits in one pipeline, and hand the answers out."""
         commands = [command for question in questions for command in question.commands] + list(owed.values())
         answers: List[Any] = []
         error = attempt(self._send, commands or [_PROBE], answers)
         with self._changed:
-            self.trouble, self._connected = error, not error
-            for question in questions:
-                if answers:
-                    question.answers, answers = answers[:len(question.commands)], answers[len(question.commands):]
-            for name, command in owed.items() if answers else ():
-                if self._owed.get(name) is command:  # else a newer one has come meanwhile
-                    del self._owed[name]
+            self.trouble, self._connected = error, bool(answers)
+            self.away = None if answers and not self._late else error  # late once is a hiccup: asked again at once
+            self._late = bool(answers and error)
+            if answers:
+                left = iter(answers)
+                for question in questions:
+                    question.answers = list(itertools.islice(left, len(question.commands)))
+                for name, command in owed.items():
+                    if self._owed.get(name) is command:  # else a newer one has come meanwhile
+                        del self._owed[name]
             self._changed.notify_all()
-            return not self._closed or bool(self._owed and not error)
 
     def _send(self, commands: Sequence[_Command], answers: List[Any]) -> None:
-        """Fill in what Redis answers. Raises whatever the package raises, and for answers that came too late."""
+        """Fill in what Redis answers. Raises what the package raises, and TimeoutError when the answers came late."""
         if not self._connected:
             self._client.ping()  # resolves and connects, which may take long
-        if self._over:
+        if self._ended:
             raise TimeoutError
         started, pipeline = time.monotonic(), self._client.pipeline(transaction=False)
         for command in commands:
@@ -1948,85 +1954,74 @@ class RedisLine:
 
     def close(self, seconds: float) -> None:
         """Send what is owed, if Redis is there, for so many seconds at most. Nothing is sent afterwards."""
+        self._begin_in_child()
         with self._changed:
             self._closed = True
             self._changed.notify_all()
         if self._thread:
             self._thread.join(seconds)
-        self._over = True
+        self._ended = True
 
 
 def check_redis(settings: Settings) -> None:
-    """Raise `SettingsError` unless the Redis of the settings, if there is one, answers as the server needs it."""
-    if not settings.redis:
-        return
-    line = RedisLine(settings.redis, REDIS_PATIENCE, lambda: None)
-    answers, trouble = line.ask([_PROBE]), line.trouble
-    line.close(0.0)
-    if not answers:
-        raise SettingsError(f"--redis (KF_REDIS): no good answer from there ({type(trouble).__name__}): check the "
-                            "address and the server; without it, each instance drops only the repeats that it has seen")
+    """Raise `SettingsError` unless the Redis of the settings, if there is one, does within 1 s what claims need."""
+    if settings.redis:
+        line = RedisLine(settings.redis, REDIS_PATIENCE, lambda: None)
+        works, trouble = line.ask([_PROBE]), type(line.trouble).__name__
+        line.close(0.0)
+        if not works:
+            raise SettingsError(f"--redis (KF_REDIS): no good answer from there ({trouble}): check the address and the "
+                                "server; without it, each instance drops only the repeats that it has seen itself")
 
 
 class SharedClaims:
     """`ClaimCache`'s methods over the Redis at ``url``; ``local`` decides first, and alone while Redis is away.
 
-    A claim is confirmed by Redis for 3 s, and for a day once its message is safe. A round of claims waits 100 ms at
-    most; everything else is written by a second connection, for which nobody waits. It keeps conversations too.
-    Raises `SettingsError` without the package, or for a bad address.
+    Redis keeps a claim for 3 s, and for a day once its message is safe, which a second connection writes: nobody waits
+    for it. Keeps conversations too. Raises `SettingsError` without the package, or for a bad address.
     """
 
     def __init__(self, url: str, local: ClaimCache) -> None:
-        self._url, self._local, self._id = url, local, uuid.uuid4().hex
-        self._begin()
-
-    def _begin(self) -> None:
-        """Make what belongs to this process alone."""
-        self._owner = f"{self._id}{os.getpid():x}:"
-        self._numbers = itertools.count(1)
-        self._sent: Set[str] = set()  # keys in hand that Redis may know from us
+        self._local, self._id, self._numbers = local, os.urandom(6).hex(), itertools.count(1)
+        self._known: Set[str] = set()  # keys in hand that Redis may have from us
         self._told = False  # that Redis is away
         self._telling = threading.Lock()  # guards _told
-        self._claimer = RedisLine(self._url, REDIS_TIMEOUT, self._tell)
-        self._writer = RedisLine(self._url, REDIS_PATIENCE, self._tell)
-        self._pid = os.getpid()
-
-    def _begin_in_child(self) -> None:
-        """Threads, connections and what is owed stay with the parent when a process forks."""
-        if self._pid != os.getpid():
-            self._begin()
+        self._claimer = RedisLine(url, REDIS_TIMEOUT, self._tell)
+        self._writer = RedisLine(url, REDIS_PATIENCE, self._tell)
 
     def __len__(self) -> int:
         return len(self._local)
 
     def open(self) -> None:
-        """Get ready to serve: connect, without waiting for it. The first round does it otherwise."""
-        self._begin_in_child()
+        """Get ready to serve: connect, and do not wait for it. Otherwise the first message does so."""
         self._claimer.open()
         self._writer.open()
 
     def claim(self, key: str) -> bool:
-        """True for exactly one caller in this instance; False for a repeat. Raises `BeingTaken` as a `ClaimCache`."""
+        """True for exactly one caller in this instance; False for a repeat. Raises `BeingTaken`."""
         return self._local.claim(key)
 
     def confirm(self, keys: Sequence[str]) -> List[Union[bool, PushError]]:
         """Whether the claims of a round hold on all instances, one each: True it is ours, False another instance has
-        the message safe, `BeingTaken` another is just taking it. All are ours while Redis is away.
+        the message safe, `BeingTaken` another is just taking it. While Redis is away, all are ours.
 
         Waits 100 ms at most. What is not ours is released.
         """
-        self._begin_in_child()
-        self._sent.update(keys)
-        answers = self._claimer.ask([("EVAL", _CLAIM, 1, _name(key), self._owner, next(self._numbers), CLAIM_MS)
-                                     for key in keys])
-        return [self._judge(key, answer) for key, answer in zip(keys, answers or [1] * len(keys))]
+        self._known.update(keys)
+        commands: List[_Command] = []
+        for key in keys:
+            commands += [("SET", _name(key), "{}{}".format(*self._next()), "PX", CLAIM_MS, "NX"), ("GET", _name(key))]
+        answers = self._claimer.ask(commands) or [True, None] * len(keys)
+        return [self._judge(*each) for each in zip(keys, answers[::2], answers[1::2])]
 
-    def _judge(self, key: str, answer: int) -> Union[bool, PushError]:
-        if answer == 1:
+    def _judge(self, key: str, is_set: bool, value: Optional[bytes]) -> Union[bool, PushError]:
+        if is_set or (value and value.startswith(self._next()[0].encode())):  # ours: its release was lost, or is late
             return True
-        self._sent.discard(key)
+        self._known.discard(key)
         self._local.release(key)
-        return BeingTaken("another instance is just taking the same message") if answer else False
+        if value and value.startswith(b"+"):
+            return False
+        return BeingTaken("another instance is just taking the same message")
 
     def accept(self, key: str) -> None:
         """The claimed message is safe: repeats are dropped by all instances for a day."""
@@ -2034,83 +2029,73 @@ class SharedClaims:
         self._mark(key)
 
     def finish(self, key: str) -> None:
-        """The message is done. Marked again while Redis is away: too much may be owed to keep the first mark."""
+        """The message is done. Its mark is owed again while Redis is away: among too many, the first may be gone."""
         self._local.finish(key)
-        self._sent.discard(key)
         if self._writer.trouble:
             self._mark(key)
+        self._known.discard(key)
 
     def release(self, key: str) -> None:
         """The message was refused, or failed for good: the same push may come again, to any instance."""
         self._local.release(key)
-        if key in self._sent:  # else Redis has at most what was finished long ago
-            self._sent.discard(key)
-            self._owe(key, "EVAL", _RELEASE, 1, _name(key), self._owner, next(self._numbers))
+        if key in self._known:  # else Redis has nothing, or what was finished long ago
+            self._known.discard(key)
+            self._writer.owe(key, ("EVAL", _RELEASE, 1, _name(key), *self._next()))
 
     def restore(self, key: str) -> None:
         """The message was accepted before a restart, and is in hand again."""
         self._local.restore(key)
-        self._sent.add(key)
         self._mark(key)
 
     def _mark(self, key: str) -> None:
-        self._owe(key, "SET", _name(key), f"+{self._owner}{next(self._numbers)}".encode(), "PX", REMEMBER_MS)
+        self._known.add(key)
+        self._writer.owe(key, ("SET", _name(key), "+{}{}".format(*self._next()), "PX", REMEMBER_MS))
 
-    def _owe(self, key: str, *command: Any) -> None:
-        self._begin_in_child()
-        self._writer.owe(_name(key), command)
+    def _next(self) -> Tuple[str, int]:
+        """This process's name as an owner, and the next number."""
+        return f"{self._id}{os.getpid():x}:", next(self._numbers)
 
     def load_session(self, name: str) -> str:
-        """The text that was saved for the conversation last, by any instance; empty if there is none.
+        """The text that any instance saved last for the conversation; empty if there is none.
 
-        Waits 1 s at most. Raises `SessionUnavailable` while Redis is away.
+        Waits 1 s at most. Raises `SessionUnavailable` when Redis is away.
         """
-        text: bytes = self._ask_for_session("GET", _session_name(name)) or b""
+        text: bytes = self._ask_for_session("GET", name) or b""
         return text.decode("utf-8", "surrogatepass")
 
     def save_session(self, name: str, text: str) -> None:
         """Keep the text for 48 h; an empty one is deleted. Waits and raises as `load_session` does."""
         if text:
-            self._ask_for_session("SET", _session_name(name), text.encode("utf-8", "surrogatepass"), "PX", SESSION_MS)
+            self._ask_for_session("SET", name, text, "PX", SESSION_MS)
         else:
-            self._ask_for_session("DEL", _session_name(name))
+            self._ask_for_session("DEL", name)
 
-    def _ask_for_session(self, *command: Any) -> Any:
-        self._begin_in_child()
-        answers = self._writer.ask([command])
+    def _ask_for_session(self, verb: str, name: str, *arguments: Any) -> Any:
+        answers = self._writer.ask([(verb, "kfserver-session:" + name, *arguments)])
         if answers is None:
-            raise SessionUnavailable("Redis is away, and with it what the handlers remember of the sender")
+            raise SessionUnavailable("Redis is away, and conversations are there")
         return answers[0]
 
     def close(self) -> None:
         """Write what is owed, if Redis is there, for 1 s at most; nothing is written afterwards."""
-        self._begin_in_child()
         deadline = time.monotonic() + REDIS_PATIENCE
         for line in (self._writer, self._claimer):
             line.close(max(0.0, deadline - time.monotonic()))
 
     def _tell(self) -> None:
-        """Log that Redis is away, and that it is back, once each, whichever connection finds out."""
-        trouble = self._claimer.trouble or self._writer.trouble
-        if bool(trouble) == self._told:
-            return
+        """Log that Redis is away, and that it is back: once each, whichever connection finds out."""
         with self._telling:
-            if bool(trouble) == self._told:
-                return
-            self._told = not self._told
-        if trouble:
+            trouble = self._claimer.away or self._writer.away
+            told, self._told = self._told, bool(trouble)
+        if trouble and not told:
             log.warning("Redis is away (%s): this instance drops only the repeats that it has seen itself; "
                         "check the server behind --redis", type(trouble).__name__)
-        else:
+        elif told and not trouble:
             log.warning("Redis is back: instances share their claims again")
 
 
-def _name(key: str) -> bytes:
-    return b"kfserver:" + key.encode("utf-8", "surrogatepass")
-
-
-def _session_name(name: str) -> bytes:
-    return b"kfserver-session:" + name.encode("utf-8", "surrogatepass")
+def _name(key: str) -> str:
+    return "kfserver:" + key
 
 
 # ---- 12 Replies -----------------------------------------------------------------------------------------------------
