@@ -2008,14 +2008,18 @@ class SharedClaims:
         Waits 100 ms at most. What is not ours is released.
         """
         self._known.update(keys)
-        commands: List[_Command] = []
-        for key in keys:
-            commands += [("SET", _name(key), "{}{}".format(*self._next()), "PX", CLAIM_MS, "NX"), ("GET", _name(key))]
-        answers = self._claimer.ask(commands) or [True, None] * len(keys)
+        answers = self._claimer.ask([command for key in keys for command in (self._claim(key), ("GET", _name(key)))])
+        answers = answers or [True, None] * len(keys)
         return [self._judge(*each) for each in zip(keys, answers[::2], answers[1::2])]
 
+    def _claim(self, key: str) -> _Command:
+        return "SET", _name(key), "{}{}".format(*self._next()), "PX", CLAIM_MS, "NX"
+
     def _judge(self, key: str, is_set: bool, value: Optional[bytes]) -> Union[bool, PushError]:
-        if is_set or (value and value.startswith(self._next()[0].encode())):  # ours: its release was lost, or is late
+        if is_set:
+            return True
+        if value and value.startswith(self._next()[0].encode()):  # ours: its release was lost, or is on its way
+            self._writer.owe(key, self._claim(key))
             return True
         self._known.discard(key)
         self._local.release(key)
@@ -2031,7 +2035,7 @@ class SharedClaims:
     def finish(self, key: str) -> None:
         """The message is done. Its mark is owed again while Redis is away: among too many, the first may be gone."""
         self._local.finish(key)
-        if self._writer.trouble:
+        if self._claimer.trouble or self._writer.trouble:
             self._mark(key)
         self._known.discard(key)
 
