@@ -81,7 +81,6 @@ import sys
 import threading
 import time
 import traceback
-import uuid
 import xml.etree.ElementTree as ElementTree
 from collections import Counter, OrderedDict, deque
 from email.utils import formatdate
@@ -938,17 +937,17 @@ def _feed_digest(digest: Any, value: Any) -> None:
 
 
 class ClaimCache:
-    """Which messages were seen, in memory: at most ``size`` keys, the longest finished forgotten first.
+    """Which messages were seen, in memory: all that are in hand, and the last ``size`` that are finished.
 
-    A key is claimed by exactly one push, then accepted (the message is safe with us), then finished. One that is not
-    yet finished is never forgotten; when only such keys are left, a new one is refused. Safe to use from any thread.
+    A key is claimed by exactly one push, then accepted (the message is safe with us), then finished. The queue bounds
+    how many are in hand, so a claim is never refused for want of room. Safe to use from any thread.
     """
 
     def __init__(self, size: int) -> None:
         self._size = size
         self._lock = threading.Lock()  # guards the two below: a key is in one of them at most
         self._held: Dict[str, bool] = {}  # in hand; whether accepted
-        self._finished: OrderedDict[str, None] = OrderedDict()  # oldest first
+        self._finished: OrderedDict[str, None] = OrderedDict()  # longest unused first
 
     def __len__(self) -> int:
         return len(self._held) + len(self._finished)
@@ -956,8 +955,7 @@ class ClaimCache:
     def claim(self, key: str) -> bool:
         """True for exactly one caller; False for a repeat of what was accepted.
 
-        Raises `Busy` for a repeat of what is only claimed, because the first may yet be refused, and when every key is
-        in hand.
+        Raises `BeingTaken` for a repeat of what is only claimed, because the first may yet be refused.
         """
         with self._lock:
             if key in self._finished:
@@ -967,15 +965,12 @@ class ClaimCache:
                 if self._held[key]:
                     return False
                 raise BeingTaken("the same message is just being taken")
-            self._make_room()
             self._held[key] = False
             return True
 
-    def _make_room(self) -> None:
-        while len(self._held) + len(self._finished) >= self._size:
-            if not self._finished:
-                raise Busy("as many messages are in hand as can be remembered", "raise --dedup-size")
-            self._finished.popitem(last=False)
+    def confirm(self, keys: Sequence[str]) -> List[Union[bool, PushError]]:
+        """Whether the claims of a round hold everywhere. There is nowhere else: they do."""
+        return [True] * len(keys)
 
     def accept(self, key: str) -> None:
         """The claimed message is safe: from now on its repeats are answered ``success``."""
@@ -984,23 +979,29 @@ class ClaimCache:
                 self._held[key] = True
 
     def finish(self, key: str) -> None:
-        """The message is through: remember the key as long as there is room."""
+        """The message is done: remember the key until ``size`` others are finished."""
         with self._lock:
-            if self._held.pop(key, None) is None:
-                self._make_room()
+            self._held.pop(key, None)
             self._finished[key] = None
+            self._finished.move_to_end(key)
+            if len(self._finished) > self._size:
+                self._finished.popitem(last=False)
 
     def release(self, key: str) -> None:
         """The message was refused, or failed for good: the same push may come again."""
         with self._lock:
             self._held.pop(key, None)
 
-    remember = finish  # before a restart; where claims are shared, the two differ
-
     def restore(self, key: str) -> None:
-        """The message was accepted before a restart, and is in hand again, room or not."""
+        """The message was accepted before a restart, and is in hand again."""
         with self._lock:
             self._held[key] = True
+
+    def open(self) -> None:
+        """Get ready to serve. Memory always is."""
+
+    def close(self) -> None:
+        """Write what is left to write, which is nothing here."""
 
 
 # ---- 7 Handlers -----------------------------------------------------------------------------------------------------
@@ -1325,10 +1326,18 @@ class Endpoint:
             if error:
                 self._refuse(push, error)
         taken = [push for push in pushes if push.response is ACCEPTED]
-        error = attempt(self._inbox.deliver, [(push.message, push.payload) for push in taken]) if taken else None
+        error = attempt(self._deliver, taken) if taken else None
         if error:
             for push in taken:
                 self._refuse(push, error)
+
+    def _deliver(self, taken: Sequence[_Push]) -> None:
+        fates = self._inbox.deliver([(push.message, push.payload) for push in taken]) or ()
+        for push, fate in zip(taken, fates):
+            if isinstance(fate, PushError):
+                self._refuse(push, fate)
+            elif not fate:
+                push.response = REPEATED
 
     def _decide(self, push: _Push) -> None:
         """The README's answers table, in its order: every decision that the outside can see."""
@@ -1744,107 +1753,353 @@ def _refuse_foreign_file(path: str) -> None:
 
 
 # ---- 11 Shared claims -----------------------------------------------------------------------------------------------
-# Law: several instances claim as one, through Redis. Works like a `ClaimCache`, and is one when Redis is away.
+# Law: several instances claim as one, through Redis. Works like a `ClaimCache`, and is one when Redis is away. Only the
+# threads of this section wait for Redis; a caller waits for them, no longer than a limit.
 
-# Milliseconds that a claim lives until its message is safe, and that a message is remembered from then on.
-CLAIM_MS = 60 * 1000
+# Milliseconds that a claim lives until its message is safe, that a message is remembered from then on, and that a
+# conversation is kept: after 48 h the platform lets nobody be answered.
+CLAIM_MS = 3 * 1000
 REMEMBER_MS = 24 * 60 * 60 * 1000
-# Seconds for Redis to answer, and to leave it alone when it did not.
+SESSION_MS = 48 * 60 * 60 * 1000
+# Seconds that a round waits for its claims, that all else may take, and between two looks at a Redis that is away.
 REDIS_TIMEOUT = 0.1
+REDIS_PATIENCE = 1.0
 REDIS_PAUSE = 1.0
+# Seconds of silence after which a connection is tried: firewalls drop idle ones and tell nobody.
+REDIS_IDLE = 30.0
+# Writes that may be owed while Redis is away, and those of one pipeline.
+MAX_OWED = 10000
+OWED_BATCH = 500
 
-# A key's value is the owner's name, with "+" before it once the message is accepted. Only the owner may release it: the
-# claim may have run out meanwhile, and be another instance's.
-_RELEASE = """local value = redis.call('get', KEYS[1])
-    if value == ARGV[1] or value == '+' .. ARGV[1] then redis.call('del', KEYS[1]) end"""
+# A key's value is "owner:number", with "+" before it once the message is safe; each write has a number of its own. Only
+# the owner may release its claim, and a release that comes late must spare a newer claim.
+_RELEASE = """local value = redis.pcall('get', KEYS[1])
+local owner, number = string.match(type(value) == 'string' and value or '', '^%+?(%x+:)(%d+)$')
+if owner == ARGV[1] and tonumber(number) < tonumber(ARGV[2]) then redis.call('del', KEYS[1]) end
+return 1"""
+
+_Command = Tuple[Any, ...]
+# Whether Redis answers, runs scripts and can be written to, which a replica cannot.
+_PROBE: _Command = ("EVAL", "redis.call('set', KEYS[1], '', 'px', 1) return 1", 1, "kfserver-probe")
+
+
+class SessionUnavailable(ConnectionError):
+    """A conversation cannot be read or written, since Redis is away: the try fails, and can be repeated."""
+
+
+def connect_redis(url: str) -> Any:
+    """A client that connects at its first command, gives up soon and never tries again by itself.
+
+    Raises `SettingsError` for a package that is missing or does not work, and for a bad address.
+    """
+    error = attempt(importlib.import_module, "redis")
+    redis: Any = sys.modules.get("redis")
+    if error or not hasattr(redis, "Redis"):
+        found = f" ({getattr(redis, '__file__', None)} is not it, or is broken)" if redis else ""
+        raise SettingsError(f"--redis (KF_REDIS) needs the redis package{found}: pip install redis")
+    try:
+        client = redis.Redis.from_url(url)
+        pool = client.connection_pool
+        # These replace what the address says, which would replace what `from_url` is given.
+        pool.connection_kwargs.update(decode_responses=False, encoding="utf-8", encoding_errors="surrogatepass",
+                                      socket_timeout=REDIS_PATIENCE, retry_on_timeout=False, health_check_interval=0)
+        if hasattr(redis, "retry"):  # version 3 has none, and tries nothing again
+            pool.connection_kwargs.update(socket_connect_timeout=REDIS_PATIENCE,
+                                          retry=redis.retry.Retry(redis.backoff.NoBackoff(), 0))
+        pool.connection_class(**pool.connection_kwargs)  # it does not connect, and judges its options
+    except (ValueError, TypeError):  # whose texts may hold a part of the password
+        raise SettingsError("--redis (KF_REDIS) takes an address like redis://127.0.0.1:6379/0, "
+                            "a password in it percent-encoded") from None
+    return client
+
+
+class _Question:
+    """Commands of a caller who waits, since when, and what Redis answers: None until it does."""
+
+    __slots__ = ("answers", "commands", "since")
+
+    def __init__(self, commands: Sequence[_Command]) -> None:
+        self.commands, self.since = commands, time.monotonic()
+        self.answers: Optional[List[Any]] = None
+
+
+class RedisLine:
+    """A connection to Redis, and the thread that alone uses it: resolving, connecting and waiting happen there.
+
+    What several threads ask at the same time goes in one pipeline. While there is ``trouble``, as when an answer takes
+    longer than ``limit`` seconds, nobody is made to wait. If it lasts, Redis is ``away``; ``tell`` is called when that
+    may have changed.
+    """
+
+    def __init__(self, url: str, limit: float, tell: Callable[[], None]) -> None:
+        self._url, self._limit, self._tell = url, limit, tell
+        self._begin()
+
+    def _begin(self) -> None:
+        self.trouble: Optional[BaseException] = None
+        self.away: Optional[BaseException] = None
+        self._client = connect_redis(self._url)
+        self._changed = threading.Condition()  # guards all here; told when there is work, and when it is done
+        self._questions: List[_Question] = []
+        self._owed: OrderedDict[str, _Command] = OrderedDict()
+        self._thread: Optional[threading.Thread] = None
+        self._sent = 0.0  # when the pipeline in hand was begun, by the monotonic clock
+        self._connected = self._late = self._closed = self._ended = False
+        self._pid = os.getpid()
+
+    def _begin_in_child(self) -> None:
+        """When a process forks, the thread, the connection and what is owed stay with the parent."""
+        if self._pid != os.getpid():
+            self._begin()
+
+    def open(self) -> bool:
+        """See to it that the thread runs, which connects at once; whether it does."""
+        self._begin_in_child()
+        with self._changed:
+            if self._closed or (self._thread and self._thread.is_alive()):
+                return not self._closed
+            thread = threading.Thread(target=self._work, name="kfserver-redis", daemon=True)
+            try:
+                thread.start()
+                self._thread = thread
+            except RuntimeError as error:  # no thread to spare, or the interpreter ends: the next call tries again
+                self.trouble = self.away = error
+        self._tell()
+        return self._thread is thread
+
+    def ask(self, commands: Sequence[_Command]) -> Optional[List[Any]]:
+        """What Redis answers to each of the commands; None while it is away, or slower than the limit."""
+        question, running = _Question(commands), self.open()
+        with self._changed:
+            if running and not self.trouble:
+                self._await(question)
+            if self.trouble and time.monotonic() - self._sent > REDIS_PATIENCE:  # as when a resolver is silent
+                self.away = self.trouble
+        self._tell()
+        return question.answers
+
+    def _await(self, question: _Question) -> None:
+        self._questions.append(question)
+        self._changed.notify_all()
+        self._changed.wait_for(lambda: question.answers is not None or self.trouble, self._limit)
+        if question in self._questions:
+            self._questions.remove(question)
+        # One that first had to wait for another's pipeline says nothing about Redis.
+        if question.answers is None and not self.trouble and self._sent < question.since + self._limit / 4:
+            self.trouble = TimeoutError()
+            self._changed.notify_all()
+
+    def owe(self, name: str, command: _Command) -> None:
+        """Send the command soon, or when Redis is back, and wait for nothing; the last one of a name counts."""
+        self.open()
+        with self._changed:
+            if not self._closed:
+                self._owed[name] = command
+                self._owed.move_to_end(name)
+                if len(self._owed) > MAX_OWED:
+                    self._owed.popitem(last=False)
+                self._changed.notify_all()
+
+    def _is_wanted(self) -> bool:
+        return bool(self._closed or self._questions or self._owed or self.trouble)
+
+    def _work(self) -> None:
+        """The thread's life: send what waits. While Redis is away, and after a long silence, see whether it answers."""
+        closing = False
+        while not (closing and self.trouble):
+            with self._changed:
+                if self.away:
+                    self._changed.wait_for(lambda: self._closed, REDIS_PAUSE)
+                elif self._connected:
+                    self._changed.wait_for(self._is_wanted, REDIS_IDLE)
+                questions, self._questions = self._questions, []
+                owed = dict(itertools.islice(self._owed.items(), OWED_BATCH))
+                self._sent, closing = time.monotonic(), self._closed
+            if closing and not owed:
+                break
+            self._exchange(questions, owed)
+            self._tell()
+        attempt(self._client.connection_pool.disconnect)
+
+    def _exchange(self, questions: Sequence[_Question], owed: Dict[str, _Command]) -> None:
+        """Send what waits in one pipeline, and hand the answers out."""
+        commands = [command for question in questions for command in question.commands] + list(owed.values())
+        answers: List[Any] = []
+        error = attempt(self._send, commands or [_PROBE], answers)
+        with self._changed:
+            self.trouble, self._connected = error, bool(answers)
+            self.away = None if answers and not self._late else error  # late once is a hiccup: asked again at once
+            self._late = bool(answers and error)
+            if answers:
+                left = iter(answers)
+                for question in questions:
+                    question.answers = list(itertools.islice(left, len(question.commands)))
+                for name, command in owed.items():
+                    if self._owed.get(name) is command:  # else a newer one has come meanwhile
+                        del self._owed[name]
+            self._changed.notify_all()
+
+    def _send(self, commands: Sequence[_Command], answers: List[Any]) -> None:
+        """Fill in what Redis answers. Raises what the package raises, and TimeoutError when the answers came late."""
+        if not self._connected:
+            self._client.ping()  # resolves and connects, which may take long
+        if self._ended:
+            raise TimeoutError
+        started, pipeline = time.monotonic(), self._client.pipeline(transaction=False)
+        for command in commands:
+            pipeline.execute_command(*command)
+        answers += pipeline.execute()
+        if time.monotonic() - started > self._limit:
+            raise TimeoutError
+
+    def close(self, seconds: float) -> None:
+        """Send what is owed, if Redis is there, for so many seconds at most. Nothing is sent afterwards."""
+        self._begin_in_child()
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        if self._thread:
+            self._thread.join(seconds)
+        self._ended = True
+
+
+def check_redis(settings: Settings) -> None:
+    """Raise `SettingsError` unless the Redis of the settings, if there is one, does within 1 s what claims need."""
+    if settings.redis:
+        line = RedisLine(settings.redis, REDIS_PATIENCE, lambda: None)
+        works, trouble = line.ask([_PROBE]), type(line.trouble).__name__
+        line.close(0.0)
+        if not works:
+            raise SettingsError(f"--redis (KF_REDIS): no good answer from there ({trouble}): check the address and the "
+                                "server; without it, each instance drops only the repeats that it has seen itself")
 
 
 class SharedClaims:
-    """`ClaimCache`'s methods over Redis at ``url``: a claim is one SET NX PX, prolonged to a day when it is accepted.
+    """`ClaimCache`'s methods over the Redis at ``url``; ``local`` decides first, and alone while Redis is away.
 
-    ``local`` decides first, and alone when Redis is away or slower than 100 ms. ``timer`` gives seconds from anywhere.
-    Raises `SettingsError` without the package, or for a bad address.
+    Redis keeps a claim for 3 s, and for a day once its message is safe, which a second connection writes: nobody waits
+    for it. Keeps conversations too. Raises `SettingsError` without the package, or for a bad address.
     """
 
-    def __init__(self, url: str, local: ClaimCache, timer: Callable[[], float] = time.monotonic) -> None:
-        self._local, self._timer = local, timer
-        self._redis, self._error = connect_redis(url)
-        self._owner = uuid.uuid4().hex
-        self._away_until = 0.0  # by the timer; 0 when Redis answers
+    def __init__(self, url: str, local: ClaimCache) -> None:
+        self._local, self._id, self._numbers = local, os.urandom(6).hex(), itertools.count(1)
+        self._known: Set[str] = set()  # keys in hand that Redis may have from us
+        self._told = False  # that Redis is away
+        self._telling = threading.Lock()  # guards _told
+        self._claimer = RedisLine(url, REDIS_TIMEOUT, self._tell)
+        self._writer = RedisLine(url, REDIS_PATIENCE, self._tell)
 
     def __len__(self) -> int:
         return len(self._local)
 
+    def open(self) -> None:
+        """Get ready to serve: connect, and do not wait for it. Otherwise the first message does so."""
+        self._claimer.open()
+        self._writer.open()
+
     def claim(self, key: str) -> bool:
-        """True for exactly one caller on all instances; False for a repeat. Raises `Busy` as a `ClaimCache` does."""
-        if not self._local.claim(key):
-            return False
-        if self._ask(True, "set", _name(key), self._owner, nx=True, px=CLAIM_MS):
+        """True for exactly one caller in this instance; False for a repeat. Raises `BeingTaken`."""
+        return self._local.claim(key)
+
+    def confirm(self, keys: Sequence[str]) -> List[Union[bool, PushError]]:
+        """Whether the claims of a round hold on all instances, one each: True it is ours, False another instance has
+        the message safe, `BeingTaken` another is just taking it. While Redis is away, all are ours.
+
+        Waits 100 ms at most. What is not ours is released.
+        """
+        self._known.update(keys)
+        answers = self._claimer.ask([command for key in keys for command in (self._claim(key), ("GET", _name(key)))])
+        answers = answers or [True, None] * len(keys)
+        return [self._judge(*each) for each in zip(keys, answers[::2], answers[1::2])]
+
+    def _claim(self, key: str) -> _Command:
+        return "SET", _name(key), "{}{}".format(*self._next()), "PX", CLAIM_MS, "NX"
+
+    def _judge(self, key: str, is_set: bool, value: Optional[bytes]) -> Union[bool, PushError]:
+        if is_set:
             return True
+        if value and value.startswith(self._next()[0].encode()):  # ours: its release was lost, or is on its way
+            self._writer.owe(key, self._claim(key))
+            return True
+        self._known.discard(key)
         self._local.release(key)
-        if (self._ask(b"", "get", _name(key)) or b"").startswith(b"+"):
+        if value and value.startswith(b"+"):
             return False
-        raise BeingTaken("another instance is just taking the same message")
+        return BeingTaken("another instance is just taking the same message")
 
     def accept(self, key: str) -> None:
         """The claimed message is safe: repeats are dropped by all instances for a day."""
         self._local.accept(key)
-        self._remember(key)
+        self._mark(key)
 
     def finish(self, key: str) -> None:
-        """The message is through: remembered from now on, also if Redis was away when it was accepted."""
+        """The message is done. Its mark is owed again while Redis is away: among too many, the first may be gone."""
         self._local.finish(key)
-        self._remember(key)
+        if self._claimer.trouble or self._writer.trouble:
+            self._mark(key)
+        self._known.discard(key)
 
     def release(self, key: str) -> None:
         """The message was refused, or failed for good: the same push may come again, to any instance."""
         self._local.release(key)
-        self._ask(None, "eval", _RELEASE, 1, _name(key), self._owner)
+        if key in self._known:  # else Redis has nothing, or what was finished long ago
+            self._known.discard(key)
+            self._writer.owe(key, ("EVAL", _RELEASE, 1, _name(key), *self._next()))
 
     def restore(self, key: str) -> None:
         """The message was accepted before a restart, and is in hand again."""
         self._local.restore(key)
-        self._remember(key)
+        self._mark(key)
 
-    def _remember(self, key: str) -> None:
-        self._ask(None, "set", _name(key), "+" + self._owner, px=REMEMBER_MS)
+    def _mark(self, key: str) -> None:
+        self._known.add(key)
+        self._writer.owe(key, ("SET", _name(key), "+{}{}".format(*self._next()), "PX", REMEMBER_MS))
 
-    def _ask(self, otherwise: Any, command: str, *arguments: Any, **options: Any) -> Any:
-        """What Redis answers; ``otherwise`` while it is away. It is asked again after a pause."""
-        if self._timer() < self._away_until:
-            return otherwise
-        try:
-            answer = getattr(self._redis, command)(*arguments, **options)
-        except self._error as error:
-            if not self._away_until:  # two threads may find out at once, and both tell
-                log.warning("Redis is away (%s): this instance drops only the repeats that it has seen itself; "
-                            "check the server behind --redis", type(error).__name__)
-            self._away_until = self._timer() + REDIS_PAUSE
-            return otherwise
-        if self._away_until:
-            self._away_until = 0.0
+    def _next(self) -> Tuple[str, int]:
+        """This process's name as an owner, and the next number."""
+        return f"{self._id}{os.getpid():x}:", next(self._numbers)
+
+    def load_session(self, name: str) -> str:
+        """The text that any instance saved last for the conversation; empty if there is none.
+
+        Waits 1 s at most. Raises `SessionUnavailable` when Redis is away.
+        """
+        text: bytes = self._ask_for_session("GET", name) or b""
+        return text.decode("utf-8", "surrogatepass")
+
+    def save_session(self, name: str, text: str) -> None:
+        """Keep the text for 48 h; an empty one is deleted. Waits and raises as `load_session` does."""
+        if text:
+            self._ask_for_session("SET", name, text, "PX", SESSION_MS)
+        else:
+            self._ask_for_session("DEL", name)
+
+    def _ask_for_session(self, verb: str, name: str, *arguments: Any) -> Any:
+        answers = self._writer.ask([(verb, "kfserver-session:" + name, *arguments)])
+        if answers is None:
+            raise SessionUnavailable("Redis is away, and conversations are there")
+        return answers[0]
+
+    def close(self) -> None:
+        """Write what is owed, if Redis is there, for 1 s at most; nothing is written afterwards."""
+        deadline = time.monotonic() + REDIS_PATIENCE
+        for line in (self._writer, self._claimer):
+            line.close(max(0.0, deadline - time.monotonic()))
+
+    def _tell(self) -> None:
+        """Log that Redis is away, and that it is back: once each, whichever connection finds out."""
+        with self._telling:
+            trouble = self._claimer.away or self._writer.away
+            told, self._told = self._told, bool(trouble)
+        if trouble and not told:
+            log.warning("Redis is away (%s): this instance drops only the repeats that it has seen itself; "
+                        "check the server behind --redis", type(trouble).__name__)
+        elif told and not trouble:
             log.warning("Redis is back: instances share their claims again")
-        return answer
 
 
 def _name(key: str) -> str:
     return "kfserver:" + key
-
-
-def connect_redis(url: str) -> Tuple[Any, Type[Exception]]:
-    """A client that gives up soon and never tries again by itself, and the class of its errors."""
-    try:
-        import redis  # type: ignore[import]
-    except ImportError:
-        raise SettingsError("--redis (KF_REDIS) needs the redis package: pip install redis") from None
-    try:
-        client = redis.Redis.from_url(url, socket_timeout=REDIS_TIMEOUT, socket_connect_timeout=REDIS_TIMEOUT,
-                                      retry=redis.retry.Retry(redis.backoff.NoBackoff(), 0))
-        client.connection_pool.make_connection()  # it connects later, and knows its options now
-    except (ValueError, TypeError):  # whose texts may hold a part of the password
-        raise SettingsError("--redis (KF_REDIS) takes an address like redis://127.0.0.1:6379/0, "
-                            "a password in it percent-encoded") from None
-    return client, redis.RedisError
 
 
 # ---- 12 Replies -----------------------------------------------------------------------------------------------------
@@ -2504,6 +2759,7 @@ class Inbox:
 
     def begin(self) -> None:
         """Handle what is left from the last run; the first message that comes makes that begin too."""
+        self._claims.open()
         self._dispatcher.wake()
 
     def take(self, message: Message) -> bool:
@@ -2518,19 +2774,24 @@ class Inbox:
             raise
         return True
 
-    def deliver(self, taken: Sequence[Tuple[Message, bytes]]) -> None:
-        """Make safe what was taken, and queue it: each message with its bytes. Raises `Busy`, and gives all back."""
+    def deliver(self, taken: Sequence[Tuple[Message, bytes]]) -> List[Union[bool, PushError]]:
+        """Make safe what was taken, and queue it: each message with its bytes. True for what is accepted, False for
+        what another instance has, an error for what is refused. Raises `Busy`, and gives all back."""
+        fates = self._claims.confirm([message.key for message, _ in taken])
+        ours = [each for each, fate in zip(taken, fates) if fate is True]
+        self._dispatcher.cancel(len(taken) - len(ours))
         try:
-            if self._journal:
-                self._journal.add([(message.key, payload) for message, payload in taken])
+            if self._journal and ours:
+                self._journal.add([(message.key, payload) for message, payload in ours])
         except BaseException:
-            self._dispatcher.cancel(len(taken))
-            for message, _ in taken:
+            self._dispatcher.cancel(len(ours))
+            for message, _ in ours:
                 self._claims.release(message.key)
             raise
-        for message, _ in taken:
+        for message, _ in ours:
             self._claims.accept(message.key)
-        self._dispatcher.post([message for message, _ in taken])
+        self._dispatcher.post([message for message, _ in ours])
+        return fates
 
     def observe(self, response: Response, message: Optional[Message], seconds: float) -> None:
         """A push was answered after so many seconds."""
@@ -2609,6 +2870,7 @@ class Inbox:
             self._api.close()
         if self._journal:
             self._journal.close()
+        self._claims.close()
         return undone
 
 
@@ -4279,8 +4541,7 @@ def _signals_to_end() -> List[int]:
 
 def check_parts(settings: Settings) -> None:
     """Raise `SettingsError` for a part that could not be made, without touching the port or the journal."""
-    if settings.redis:
-        connect_redis(settings.redis)
+    check_redis(settings)
     if settings.tls_cert:
         make_tls_context(settings)
 

@@ -104,12 +104,16 @@ def accepted(size: int, *keys: str) -> ClaimCache:
     return cache
 
 
-def finished(size: int, *keys: str) -> ClaimCache:
-    """A cache in which the keys are finished, in this order."""
-    cache = accepted(size, *keys)
+def finish_all(cache: ClaimCache, *keys: str) -> ClaimCache:
+    """The cache, in which the keys are now finished too, in this order."""
     for key in keys:
         cache.finish(key)
     return cache
+
+
+def finished(size: int, *keys: str) -> ClaimCache:
+    """A cache in which the keys are finished, in this order."""
+    return finish_all(accepted(size, *keys), *keys)
 
 
 def test_claim_is_granted_once() -> None:
@@ -157,12 +161,11 @@ def test_accept_after_finish_leaves_the_key_finished() -> None:
     cache.claim("a")
     cache.finish("a")
     cache.accept("a")
-    assert cache.claim("b"), "a finished key makes room"
+    assert finish_all(cache, "b").claim("a"), "a finished key is forgotten in its turn"
 
 
 def test_claim_forgets_the_longest_finished_first() -> None:
-    cache = finished(3, "a", "b", "c")
-    assert cache.claim("d")
+    cache = finish_all(finished(3, "a", "b", "c"), "d")
     assert not cache.claim("b")
     assert not cache.claim("c")
     assert cache.claim("a")
@@ -171,23 +174,25 @@ def test_claim_forgets_the_longest_finished_first() -> None:
 def test_claim_of_a_repeat_keeps_it_remembered() -> None:
     cache = finished(2, "a", "b")
     assert not cache.claim("a")
-    cache.claim("c")
+    finish_all(cache, "c")
     assert not cache.claim("a"), "b was asked for longer ago"
 
 
-def test_claim_never_evicts_a_message_in_hand() -> None:
-    cache = accepted(2, "a", "b")
-    with pytest.raises(Busy):
-        cache.claim("c")
-    assert not cache.claim("a")
-    assert not cache.claim("b")
+def test_claim_never_forgets_nor_refuses_for_room_what_is_in_hand() -> None:
+    keys = [str(number) for number in range(100)]
+    cache = finish_all(accepted(2, *keys), "a", "b", "c")
+    assert [cache.claim(key) for key in keys] == [False] * len(keys)
 
 
-def test_claim_finds_room_as_soon_as_one_is_finished() -> None:
-    cache = accepted(2, "a", "b")
-    cache.finish("b")
-    assert cache.claim("c")
-    assert not cache.claim("a")
+def test_claim_remembers_as_many_as_it_was_told_however_many_are_in_hand() -> None:
+    # Were what is in hand counted, a long queue would leave no room for what is finished.
+    keys = [f"done {number}" for number in range(30)]
+    cache = finish_all(accepted(30, *(f"waiting {number}" for number in range(1000))), *keys)
+    assert not any(cache.claim(key) for key in keys)
+
+
+def test_confirm_lets_every_claim_stand() -> None:
+    assert ClaimCache(1).confirm(["a", "b"]) == [True, True]
 
 
 def test_claim_remembers_at_most_as_many_as_it_was_told() -> None:
@@ -237,30 +242,29 @@ def test_claim_has_exactly_one_winner_among_threads() -> None:
     assert [len(won) for won in winners] == [1] * len(winners)
 
 
-def test_claim_never_exceeds_its_size_among_threads() -> None:
+def test_claim_cache_never_exceeds_its_size_and_what_is_in_hand_among_threads() -> None:
     cache = ClaimCache(8)
     sizes: List[int] = []
 
     def use(number: int) -> None:
         for turn in range(200):
             key = f"{number}/{turn}"
-            try:
-                taken = cache.claim(key)
-            except Busy:
-                continue
-            assert taken
+            assert cache.claim(key)
             sizes.append(len(cache))
             (cache.release if turn % 3 else cache.finish)(key)
     side_by_side(16, use)
-    assert max(sizes) <= 8
-    assert len(cache) <= 8
+    assert max(sizes) <= 8 + 16
+    assert len(cache) == 8
+
+
+def test_finish_counts_a_key_once_however_often_it_is_finished() -> None:
+    cache = finish_all(ClaimCache(3), "a", "b", "a", "b", "c")
+    assert (len(cache), [cache.claim(key) for key in "abc"]) == (3, [False] * 3)
 
 
 def test_claim_cache_restore_may_exceed_the_size_and_is_forgotten_down_to_it() -> None:
     cache = ClaimCache(3)
     for number in range(10):
         cache.restore(str(number))
-    for number in range(10):
-        cache.finish(str(number))
-    assert cache.claim("new")
+    finish_all(cache, *map(str, range(10)))
     assert len(cache) == 3

@@ -483,13 +483,13 @@ def text_of(msg_type: str) -> bytes:
     pytest.param({"path": "/kf"}, post(push()), ("refused", "-", "404"), id="another path"),
     pytest.param({}, get("/").replace(b"GET", b"PUT"), ("refused", "-", "405"), id="another method"),
     pytest.param({"max_body": 10}, post(push()), ("refused", "-", "413"), id="too large"),
-    pytest.param({"dedup_size": 1}, post(push()), ("refused", "text", "503"), id="no room"),
+    pytest.param({"queue_size": 1, "workers": 1}, post(push()), ("refused", "text", "503"), id="no room"),
 ])
 def test_kf_server_counts_pushes(settings: Dict[str, Any], request_bytes: bytes, counted: Tuple[str, str, str]) -> None:
     with open_shop(**settings) as shop:
         shop.open.clear()
-        if "dedup_size" in settings:
-            shop.push(post(push(number=99)))
+        for number in (98, 99) if "queue_size" in settings else ():
+            shop.push(post(push(number=number)))
         shop.push(request_bytes)
         assert pushes_of(shop.page())[counted] == 1
 

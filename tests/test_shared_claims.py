@@ -10,24 +10,39 @@ import os
 import pathlib
 import random
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from typing import Any, Callable, Iterator, List, Optional, Sequence, Tuple
+from types import ModuleType
+from typing import Any, Callable, Iterator, List, Optional, Sequence, Tuple, Union
 
 import pytest
-from support import PATIENCE, ROOT, Client, Shop, post, push, wait_until
+from support import PATIENCE, ROOT, Client, Shop, local, no_thread_left, post, push, wait_until
 
 import kfserver
-from kfserver import Busy, ClaimCache, KfServer, Settings, SettingsError, SharedClaims, main
+from kfserver import (
+    BeingTaken,
+    ClaimCache,
+    KfError,
+    KfServer,
+    PushError,
+    Request,
+    SessionUnavailable,
+    Settings,
+    SettingsError,
+    SharedClaims,
+    check_redis,
+    main,
+)
 
 KEY = "app/user/text/1"
 NAME = f"kfserver:{KEY}"  # in Redis, where it must stay: instances of different releases run side by side
-# Milliseconds: a claim lives a minute and what was handled is remembered for a day, less what a slow machine takes.
-MINUTE = range(30_000, 60_000 + 1)
+# Milliseconds: what is safe is remembered for a day, and conversations for two, less what a slow machine takes.
 DAY = range(86_400_000 - 30_000, 86_400_000 + 1)
+TWO_DAYS = range(2 * 86_400_000 - 30_000, 2 * 86_400_000 + 1)
 
 needs_package = pytest.mark.skipif(
     not importlib.util.find_spec("redis"), reason="the redis package is not installed: pip install redis")
@@ -71,6 +86,30 @@ class RedisServer:
         self._process.terminate()
         self._process.wait(PATIENCE)
 
+    @contextlib.contextmanager
+    def stopped(self) -> Iterator[None]:
+        """It has stopped for the length of a block, and starts anew."""
+        self.stop()
+        try:
+            yield
+        finally:
+            self.start()
+
+    @contextlib.contextmanager
+    def frozen(self) -> Iterator[None]:
+        """It does nothing for the length of a block, though the system takes connections and bytes for it."""
+        assert self._process
+        self._process.send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            self.thaw()
+
+    def thaw(self) -> None:
+        """Let it go on."""
+        assert self._process
+        self._process.send_signal(signal.SIGCONT)
+
     @property
     def url(self) -> str:
         """What --redis takes."""
@@ -99,152 +138,423 @@ def store(redis_server: RedisServer) -> Iterator[Any]:
 
 @pytest.fixture(autouse=True)
 def _patience_with_redis(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A busy machine must not make Redis seem to be away."""
+    """A busy machine must not make Redis seem to be away; one that was away is found again soon."""
     monkeypatch.setattr(kfserver, "REDIS_TIMEOUT", PATIENCE)
+    monkeypatch.setattr(kfserver, "REDIS_PATIENCE", PATIENCE)
+    monkeypatch.setattr(kfserver, "REDIS_PAUSE", 0.05)
 
 
-class Clockwork:
-    """A clock that stands still, and the jobs that are due later, which run when a test wants."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-        self.jobs: List[Tuple[float, Callable[[], None]]] = []
-
-    def later(self, seconds: float, job: Callable[[], None]) -> None:
-        """Takes the place of `Alarm.later`."""
-        self.jobs.append((seconds, job))
-
-    def run_next(self) -> float:
-        """Run the job that was entered first; the seconds it should have waited."""
-        seconds, job = self.jobs.pop(0)
-        job()
-        return seconds
-
-
-class Instance:
-    """The claims of one instance, and its clockwork."""
-
-    def __init__(self, url: str) -> None:
-        self.clockwork = Clockwork()
-        self.claims = SharedClaims(url, ClaimCache(100), lambda: self.clockwork.now)
+Instances = Callable[..., SharedClaims]
 
 
 @pytest.fixture
-def one(redis_server: RedisServer, store: Any) -> Instance:
-    """An instance."""
-    return Instance(redis_server.url)
+def instances(redis_server: RedisServer, store: Any) -> Iterator[Instances]:
+    """Makes the claims of an instance on the Redis, or on another address."""
+    with contextlib.ExitStack() as made:
+        def make(url: str = redis_server.url) -> SharedClaims:
+            return made.enter_context(contextlib.closing(SharedClaims(url, ClaimCache(100))))
+        yield make
 
 
 @pytest.fixture
-def other(redis_server: RedisServer, store: Any) -> Instance:
-    """Another instance on the same Redis."""
-    return Instance(redis_server.url)
+def one(instances: Instances) -> SharedClaims:
+    """The claims of an instance."""
+    return instances()
+
+
+@pytest.fixture
+def other(instances: Instances) -> SharedClaims:
+    """Those of another on the same Redis."""
+    return instances()
+
+
+def take(claims: SharedClaims, key: str = KEY) -> Union[bool, str]:
+    """Claim a message, and confirm that: True, False for a repeat, or "being taken"."""
+    try:
+        fate = claims.claim(key) and claims.confirm([key])[0]
+    except BeingTaken as error:
+        fate = error
+    return "being taken" if isinstance(fate, BeingTaken) else bool(fate)
+
+
+def wait_for_mark(store: Any, key: str = KEY) -> None:
+    """Until Redis has it that the message is safe; before that, whatever was owed earlier has been written."""
+    wait_until(lambda: store.pttl(f"kfserver:{key}") in DAY)
+
+
+class Proxy:
+    """Stands before the Redis: it passes requests on ``delay`` seconds late, or not at all while a connection, by its
+    number, is in ``held``."""
+
+    def __init__(self, port: int) -> None:
+        self.delay, self.held = 0.0, set([-1])
+        self._port, self._listener = port, socket.create_server(("127.0.0.1", 0))
+        self._open: List[socket.socket] = [self._listener]
+        threading.Thread(target=self._accept, daemon=True).start()
+        self.url = f"redis://127.0.0.1:{self._listener.getsockname()[1]}/0"
+
+    def _accept(self) -> None:
+        for number in itertools.count():
+            try:
+                client, _ = self._listener.accept()
+            except OSError:  # closed
+                return
+            server = socket.create_connection(("127.0.0.1", self._port))
+            self._open += [client, server]
+            for each in ((client, server, number), (server, client, -2)):
+                threading.Thread(target=self._pass, args=each, daemon=True).start()
+
+    def _pass(self, source: socket.socket, target: socket.socket, number: int) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                data = source.recv(65536)
+                if not data:
+                    break
+                time.sleep(self.delay if number >= 0 else 0.0)
+                wait_until(lambda: number not in self.held)
+                target.sendall(data)
+        for each in (source, target):
+            with contextlib.suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """Hang up."""
+        for each in self._open:
+            with contextlib.suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+            each.close()
+
+
+@pytest.fixture
+def proxy(redis_server: RedisServer) -> Iterator[Proxy]:
+    """A proxy before the Redis."""
+    with contextlib.closing(Proxy(redis_server.port)) as made:
+        yield made
 
 
 # ---- Claims
 
 
 @needs_package
-def test_shared_claims_claim_is_true_for_exactly_one(one: Instance, other: Instance) -> None:
-    assert one.claims.claim(KEY)
-    one.claims.accept(KEY)
-    assert not other.claims.claim(KEY)
-    assert not one.claims.claim(KEY)
-    assert other.claims.claim("app/user/text/2")
+def test_shared_claims_are_confirmed_for_exactly_one(one: SharedClaims, other: SharedClaims) -> None:
+    assert take(one) is True
+    one.accept(KEY)
+    wait_until(lambda: take(other) is False)
+    assert take(one) is False
+    assert take(other, "app/user/text/2") is True
 
 
 @needs_package
-def test_shared_claims_claim_raises_busy_while_the_first_may_yet_be_refused(one: Instance, other: Instance) -> None:
-    assert one.claims.claim(KEY)
-    with pytest.raises(Busy):  # a success here, and a refusal there, would lose the message
-        other.claims.claim(KEY)
-    one.claims.accept(KEY)
-    assert not other.claims.claim(KEY)
+def test_shared_claims_confirm_refuses_while_the_first_may_yet_be_refused(
+        one: SharedClaims, other: SharedClaims) -> None:
+    assert take(one) is True
+    assert take(other) == "being taken"  # a success here, and a refusal there, would lose the message
 
 
 @needs_package
-def test_shared_claims_claim_lives_for_a_minute_and_a_day_when_accepted(one: Instance, store: Any) -> None:
-    one.claims.claim(KEY)
-    assert store.pttl(NAME) in MINUTE
-    one.claims.accept(KEY)
-    assert store.pttl(NAME) in DAY
+def test_shared_claims_confirm_judges_each_claim_of_a_round(
+        one: SharedClaims, other: SharedClaims, store: Any) -> None:
+    keys = ["free", "claimed", "safe", "free too"]
+    for key in ("claimed", "safe"):
+        assert take(other, key) is True
+    other.accept("safe")
+    wait_for_mark(store, "safe")
+    for key in keys:
+        one.claim(key)
+    fates = one.confirm(keys)
+    assert [fate if isinstance(fate, bool) else type(fate) for fate in fates] == [True, BeingTaken, False, True]
+    assert [take(one, key) for key in keys] == ["being taken", "being taken", False, "being taken"]
 
 
 @needs_package
-def test_shared_claims_finish_is_remembered_by_all_for_a_day(one: Instance, other: Instance, store: Any) -> None:
-    one.claims.claim(KEY)
-    one.claims.accept(KEY)
-    one.claims.finish(KEY)
-    assert store.pttl(NAME) in DAY
-    assert not other.claims.claim(KEY)
+def test_shared_claims_confirm_of_no_claims_is_nothing(one: SharedClaims) -> None:
+    assert one.confirm([]) == []
+
+
+@needs_package
+def test_shared_claims_claim_lives_for_3_s_and_a_day_when_accepted(one: SharedClaims, store: Any) -> None:
+    take(one)
+    assert store.pttl(NAME) in range(3000 + 1)
+    one.accept(KEY)
+    wait_for_mark(store)
+
+
+@needs_package
+def test_shared_claims_claim_of_who_has_died_runs_out(
+        one: SharedClaims, other: SharedClaims, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kfserver, "CLAIM_MS", 100)
+    assert take(one) is True
+    wait_until(lambda: take(other) is True)
+
+
+@needs_package
+def test_shared_claims_accept_marks_what_took_longer_than_the_claim_lived(one: SharedClaims, store: Any) -> None:
+    take(one)
+    store.delete(NAME)
+    one.accept(KEY)
+    wait_for_mark(store)
+
+
+@needs_package
+def test_shared_claims_finish_is_remembered_by_all_for_a_day(
+        one: SharedClaims, other: SharedClaims, store: Any) -> None:
+    take(one)
+    one.accept(KEY)
+    one.finish(KEY)
+    wait_for_mark(store)
+    assert take(other) is False
+
+
+@needs_package
+def test_shared_claims_finish_does_not_write_again_what_accept_wrote(one: SharedClaims, store: Any) -> None:
+    take(one)
+    one.accept(KEY)
+    wait_for_mark(store)
+    store.delete(NAME)
+    one.finish(KEY)
+    one.restore("later")
+    wait_for_mark(store, "later")
+    assert store.exists(NAME) == 0
 
 
 @needs_package
 @pytest.mark.parametrize("accepted", [False, True], ids=["refused", "failed for good"])
 def test_shared_claims_release_lets_any_instance_claim(
-        one: Instance, other: Instance, store: Any, accepted: bool) -> None:
-    one.claims.claim(KEY)
+        one: SharedClaims, other: SharedClaims, store: Any, accepted: bool) -> None:
+    take(one)
     if accepted:
-        one.claims.accept(KEY)
-        assert not other.claims.claim(KEY)  # and must not be remembered there as handled
-    one.claims.release(KEY)
-    assert store.exists(NAME) == 0
-    assert other.claims.claim(KEY)
-    other.claims.accept(KEY)
-    assert not one.claims.claim(KEY)
+        one.accept(KEY)
+        wait_for_mark(store)
+        assert take(other) is False  # and must not be remembered there as handled
+    one.release(KEY)
+    wait_until(lambda: store.exists(NAME) == 0)
+    assert take(other) is True
+    assert take(one) == "being taken"
 
 
 @needs_package
-def test_shared_claims_release_leaves_alone_what_is_anothers_by_now(one: Instance, other: Instance, store: Any) -> None:
-    one.claims.claim(KEY)
+def test_shared_claims_release_leaves_alone_what_is_anothers_by_now(
+        one: SharedClaims, other: SharedClaims, store: Any) -> None:
+    take(one)
     store.delete(NAME)  # as if its time had run out
-    assert other.claims.claim(KEY)
-    one.claims.release(KEY)
-    assert store.pttl(NAME) in MINUTE
+    assert take(other) is True
+    one.release(KEY)
+    one.restore("later")
+    wait_for_mark(store, "later")
+    assert store.exists(NAME) == 1
+
+
+@needs_package
+def test_shared_claims_release_of_what_was_not_confirmed_leaves_an_old_mark_alone(
+        one: SharedClaims, store: Any) -> None:
+    take(one)
+    one.accept(KEY)
+    one.finish(KEY)
+    for number in range(100):  # so that it is forgotten here
+        one.finish(str(number))
+    assert one.claim(KEY)
+    one.release(KEY)  # as when the queue is full
+    one.restore("later")
+    wait_for_mark(store, "later")
+    assert store.pttl(NAME) in DAY
+
+
+@needs_package
+def test_shared_claims_release_that_comes_late_does_not_refuse_nor_undo_a_newer_claim(
+        instances: Instances, proxy: Proxy, store: Any) -> None:
+    claims = instances(proxy.url)
+    proxy.held = {1}  # the connection that writes is made after the one that claims
+    assert take(claims) is True
+    claims.release(KEY)
+    assert take(claims) is True, "one's own claim refuses nobody"
+    proxy.held = set()
+    claims.restore("later")
+    wait_for_mark(store, "later")
+    assert store.exists(NAME) == 1
+
+
+@needs_package
+def test_shared_claims_restore_marks_what_was_left_by_the_last_run(
+        one: SharedClaims, other: SharedClaims, store: Any) -> None:
+    one.restore(KEY)
+    wait_for_mark(store)
+    assert (take(one), take(other)) == (False, False)
+
+
+# ---- Conversations
+
+
+@needs_package
+def test_shared_claims_keep_a_conversation_for_all_instances(one: SharedClaims, other: SharedClaims, store: Any) -> None:
+    name, text = "app/用户 \ud800", '{"step": "é\ud800"}'
+    assert one.load_session(name) == ""
+    one.save_session(name, text)
+    assert other.load_session(name) == text
+    assert [store.pttl(each) in TWO_DAYS for each in store.keys("kfserver-session:*")] == [True]
+    other.save_session(name, "")
+    assert one.load_session(name) == ""
+    assert store.keys("kfserver-session:*") == []
+
+
+@needs_package
+def test_shared_claims_say_that_a_conversation_is_not_to_be_had_while_redis_is_away(
+        redis_server: RedisServer, one: SharedClaims) -> None:
+    one.save_session("name", "text")
+    with redis_server.stopped():
+        for function, arguments in ((one.load_session, ("name",)), (one.save_session, ("name", "other"))):
+            with pytest.raises(SessionUnavailable) as caught:
+                function(*arguments)
+            assert not isinstance(caught.value, KfError), "such an error would be the last of its message"
+
+    def is_back() -> bool:
+        with contextlib.suppress(SessionUnavailable):
+            return one.load_session("name") == ""
+        return False
+    wait_until(is_back)
+
+
+# ---- Time
+
+
+class Resolver:
+    """Takes the place of `socket.getaddrinfo`, and does not answer before it is told to."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.may_answer = threading.Event()
+        self._resolve = socket.getaddrinfo
+        monkeypatch.setattr(socket, "getaddrinfo", self)
+
+    def __call__(self, *arguments: Any) -> Any:
+        """Wait, and resolve."""
+        self.may_answer.wait(PATIENCE)
+        return self._resolve(*arguments)
+
+
+@needs_package
+def test_shared_claims_wait_for_no_resolver_and_write_nothing_after_the_end(
+        instances: Instances, store: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    store.ping()
+    monkeypatch.setattr(kfserver, "REDIS_TIMEOUT", 0.1)
+    monkeypatch.setattr(kfserver, "REDIS_PATIENCE", 0.2)
+    with no_thread_left():
+        resolver = Resolver(monkeypatch)
+        claims, started = instances(), time.monotonic()
+        assert take(claims) is True
+        claims.accept(KEY)
+        wait_until(lambda: take(claims, str(time.monotonic())) is True and warnings_in(caplog) == ["Redis is away"])
+        claims.close()
+        assert time.monotonic() - started < PATIENCE / 2
+        resolver.may_answer.set()
+    assert store.keys() == []
+
+
+@needs_package
+def test_kf_server_asks_redis_once_for_pushes_that_come_together(
+        proxy: Proxy, servers: Servers, caplog: pytest.LogCaptureFixture) -> None:
+    server = servers(redis=proxy.url)
+    server.feed(push(number=1))
+    proxy.delay, started = 0.25, time.monotonic()
+    answers = server.endpoint.handle_all([Request("POST", "/", "", push(number=number)) for number in range(40)])
+    assert [answer.outcome for answer in answers].count("accepted") == 39
+    assert time.monotonic() - started < 40 * proxy.delay / 2
+    proxy.delay = 0.0
+    assert server.join(PATIENCE)
+    assert warnings_in(caplog) == []
+
+
+@needs_package
+def test_shared_claims_of_several_threads_share_a_pipeline(instances: Instances, proxy: Proxy, store: Any) -> None:
+    claims = instances(proxy.url)
+    take(claims, "first")
+    proxy.delay, started = 0.25, time.monotonic()
+    fates: List[Union[bool, str]] = []
+    threads = [threading.Thread(target=lambda key: fates.append(take(claims, key)), args=(str(number),))
+               for number in range(20)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(PATIENCE)
+    assert fates == [True] * 20
+    assert time.monotonic() - started < 20 * proxy.delay / 2
 
 
 # ---- Servers
 
 
+Servers = Callable[..., KfServer]
+
+
+@pytest.fixture
+def servers(redis_server: RedisServer, store: Any, shop: Shop) -> Iterator[Servers]:
+    """Makes servers on the one Redis, with the handlers of the one shop."""
+    with contextlib.ExitStack() as made:
+        def make(**settings: Any) -> KfServer:
+            server = KfServer(shop.registry, Settings(**{"redis": redis_server.url, **settings}))
+            made.callback(server.stop)
+            return server
+        yield make
+        shop.open.set()
+
+
 @needs_package
-def test_kf_server_shares_its_claims(redis_server: RedisServer, store: Any, shop: Shop) -> None:
-    servers = [KfServer(shop.registry, Settings(redis=redis_server.url)) for _ in range(2)]
-    for server in servers:
+def test_kf_server_shares_its_claims(servers: Servers, store: Any, shop: Shop) -> None:
+    for server in (servers(), servers()):
         assert server.feed(push(number=1)).body == b"success"
         assert server.join(PATIENCE)
+        wait_for_mark(store)
     assert shop.served == ["hi"]
-    assert store.pttl(NAME) in DAY
 
 
 @needs_package
-def test_kf_server_claims_for_a_day_what_is_in_a_handlers_hands(
-        redis_server: RedisServer, store: Any, shop: Shop) -> None:
+def test_kf_server_claims_for_a_day_what_is_in_a_handlers_hands(servers: Servers, store: Any, shop: Shop) -> None:
     shop.open.clear()
-    server = KfServer(shop.registry, Settings(redis=redis_server.url))
-    server.feed(push(number=1))
+    servers().feed(push(number=1))
     wait_until(lambda: shop.served)
-    assert store.pttl(NAME) in DAY
-    shop.open.set()
-    assert server.join(PATIENCE)
+    wait_for_mark(store)
 
 
 @needs_package
-def test_kf_server_releases_what_failed_for_good(redis_server: RedisServer, store: Any, shop: Shop) -> None:
-    server = KfServer(shop.registry, Settings(redis=redis_server.url, tries=1))
+def test_kf_server_releases_what_failed_for_good(servers: Servers, store: Any) -> None:
+    server = servers(tries=1)
     server.feed(push(number=1, content="bad"))
     assert server.join(PATIENCE)
-    assert store.exists(NAME) == 0
+    wait_until(lambda: store.exists(NAME) == 0)
 
 
 @needs_package
-def test_kf_server_releases_what_it_had_no_room_for(redis_server: RedisServer, store: Any, shop: Shop) -> None:
-    server = KfServer(shop.registry, Settings(redis=redis_server.url))
+def test_kf_server_refuses_what_another_is_just_taking_and_gives_its_place_back(
+        servers: Servers, store: Any, shop: Shop) -> None:
+    server = servers(queue_size=1)
+    store.set(NAME, "another:1")
+    assert [server.feed(push(number=1)).status for _ in range(3)] == [503] * 3
+    store.set(NAME, "+another:1")
+    assert [server.feed(push(number=1)).outcome for _ in range(3)] == ["repeat"] * 3
+    store.delete(NAME)
+    assert server.feed(push(number=1)).outcome == "accepted"
+    assert server.join(PATIENCE)
+    assert shop.served == ["hi"]
+
+
+@needs_package
+def test_kf_server_asks_redis_for_nothing_that_it_has_no_room_for(servers: Servers, store: Any) -> None:
+    server = servers()
     server.stop()
     assert server.feed(push(number=1)).status == 503
     assert store.exists(NAME) == 0
-    another = KfServer(shop.registry, Settings(redis=redis_server.url))
+    another = servers()
     assert another.feed(push(number=1)).outcome == "accepted"
     assert another.join(PATIENCE)
+
+
+@needs_package
+def test_kf_server_stop_writes_what_is_owed_and_nothing_goes_on_after_it(
+        redis_server: RedisServer, store: Any, shop: Shop) -> None:
+    server = KfServer(shop.registry, local(redis=redis_server.url)).start()
+    for number in range(50):
+        server.feed(push(number=number))
+    server.stop()
+    assert len([key for key in store.keys() if store.pttl(key) in DAY]) == 50
+    wait_until(lambda: "kfserver-redis" not in [thread.name for thread in threading.enumerate()])
 
 
 # ---- Redis away, and back
@@ -257,25 +567,65 @@ def warnings_in(caplog: pytest.LogCaptureFixture) -> List[str]:
 
 @needs_package
 def test_kf_server_refuses_nothing_while_redis_is_away_and_shares_again_when_it_is_back(
-        redis_server: RedisServer, store: Any, shop: Shop, caplog: pytest.LogCaptureFixture,
-        monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kfserver, "REDIS_PAUSE", 0.0)
-    server = KfServer(shop.registry, Settings(redis=redis_server.url))
+        redis_server: RedisServer, servers: Servers, store: Any, shop: Shop, caplog: pytest.LogCaptureFixture) -> None:
+    server = servers()
     assert server.feed(push(number=1)).outcome == "accepted"
-    redis_server.stop()
-    try:
+    wait_for_mark(store)
+    with redis_server.stopped():
         assert [server.feed(push(number=number)).outcome for number in (2, 3, 2, 1)] == [
             "accepted", "accepted", "repeat", "repeat"]
         assert server.join(PATIENCE)
-        assert warnings_in(caplog) == ["Redis is away"]
-    finally:
-        redis_server.start()
-    assert server.feed(push(number=4)).outcome == "accepted"
-    assert server.join(PATIENCE)
-    assert warnings_in(caplog) == ["Redis is away", "Redis is back"]
-    another = KfServer(shop.registry, Settings(redis=redis_server.url))
-    assert another.feed(push(number=4)).outcome == "repeat"
-    assert len(shop.served) == 4
+        wait_until(lambda: warnings_in(caplog))
+    wait_until(lambda: warnings_in(caplog) == ["Redis is away", "Redis is back"])  # nobody has to push for that
+    for number in (2, 3):
+        wait_for_mark(store, f"app/user/text/{number}")  # which was owed
+    assert [servers().feed(push(number=number)).outcome for number in (2, 3)] == ["repeat", "repeat"]
+    assert len(shop.served) == 3
+
+
+@needs_package
+def test_shared_claims_owe_a_release_while_redis_is_away(
+        redis_server: RedisServer, one: SharedClaims, store: Any) -> None:
+    take(one)
+    with redis_server.frozen():
+        one.release(KEY)
+    wait_until(lambda: store.exists(NAME) == 0)
+
+
+@needs_package
+def test_shared_claims_owe_the_newest_state_of_each_message_and_so_many_at_most(
+        redis_server: RedisServer, one: SharedClaims, store: Any, monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(kfserver, "MAX_OWED", 10)
+    with redis_server.stopped():
+        for number in range(20):
+            assert take(one, str(number)) is True
+            one.accept(str(number))
+        one.release("19")
+        wait_until(lambda: warnings_in(caplog))
+        one.finish("0")  # whose mark was too many
+    wait_for_mark(store, "0")
+    wait_for_mark(store, "18")
+    assert sorted(store.keys("kfserver:*")) == sorted(f"kfserver:{number}".encode() for number in (0, *range(11, 19)))
+
+
+@needs_package
+def test_shared_claims_make_up_for_what_a_hiccup_of_redis_kept_from_being_written(
+        redis_server: RedisServer, one: SharedClaims, store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    one = SharedClaims(redis_server.url, ClaimCache(100))
+    take(one, "first")
+    with contextlib.closing(one), redis_server.frozen():
+        started = time.monotonic()
+        for number in range(20):  # one of them waits, until Redis is found to be slow
+            assert take(one, str(number)) is True
+            one.accept(str(number))
+        assert time.monotonic() - started < 2.0  # the platform's patience
+        one.finish("0")
+        redis_server.thaw()
+        for number in range(20):
+            wait_for_mark(store, str(number))
+        wait_until(lambda: take(one, str(time.monotonic())) is True)
 
 
 @needs_package
@@ -285,7 +635,38 @@ def test_kf_server_starts_though_redis_is_away(shop: Shop, caplog: pytest.LogCap
         server = KfServer(shop.registry, Settings(redis=f"redis://127.0.0.1:{unheard.getsockname()[1]}"))
         assert [server.feed(push(number=1)).outcome for _ in range(2)] == ["accepted", "repeat"]
         assert server.join(PATIENCE)
+        server.stop()
     assert warnings_in(caplog) == ["Redis is away"]
+
+
+@needs_package
+def test_shared_claims_take_a_redis_that_cannot_be_written_to_for_away(
+        one: SharedClaims, store: Any, caplog: pytest.LogCaptureFixture) -> None:
+    store.config_set("min-replicas-to-write", 1)
+    try:
+        assert take(one) is True
+        one.accept(KEY)
+        assert warnings_in(caplog) == ["Redis is away"]
+    finally:
+        store.config_set("min-replicas-to-write", 0)
+    wait_until(lambda: warnings_in(caplog) == ["Redis is away", "Redis is back"])
+    wait_for_mark(store)
+
+
+@needs_package
+def test_shared_claims_go_on_alone_while_there_is_no_thread_to_spare(
+        one: SharedClaims, other: SharedClaims, store: Any, monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture) -> None:
+    def start(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+    with monkeypatch.context() as shortage:
+        shortage.setattr(threading.Thread, "start", start)
+        assert take(one) is True
+        one.accept(KEY)
+        assert warnings_in(caplog) == ["Redis is away"]
+    one.accept(KEY)
+    wait_for_mark(store)
+    assert take(other) is False
 
 
 class SilentServer:
@@ -295,47 +676,59 @@ class SilentServer:
         self._socket = socket.socket()
         self._socket.bind(("127.0.0.1", 0))
         self._socket.listen(100)
-        self._socket.setblocking(False)
-        self._taken: List[socket.socket] = []
         self.url = f"redis://127.0.0.1:{self._socket.getsockname()[1]}"
-
-    def count_calls(self) -> int:
-        """How often somebody has connected so far."""
-        with contextlib.suppress(BlockingIOError):
-            while True:
-                self._taken.append(self._socket.accept()[0])
-        return len(self._taken)
 
     def close(self) -> None:
         """Hang up."""
-        for each in (self._socket, *self._taken):
-            each.close()
-
-
-@pytest.fixture
-def silent_server() -> Iterator[SilentServer]:
-    """A server that is too slow, whatever it is."""
-    made = SilentServer()
-    yield made
-    made.close()
+        self._socket.close()
 
 
 @needs_package
-def test_shared_claims_wait_once_for_a_slow_redis_and_then_leave_it_alone(
-        silent_server: SilentServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_shared_claims_wait_once_for_a_redis_that_is_silent_and_end_in_time(
+        monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.undo()
-    instance, started = Instance(silent_server.url), time.monotonic()
-    assert instance.claims.claim(KEY)
-    assert time.monotonic() - started < 2.0  # the platform's patience; 0.1 s on a machine that is not busy
-    assert silent_server.count_calls() == 1
-    for number in range(10):
-        assert instance.claims.claim(f"app/user/text/1{number}")
-        instance.claims.finish(f"app/user/text/1{number}")
-    assert silent_server.count_calls() == 1
-    instance.clockwork.now += kfserver.REDIS_PAUSE
-    instance.claims.finish(KEY)
-    assert silent_server.count_calls() == 2
-    assert warnings_in(caplog) == ["Redis is away"]
+    with contextlib.closing(SilentServer()) as silent, no_thread_left():
+        claims, started = SharedClaims(silent.url, ClaimCache(100)), time.monotonic()
+        for number in range(100):  # 10 s if each were waited for
+            assert take(claims, str(number)) is True
+            claims.finish(str(number))
+        assert time.monotonic() - started < 2.0  # the platform's patience; 0.1 s on a machine that is not busy
+        wait_until(lambda: warnings_in(caplog) == ["Redis is away"])
+        claims.close()
+
+
+FORK = """
+import os, sys
+from kfserver import ClaimCache, SharedClaims
+
+claims = SharedClaims(sys.argv[1], ClaimCache(100))
+
+def take(key):
+    return claims.claim(key) and claims.confirm([key])[0]
+
+assert take("parent's") is True
+claims.restore("owed by the parent")
+child = os.fork()
+if not child:
+    assert take("child's") is True
+    claims.release("parent's")
+    claims.accept("child's")
+    claims.close()
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+assert take("child's") is False
+claims.close()
+"""
+
+
+@needs_package
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_shared_claims_of_a_forked_process_are_its_own(redis_server: RedisServer, store: Any) -> None:
+    result = subprocess.run([sys.executable, "-c", f"import kfserver; kfserver.REDIS_TIMEOUT = {PATIENCE}" + FORK,
+                             redis_server.url], cwd=str(ROOT), stderr=subprocess.PIPE, timeout=6 * PATIENCE, text=True)
+    assert (result.returncode, "Error" in result.stderr) == (0, False), result.stderr
+    assert store.exists("kfserver:parent's") == 1
+    assert store.pttl("kfserver:child's") in DAY
 
 
 # ---- Settings
@@ -358,8 +751,56 @@ def test_main_says_in_one_line_that_the_package_is_missing(
 ])
 def test_shared_claims_say_in_one_line_that_the_address_is_wrong(url: str) -> None:
     with pytest.raises(SettingsError, match=r"^--redis \(KF_REDIS\) takes an address like redis://[^\n]*$") as caught:
-        Instance(url)
+        SharedClaims(url, ClaimCache(100))
     assert "hunter" not in str(caught.value)
+
+
+@needs_package
+@pytest.mark.parametrize("options", [
+    "decode_responses=True", "encoding=utf-16", "encoding=utf-16&decode_responses=True", "socket_timeout=0.000001",
+    "socket_timeout=1000", "retry_on_timeout=True", "health_check_interval=1", "max_connections=1", "client_name=kf",
+    "protocol=3"])
+def test_shared_claims_take_no_harm_from_options_in_the_address(
+        instances: Instances, redis_server: RedisServer, store: Any, options: str) -> None:
+    one, other = (instances(f"{redis_server.url}?{options}") for _ in range(2))
+    assert (take(one), take(other)) == (True, "being taken")
+    one.accept(KEY)
+    wait_for_mark(store)
+    assert take(other) is False
+    one.save_session("name", "é")
+    assert other.load_session("name") == "é"
+
+
+@needs_package
+def test_shared_claims_do_without_what_version_3_of_the_package_lacks(
+        instances: Instances, monkeypatch: pytest.MonkeyPatch) -> None:
+    import redis
+    monkeypatch.delattr(redis, "retry")
+    assert take(instances()) is True
+
+
+def test_shared_claims_say_that_what_is_called_redis_is_not_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "redis", ModuleType("redis"))  # as from a redis.py beside the handlers
+    with pytest.raises(SettingsError, match=r"needs the redis package \(.* is not it, or is broken\): pip install redis"):
+        SharedClaims("redis://127.0.0.1", ClaimCache(100))
+
+
+@needs_package
+def test_check_redis_is_content_with_one_that_answers(redis_server: RedisServer, store: Any) -> None:
+    with no_thread_left():
+        check_redis(Settings())
+        check_redis(Settings(redis=redis_server.url))
+
+
+@needs_package
+@pytest.mark.usefixtures("empty_folder")
+def test_main_check_says_that_redis_does_not_answer(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.socket() as unheard:
+        unheard.bind(("127.0.0.1", 0))
+        assert main(["--check", "--redis", f"redis://:hunter2@127.0.0.1:{unheard.getsockname()[1]}"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("kfserver: --redis (KF_REDIS): no good answer from there (ConnectionError): ")
+    assert (error.count("\n"), "hunter" in error) == (1, False)
 
 
 # ---- Several processes
