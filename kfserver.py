@@ -1921,6 +1921,13 @@ class ApiError(ReplyError):
         return f"the send API answered {self.number} ({self.args[1]}): {advice}"
 
 
+def _refusal(number: str, words: str) -> ReplyError:
+    """The error for a number of the API or of its gateway."""
+    if number in _BUSY_ERRORS:
+        return NetworkError(f"the send API is busy: it answered {number} ({words})")
+    return ApiError(number, words)
+
+
 class NoAnswer(OSError):
     """A request was sent in full, and no answer came, or a broken one: the server may have done what it asks."""
 
@@ -1963,10 +1970,10 @@ class HttpClient:
         self._server = (parts.hostname or "", parts.port or (443 if self._tls else 80))
         self._unix = parts.path if parts.scheme == "unix" else ""
         self._proxy = (via.hostname, via.port or 80) if via.hostname else None
-        self._proxy_headers: Dict[str, str] = {}
+        self._login: Dict[str, str] = {}  # a header for the proxy
         if via.username:
             words = f"{unquote(via.username)}:{unquote(via.password or '')}"
-            self._proxy_headers["Proxy-Authorization"] = "Basic " + base64.b64encode(words.encode()).decode()
+            self._login["Proxy-Authorization"] = "Basic " + base64.b64encode(words.encode()).decode()
         self._prefix = "" if self._unix else parts.path.rstrip("/")
         if self._proxy and not self._tls:
             self._prefix = f"http://{parts.netloc}{self._prefix}"  # RFC 9112, section 3.2.2: a proxy wants it all
@@ -1975,20 +1982,18 @@ class HttpClient:
 
     def exchange(self, method: str, path: str, body: bytes = b"", kind: str = "") -> Tuple[int, bytes]:
         """One request, with a body of that Content-Type or without, and its answer: the status and the body, cut at
-        MAX_ANSWER. Raises `NoAnswer` if the server may have the request, else OSError or HTTPException."""
-        headers = {"Content-Type": kind} if body else {}
-        if not self._tls:
-            headers.update(self._proxy_headers)
+        MAX_ANSWER. Raises `NoAnswer` if the server may have the request, else OSError, HTTPException or ValueError."""
+        headers = {**({"Content-Type": kind} if body else {}), **({} if self._tls else self._login)}
         ends = time.monotonic() + self._timeout
         request = (method, self._prefix + path, body, headers)
         kept = self._take_kept()
         if kept:
             try:
                 return self._try(kept, ends, request)
-            except NoAnswer:
-                raise
             except OSError:
-                pass  # the server has just closed it, and does not have the whole request
+                if kept.sent:
+                    raise
+                # The server has just closed it, and does not have the whole request.
         return self._try(self._open(), ends, request)
 
     def _try(self, connection: _Connection, ends: float, request: Tuple[Any, ...]) -> Tuple[int, bytes]:
@@ -1997,7 +2002,7 @@ class HttpClient:
             answer = run_within(ends - time.monotonic(), connection.ask, *request)
         except BaseException as error:
             connection.end()
-            if connection.sent and isinstance(error, (OSError, http.client.HTTPException)):
+            if connection.sent and isinstance(error, Exception):
                 raise NoAnswer(str(error) or type(error).__name__) from error
             raise
         self._keep(connection)
@@ -2016,7 +2021,7 @@ class HttpClient:
     def _open(self) -> _Connection:
         connection = _Connection(self._unix or self._proxy or self._server, self._timeout, self._tls, self._server[0])
         if self._proxy and self._tls:
-            connection.set_tunnel(*self._server, headers=self._proxy_headers)
+            connection.set_tunnel(*self._server, headers=self._login)
         return connection
 
     def _keep(self, connection: _Connection) -> None:
@@ -2211,34 +2216,46 @@ class SendApi:
         self._client = HttpClient(settings.api_base, timeout, proxy=find_proxy(settings.api_base))
         self._breaker = CircuitBreaker(timer)
         self._clock, self._timeout = clock, timeout
-        self._lock = threading.Lock()  # guards all below; its holder fetches a token for all who wait
+        self._lock = threading.Lock()  # guards all below; its holder gets a token for all who wait
+        self._token, self._expires = "", float("inf")
         self._attempts = 0  # to get a token, that have ended
         self._failure: Optional[Tuple[Type[ReplyError], Tuple[str, ...]]] = None  # of the last of them
+        self._source: Optional[Callable[[], str]] = None  # of the next token
         given = settings.access_token
-        self._token = given if isinstance(given, str) else ""
-        self._expires = float("inf") if given else 0.0
-        if self._token.startswith("@"):
-            try:
-                self._token = read_token(self._token[1:])
-            except NetworkError as error:
-                raise SettingsError(str(error)) from None
+        if not given:
+            self._source, self._expires = self._fetch_token, 0.0
+        elif not isinstance(given, str):
+            self._source = functools.partial(self._call_for_token, given)
+        elif given.startswith("@"):
+            self._token = read_token(given[1:])
+            self._source = functools.partial(self._call_for_token, functools.partial(read_token, given[1:]))
+        else:
+            self._token = given
 
     def send(self, open_id: str, answer: Answer) -> None:
-        """Send what a handler returns."""
-        if isinstance(answer, Image):
-            self.send_image(open_id, *answer)
-        elif isinstance(answer, Text):
-            self.send_text(open_id, *answer)
-        else:
-            self.send_text(open_id, answer)
+        """Send what a handler returns to the user."""
+        if not self._breaker.begin():
+            raise NetworkError("the send API counts as away, and another reply is tried first")
+        problem = "an error inside kfserver"
+        try:
+            self._send(open_id, Text(answer) if isinstance(answer, str) else answer)
+            problem = ""
+        except ApiError:
+            problem = ""  # the API is there, and refuses
+            raise
+        except ReplyError as error:
+            problem = str(error)
+            raise
+        finally:
+            self._breaker.end(problem)
 
     def send_text(self, open_id: str, text: str, user_type: int = 0) -> None:
         """Send a text to the user. ``user_type`` is 1 or 2; 0 means that of the settings."""
-        self._send({"open_id": open_id, "msg_type": "text", "content": text, "pic_url": ""}, user_type)
+        self.send(open_id, Text(text, user_type))
 
     def send_image(self, open_id: str, url: str, user_type: int = 0) -> None:
         """Send the picture at ``url`` to the user."""
-        self._send({"open_id": open_id, "msg_type": "image", "content": "", "pic_url": url}, user_type)
+        self.send(open_id, Image(url, user_type))
 
     def pause(self) -> float:
         """Seconds until a reply may be tried, because the API counts as away; 0 for now."""
@@ -2248,40 +2265,24 @@ class SendApi:
         """Close the connections that are kept."""
         self._client.close()
 
-    def _send(self, fields: Dict[str, str], user_type: int) -> None:
-        if not self._breaker.begin():
-            raise NetworkError("the send API counts as away, and another reply is tried first")
-        problem = "an error inside kfserver"
-        try:
-            self._exchange({"user_type": user_type or self._settings.user_type, **fields})
-            problem = ""
-        except ApiError:
-            problem = ""  # it is there, and refuses
-            raise
-        except ReplyError as error:
-            problem = str(error)
-            raise
-        finally:
-            self._breaker.end(problem)
-
-    def _exchange(self, fields: Dict[str, Any]) -> None:
-        form = urlencode(fields, errors="replace")
+    def _send(self, open_id: str, answer: Union[Text, Image]) -> None:
+        text, url = ("", answer.url) if isinstance(answer, Image) else (answer.content, "")
+        form = urlencode({"user_type": answer.user_type or self._settings.user_type, "open_id": open_id,
+                          "msg_type": "image" if isinstance(answer, Image) else "text", "content": text, "pic_url": url},
+                         errors="replace")
         token = self._get_token("")
         number, words = self._post(token, form)
-        given = self._settings.access_token
-        if number in _TOKEN_ERRORS and not (isinstance(given, str) and given[:1] not in ("", "@")):
+        if number in _TOKEN_ERRORS and self._source:
             newer = self._get_token(token)
             if newer == token:
                 raise NetworkError(f"the send API answered {number} ({words}): the access token has expired, and "
                                    "--access-token has no other one yet")
             number, words = self._post(newer, form)
-        if number in _BUSY_ERRORS:
-            raise NetworkError(f"the send API is busy: it answered {number} ({words})")
         if number != "0":
-            raise ApiError(number, words)
+            raise _refusal(number, words)
 
     def _post(self, token: str, form: str) -> Tuple[str, str]:
-        """The platform's number and words for one reply; the number of success is 0."""
+        """The platform's number and words for one reply. The number is 0 only if every number of the answer is."""
         path = THIRD_PARTY_SEND_PATH if self._settings.third_party else SEND_PATH
         status, answer = self._ask(f"{path}?{urlencode({'access_token': token})}", form, ReplyError)
         for number, words in (("error_code", "error_msg"), ("errno", "msg")):
@@ -2292,62 +2293,48 @@ class SendApi:
         return ("0" if answer.get("errno") in (0, "0") else "no errno"), ""
 
     def _get_token(self, refused: str) -> str:
-        """A token that has time left, and is not the refused one if another can be had. Threads that come while one
-        thread fetches a token share its outcome, a failure too."""
+        """A token that has time left, and is not the refused one if there is another. Threads that come while a thread
+        gets one share what comes of it, a failure too."""
         seen = self._attempts
-        if not self._lock.acquire(timeout=self._timeout):
-            raise NetworkError("no access token in time: other replies wait for one, too")
-        try:
-            is_fresh = self._clock() < self._expires or self._attempts != seen
-            if self._token and self._token != refused and is_fresh:
+        with self._lock:
+            shared = self._attempts != seen
+            if self._token and self._token != refused and (shared or self._clock() < self._expires):
                 return self._token
-            if self._attempts != seen and self._failure:
+            if shared and self._failure:
                 kind, arguments = self._failure
                 raise kind(*arguments)
             self._failure = None
             try:
-                self._renew_token()
+                if self._source:
+                    self._token = self._source()
             except ReplyError as error:
                 self._failure = type(error), error.args
                 raise
             finally:
                 self._attempts += 1
             return self._token
-        finally:
-            self._lock.release()
-
-    def _renew_token(self) -> None:
-        given = self._settings.access_token
-        if not isinstance(given, str):
-            self._token = self._call_for_token(given)
-        elif given.startswith("@"):
-            self._token = read_token(given[1:])
-        elif not given:
-            self._fetch_token()
 
     def _call_for_token(self, function: Callable[[], str]) -> str:
         tokens: List[object] = []
         error = attempt(lambda: tokens.append(run_within(self._timeout, function)))
         if error:
-            raise NetworkError(f"the function that gives the access token failed: {describe_error(error)}")
+            raise NetworkError(f"no access token: {describe_error(error)}")
         if not (isinstance(tokens[0], str) and tokens[0]):
-            raise NetworkError("the function that gives the access token returned no text")
+            raise NetworkError("no access token: the function of Settings(access_token=function) returned no text")
         return tokens[0]
 
-    def _fetch_token(self) -> None:
-        """Ask for a token, by POST: in a URL the secret would reach the logs of servers and proxies."""
+    def _fetch_token(self) -> str:
+        """A new token, asked for by POST: in a URL the secret would reach the logs of servers and proxies."""
         _, answer = self._ask(TOKEN_PATH, urlencode({
             "grant_type": "client_credentials", "client_id": self._settings.app_key,
             "client_secret": self._settings.app_secret, "scope": "smartapp_snsapi_base"}), NetworkError)
-        if not (isinstance(answer.get("access_token"), str) and answer["access_token"]):
-            numbers = [answer.get(name) for name in ("error", "error_code", "errno")]
-            number = self._clean(next(filter(None, numbers), "no access_token"))
-            words = self._clean(answer.get("error_description") or answer.get("error_msg") or answer.get("msg") or "")
-            if number in _BUSY_ERRORS:
-                raise NetworkError(f"the send API is busy: it answered {number} ({words})")
-            raise ApiError(number, words)
-        self._token = answer["access_token"]
+        token = answer.get("access_token")
+        if not (isinstance(token, str) and token):
+            number = answer.get("error") or answer.get("error_code") or answer.get("errno") or "no access_token"
+            words = answer.get("error_description") or answer.get("error_msg") or answer.get("msg") or ""
+            raise _refusal(self._clean(number), self._clean(words))
         self._expires = self._clock() + _seconds(answer.get("expires_in")) - TOKEN_MARGIN
+        return token
 
     def _ask(self, path: str, form: str, unsure: Type[ReplyError]) -> Tuple[int, Dict[str, Any]]:
         """The status and the JSON object that the platform answers to a form. Raises `NetworkError` if it surely has
@@ -2357,7 +2344,7 @@ class SendApi:
             status, text = self._client.exchange("POST", path, form.encode(), "application/x-www-form-urlencoded")
         except NoAnswer as error:
             problem = f"did not answer ({_explain(error.__cause__)})"
-        except (OSError, http.client.HTTPException) as error:
+        except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: a name that cannot be encoded
             problem, kind = f"cannot be reached ({self._clean(_explain(error))})", NetworkError
         answer = _json_or_none(text)
         if 300 <= status < 400:
@@ -2382,15 +2369,16 @@ class SendApi:
 
 
 def read_token(path: str) -> str:
-    """The access token that a file holds. Raises `NetworkError`, since whoever writes the file may do so later."""
+    """The access token that a file holds. Raises `SettingsError`."""
     try:
         with open(path, encoding="utf-8-sig") as file:
-            token, problem = file.read(MAX_ANSWER).strip(), ""
+            token = file.read(MAX_ANSWER).strip()
     except (OSError, ValueError) as error:
-        token, problem = "", getattr(error, "strerror", None) or "not a text"
-    if problem or not re.fullmatch("[!-~]+", token):
-        raise NetworkError(f"the file of {setting_names('access_token')} has no access token: "
-                           + (problem or "it must be one word"))
+        token, problem = "", getattr(error, "strerror", None) or "it is not a text"
+    else:
+        problem = "" if re.fullmatch("[!-~]+", token) else "it must hold one word"
+    if problem:
+        raise SettingsError(f"{setting_names('access_token')} cannot use its file: {problem}")
     return token
 
 
