@@ -91,7 +91,7 @@ from socketserver import TCPServer
 from types import MappingProxyType, ModuleType, TracebackType
 from typing import (TYPE_CHECKING, Any, Callable, Deque, Dict, Generator, Iterable, Iterator, List, Mapping, NamedTuple,
                     NoReturn, Optional, Pattern, Sequence, Set, TextIO, Tuple, Type, TypeVar, Union)
-from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
+from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlencode, urlsplit
 from xml.parsers.expat import ErrorString, ParserCreate
 
 if TYPE_CHECKING:
@@ -1933,7 +1933,7 @@ class NoAnswer(OSError):
 
 
 def run_within(seconds: float, function: Callable[..., ResultT], *arguments: Any) -> ResultT:
-    """The function's result. It runs on a thread of its own, because the look-up of a name cannot be interrupted.
+    """The result of a function that cannot be interrupted, like the look-up of a name: it runs on a thread of its own.
 
     Raises what the function raises, and TimeoutError after ``seconds``: the function may then still be running.
     """
@@ -1946,11 +1946,11 @@ def run_within(seconds: float, function: Callable[..., ResultT], *arguments: Any
         errors.extend([error] if error else [])
         done.set()
     try:
-        threading.Thread(target=run, name="kfserver-exchange", daemon=True).start()
-    except RuntimeError:  # no more threads; Python 3.12 and later start none at exit. The socket's time limit must do.
+        threading.Thread(target=run, name="kfserver-wait", daemon=True).start()
+    except RuntimeError:  # there are no more threads; Python 3.12 and later start none at exit
         run()
     if not done.wait(seconds):
-        raise TimeoutError(f"no answer in {seconds:.2g} s")
+        raise TimeoutError("no answer in time")
     if errors:
         raise errors.pop()  # not kept here: the error refers to this frame, and would keep itself alive
     return results[0]
@@ -1959,22 +1959,18 @@ def run_within(seconds: float, function: Callable[..., ResultT], *arguments: Any
 class HttpClient:
     """HTTP with the one server at ``base``, on connections that are kept: as many as requests are under way at once.
 
-    ``base`` is http://… or https://…, perhaps with a path, or unix:PATH. ``timeout`` is the seconds for one exchange.
-    ``tls`` is for https, instead of the default. ``proxy`` is the address of an HTTP proxy.
+    ``base`` is http://… or https://…, perhaps with a path, or unix:PATH. ``timeout`` is the seconds for one exchange,
+    from the look-up of the name to the last byte. ``tls`` is for https, instead of the default. ``proxy`` is the
+    address of an HTTP proxy.
     """
 
     def __init__(self, base: str, timeout: float, tls: Optional[ssl.SSLContext] = None, proxy: str = "") -> None:
-        parts, via = urlsplit(base), urlsplit(proxy)
+        parts = urlsplit(base)
         self._timeout = timeout
         self._tls = (tls or ssl.create_default_context()) if parts.scheme == "https" else None
-        self._server = (parts.hostname or "", parts.port or (443 if self._tls else 80))
-        self._unix = parts.path if parts.scheme == "unix" else ""
-        self._proxy = (via.hostname, via.port or 80) if via.hostname else None
-        self._login: Dict[str, str] = {}  # a header for the proxy
-        if via.username:
-            words = f"{unquote(via.username)}:{unquote(via.password or '')}"
-            self._login["Proxy-Authorization"] = "Basic " + base64.b64encode(words.encode()).decode()
-        self._prefix = "" if self._unix else parts.path.rstrip("/")
+        self._server = (parts.hostname or "localhost", parts.port or (443 if self._tls else 80))
+        self._unix, self._prefix = (parts.path, "") if parts.scheme == "unix" else ("", parts.path.rstrip("/"))
+        self._proxy = urlsplit(proxy) if proxy else None
         if self._proxy and not self._tls:
             self._prefix = f"http://{parts.netloc}{self._prefix}"  # RFC 9112, section 3.2.2: a proxy wants it all
         self._kept: Deque[_Connection] = deque()
@@ -1983,7 +1979,9 @@ class HttpClient:
     def exchange(self, method: str, path: str, body: bytes = b"", kind: str = "") -> Tuple[int, bytes]:
         """One request, with a body of that Content-Type or without, and its answer: the status and the body, cut at
         MAX_ANSWER. Raises `NoAnswer` if the server may have the request, else OSError, HTTPException or ValueError."""
-        headers = {**({"Content-Type": kind} if body else {}), **({} if self._tls else self._login)}
+        headers = {"Content-Type": kind} if body else {}
+        if self._proxy and not self._tls:
+            headers.update(_proxy_login(self._proxy))
         ends = time.monotonic() + self._timeout
         request = (method, self._prefix + path, body, headers)
         kept = self._take_kept()
@@ -1994,14 +1992,16 @@ class HttpClient:
                 if kept.sent:
                     raise
                 # The server has just closed it, and does not have the whole request.
-        return self._try(self._open(), ends, request)
+        return self._try(_Connection(self._server, self._tls), ends, request)
 
     def _try(self, connection: _Connection, ends: float, request: Tuple[Any, ...]) -> Tuple[int, bytes]:
-        connection.sent = False
+        connection.ends, connection.sent = ends, False
         try:
-            answer = run_within(ends - time.monotonic(), connection.ask, *request)
+            if connection.sock is None:
+                connection.open(self._unix, self._proxy)
+            answer = connection.ask(*request)
         except BaseException as error:
-            connection.end()
+            connection.close()
             if connection.sent and isinstance(error, Exception):
                 raise NoAnswer(str(error) or type(error).__name__) from error
             raise
@@ -2010,19 +2010,14 @@ class HttpClient:
 
     def probe(self) -> None:
         """Connect, and keep the connection for the next request. Raises OSError when nobody listens."""
-        connection = self._open()
+        connection = _Connection(self._server, self._tls)
+        connection.ends = time.monotonic() + self._timeout
         try:
-            run_within(self._timeout, connection.connect)
+            connection.open(self._unix, self._proxy)
         except BaseException:
-            connection.end()
+            connection.close()
             raise
         self._keep(connection)
-
-    def _open(self) -> _Connection:
-        connection = _Connection(self._unix or self._proxy or self._server, self._timeout, self._tls, self._server[0])
-        if self._proxy and self._tls:
-            connection.set_tunnel(*self._server, headers=self._login)
-        return connection
 
     def _keep(self, connection: _Connection) -> None:
         connection.idle_since = time.monotonic()
@@ -2038,7 +2033,7 @@ class HttpClient:
                 fresh = time.monotonic() - connection.idle_since < KEEP_SECONDS
                 if fresh and connection.sock and not _is_readable(connection.sock):
                     return connection
-                connection.end()
+                connection.close()
         return None
 
     def close(self) -> None:
@@ -2046,77 +2041,107 @@ class HttpClient:
         self._closed = True
         with contextlib.suppress(IndexError):  # two threads may be here
             while True:
-                self._kept.pop().end()
+                self._kept.pop().close()
 
 
 class _Connection(http.client.HTTPConnection):
-    """A connection to a Unix socket's path or to a host and a port, which any thread can `end` while another waits.
+    """A connection whose exchange has an end: ``ends``, of time.monotonic. What waits longer raises TimeoutError.
 
-    ``sent`` is whether the server may have the whole of the last request.
+    ``sent`` is whether the server may have the whole of the last request, ``idle_since`` when the last one ended.
     """
 
-    def __init__(self, address: Union[str, Tuple[str, int]], timeout: float, tls: Optional[ssl.SSLContext],
-                 name: str) -> None:
-        host, port = ("localhost", 80) if isinstance(address, str) else address
-        super().__init__(host, port, timeout=timeout)
-        self._path = address if isinstance(address, str) else ""
-        self._tls, self._name = tls, name
+    def __init__(self, server: Tuple[str, int], tls: Optional[ssl.SSLContext]) -> None:
+        super().__init__(*server)
+        self._tls = tls
         self.default_port = 443 if tls else 80  # what the Host header need not say
+        self.ends = self.idle_since = 0.0
         self.sent = False
-        self.idle_since = 0.0
-        self._lock = threading.Lock()  # guards the three below, and that nothing is sent after the end
-        self._socket: Optional[socket.socket] = None  # http.client forgets it before the answer has been read
-        self._busy = self._ended = False
 
-    def connect(self) -> None:
-        """Connect, through the proxy's tunnel if there is one, and shake hands under TLS."""
-        if self._path:
+    def left(self) -> float:
+        """Seconds until the end. Raises TimeoutError."""
+        seconds = self.ends - time.monotonic()
+        if seconds <= 0:
+            raise TimeoutError("no answer in time")
+        return seconds
+
+    def open(self, unix: str, proxy: Optional[SplitResult]) -> None:
+        """Connect to the Unix socket or, if there is none, to the server, through the proxy if there is one."""
+        if unix:
             self.sock = socket.socket(UNIX_FAMILY)
-            self.sock.settimeout(self.timeout)
-            self.sock.connect(self._path)
+            self.sock.settimeout(self.left())
+            self.sock.connect(unix)
         else:
-            super().connect()
-        if self._tls:  # in two steps: `end` must reach the socket during the handshake
-            self.sock = self._tls.wrap_socket(self.sock, server_hostname=self._name, do_handshake_on_connect=False)
-            self.sock.do_handshake()
+            self._open_tcp(*((proxy.hostname, proxy.port or 80) if proxy else (self.host, self.port)))
+            self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if self._tls:
+            if proxy:
+                self._open_tunnel(_proxy_login(proxy))
+            self.sock.settimeout(self.left())  # the library takes this for the handshake as a whole
+            self.sock = self._tls.wrap_socket(self.sock, server_hostname=self.host)
+
+    def _open_tcp(self, host: Optional[str], port: int) -> None:
+        found = run_within(self.left(), socket.getaddrinfo, host, port, 0, socket.SOCK_STREAM)
+        for number, (*_, address) in enumerate(found, 1):
+            try:
+                self.sock = socket.create_connection(address[:2], self.left())
+                return
+            except OSError:
+                if number == len(found):
+                    raise
+
+    def _open_tunnel(self, headers: Mapping[str, str]) -> None:
+        """Have the proxy connect us to the server: RFC 9110, section 9.3.6."""
+        host = f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+        lines = [f"CONNECT {host} HTTP/1.1", f"Host: {host}", *(f"{name}: {headers[name]}" for name in headers)]
+        self.send("\r\n".join([*lines, "\r\n"]).encode())
+        with self.response_class(self.sock, method="CONNECT") as response:
+            response.begin()
+            if response.status != 200:
+                raise OSError(f"the proxy answered {response.status}")
 
     def ask(self, method: str, path: str, body: bytes, headers: Dict[str, str]) -> Tuple[int, bytes]:
-        """One request and its answer."""
-        self._busy, reusable = True, False
-        try:
-            if self.sock is None:
-                self.connect()
-            with self._lock:
-                if self._ended:
-                    raise TimeoutError("the caller has given up")
-                self._socket, self.sent = self.sock, True
-            try:
-                self.request(method, path, body or None, headers)
-            except OSError:
-                self.sent = False
-                raise
-            with self.getresponse() as response:
-                answer = response.read(MAX_ANSWER)
-                if response.length and len(answer) < MAX_ANSWER:
-                    raise http.client.IncompleteRead(answer, response.length)
-                reusable = response.isclosed() and not response.will_close
-                return response.status, answer
-        finally:
-            with self._lock:
-                self._busy = False
-                if self._ended or not reusable:
-                    self.close()
-
-    def end(self) -> None:
-        """Close the connection; a thread that waits on it gets an error, and what it has not begun to send, it does
-        not send any more."""
-        with self._lock:
-            self._ended = True
-            if not self._busy:
+        """One request and its answer. Closes the connection if it cannot be used again."""
+        self.request(method, path, body or None, headers)
+        self.sent = True
+        with self.getresponse() as response:
+            answer = response.read(MAX_ANSWER)
+            if response.length and len(answer) < MAX_ANSWER:
+                raise http.client.IncompleteRead(answer, response.length)
+            if response.will_close or not response.isclosed():
                 self.close()
-            elif self._socket or self.sock:
-                with contextlib.suppress(OSError):  # SSLSocket.shutdown would disturb the thread that reads
-                    socket.socket.shutdown(self._socket or self.sock, socket.SHUT_RDWR)
+        return response.status, answer
+
+    def send(self, data: Any) -> None:
+        """Send bytes, which http.client calls."""
+        self.sock.settimeout(self.left())
+        super().send(data)
+
+    def response_class(self, sock: socket.socket, *arguments: Any, **options: Any) -> http.client.HTTPResponse:
+        """The reader of an answer, which http.client calls."""
+        response = http.client.HTTPResponse(sock, *arguments, **options)
+        response.fp = io.BufferedReader(_TimedReader(self, sock, response.fp.detach()))
+        return response
+
+
+class _TimedReader(io.RawIOBase):
+    """What a socket receives until the connection's end: the time limit of a socket starts anew with each byte."""
+
+    def __init__(self, connection: _Connection, sock: socket.socket, raw: io.RawIOBase) -> None:
+        self._connection, self._sock, self._raw = connection, sock, raw
+
+    def readable(self) -> bool:
+        """Yes."""
+        return True
+
+    def readinto(self, buffer: Any) -> Optional[int]:
+        """What has come, as soon as something has."""
+        self._sock.settimeout(self._connection.left())
+        return self._raw.readinto(buffer)
+
+    def close(self) -> None:
+        """Let go of the socket."""
+        self._raw.close()
+        super().close()
 
 
 def _is_readable(connection: socket.socket) -> bool:
@@ -2137,6 +2162,14 @@ def find_proxy(base: str) -> str:
     if not re.fullmatch(r"https?://([^/?#@\s]*@)?[^/?#@\s]+/?", proxy) or not _is_base(re.sub("//.*@", "//", proxy)):
         raise SettingsError(f"{parts.scheme.upper()}_PROXY takes the address of an HTTP proxy, as http://proxy:3128")
     return proxy
+
+
+def _proxy_login(proxy: SplitResult) -> Dict[str, str]:
+    """The header that names us to the proxy, if its address has a user: RFC 7617."""
+    if not proxy.username:
+        return {}
+    words = f"{unquote(proxy.username)}:{unquote(proxy.password or '')}"
+    return {"Proxy-Authorization": "Basic " + base64.b64encode(words.encode()).decode()}
 
 
 def _explain(error: Optional[BaseException]) -> str:
