@@ -565,7 +565,7 @@ NOT_TAKEN = [
     pytest.param(says({}, 500), id="500"),
     pytest.param(says({"errno": 0, "msg": "success"}, 503), id="503 with success"),
     pytest.param(says({}, 429), id="429"),
-    pytest.param(refuses(5000, "busy, try again later"), id="5000"),
+    pytest.param(says({"errno": 5000, "msg": "网络繁忙，请稍后重试"}), id="5000"),
     pytest.param(refuses("5000", "busy"), id="5000 as text"),
     pytest.param(gateway_refuses(2, "Service temporarily unavailable"), id="2"),
     pytest.param(gateway_refuses(4, "Open api request limit reached"), id="4"),
@@ -665,13 +665,17 @@ def test_send_api_has_a_deadline_for_the_look_up_of_the_name(monkeypatch: pytest
         assert (platform.send_requests, platform.sent) == (0, [])
 
 
-def test_send_api_has_a_deadline_for_the_handshake() -> None:
-    with socket.socket() as silent:
-        silent.bind(("127.0.0.1", 0))
-        silent.listen()
-        with no_thread_left(), Sender(f"https://127.0.0.1:{silent.getsockname()[1]}", 0.1) as sender:
+@pytest.mark.parametrize("trouble", [
+    pytest.param(lambda exchange: exchange.rfile.read(), id="silence"),
+    pytest.param(drips(b"\x16\x03\x03\x3f\xff"), id="dripping"),
+])
+def test_send_api_has_a_deadline_for_the_handshake(monkeypatch: pytest.MonkeyPatch, trouble: Trouble) -> None:
+    monkeypatch.setattr(send_api_server.Exchange, "handle", trouble)
+    with SendApiServer() as mute, no_thread_left():
+        with Sender(mute.base.replace("http", "https"), 0.1) as sender:
             with pytest.raises(NetworkError, match=f"cannot be reached .*({IN_TIME})"):
                 sender.send("hello")
+        wait_until(lambda: not mute.open)
 
 
 def test_send_api_waits_five_seconds() -> None:
@@ -690,6 +694,20 @@ def test_send_api_sends_where_no_thread_can_be_started(
     monkeypatch.setattr(threading.Thread, "start", refuse)
     sender.send("one", "two")
     assert contents(platform) == ["one", "two"]
+
+
+def test_http_client_tries_each_address_of_a_name(platform: SendApiServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    resolve = socket.getaddrinfo
+
+    def resolve_to_two(host: str, port: int, *more: Any) -> Any:
+        if host != "send.example":
+            return resolve(host, port, *more)
+        # Nobody listens at the first address, which is this machine's too.
+        return [*resolve("127.0.0.2", port, *more), *resolve("127.0.0.1", port, *more)]
+    monkeypatch.setattr(socket, "getaddrinfo", resolve_to_two)
+    with contextlib.closing(HttpClient(platform.base.replace("127.0.0.1", "send.example"), PATIENCE)) as client:
+        client.probe()
+        wait_until(lambda: platform.connections == 1)
 
 
 def test_send_api_tells_that_nobody_listens() -> None:
@@ -1062,7 +1080,7 @@ def test_http_client_takes_no_proxy_from_the_environment(
     monkeypatch.setenv("http_proxy", "127.0.0.1:9")
     with contextlib.closing(HttpClient(platform.base, PATIENCE)) as client:
         client.probe()
-    assert platform.connections == 1
+        wait_until(lambda: platform.connections == 1)
 
 
 # ---- What must not be told
