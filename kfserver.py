@@ -1563,6 +1563,7 @@ _LAYOUTS = (
      "CREATE TABLE unreadable (id INTEGER PRIMARY KEY, received REAL NOT NULL, reason TEXT NOT NULL, payload BLOB)"))
 
 _ADD = "INSERT OR REPLACE INTO messages (key, state, tries, received, payload) VALUES (?, 0, 0, ?, ?)"
+_FORGET = "DELETE FROM messages WHERE key = ?"
 _BEGIN = "UPDATE messages SET tries = ?, begun = 1 WHERE key = ?"
 _TRIED = "UPDATE messages SET tries = ?, begun = 0 WHERE key = ?"
 _ANSWERED = "UPDATE messages SET replies = ?, begun = 0 WHERE key = ?"
@@ -1578,7 +1579,9 @@ _TRIM = f"DELETE FROM messages WHERE done IS NOT NULL AND state = 1 AND {_OLD}"
 _TRIM_DEAD = f"UPDATE messages SET done = NULL WHERE done IS NOT NULL AND {_OLD}"
 _SELECT = """SELECT key, tries, begun, received, coalesce(payload, x''), coalesce(error, ''), coalesce(replies, '')
     FROM messages WHERE state = ? ORDER BY id"""
+_SELECT_FINISHED = "SELECT key FROM messages WHERE done IS NOT NULL ORDER BY done DESC LIMIT ?"
 _REQUEUE = "UPDATE messages SET state = 0, tries = 0, error = NULL, done = NULL WHERE state = 2"
+_SELECT_SESSIONS = "SELECT sender, value, touched FROM sessions WHERE touched > ? ORDER BY touched DESC LIMIT ?"
 _KEEP_SESSION = "INSERT OR REPLACE INTO sessions (sender, value, touched) VALUES (?, ?, ?)"
 _DROP_SESSION = "DELETE FROM sessions WHERE sender = ?"
 _TRIM_SESSIONS = """DELETE FROM sessions WHERE touched < ? OR sender IN
@@ -1636,10 +1639,10 @@ class JournalFile:
 
     def __init__(self, path: str, sync: str) -> None:
         import sqlite3
-        self.path, self._sync = path, sync
+        self.path, self._sync = os.path.realpath(path), sync  # handlers may change the current folder
         self.errors = (sqlite3.Error, OSError, SettingsError)
         self._connect = functools.partial(sqlite3.connect, isolation_level=None, check_same_thread=False)
-        self._names = [path + suffix for suffix in ("-lock", "", "-wal", "-shm")]
+        self._names = [self.path + suffix for suffix in ("-lock", "", "-wal", "-shm")]
         self._opened: List[Optional[Tuple[int, int]]] = []  # the identities of the files when they were opened
         self._let_go: Callable[[], object] = int  # frees the lock; at first there is none
         self.db = self._connect(":memory:")
@@ -1739,6 +1742,12 @@ class JournalFile:
         for statement in ("journal_mode = WAL", f"synchronous = {self._sync}", "wal_checkpoint(TRUNCATE)"):
             self.db.execute(f"PRAGMA {statement}").fetchall()
 
+    def check(self) -> None:
+        """Raise one of ``errors`` for a file that is damaged."""
+        found, = self.db.execute("PRAGMA quick_check(1)").fetchone()
+        if found != "ok":
+            raise OSError(" ".join(found.split()))
+
     def commit(self, changes: Iterable[Change]) -> None:
         """Write all changes, or none and one of ``errors``. Files that are not in their places do not survive."""
         self.db.execute("BEGIN IMMEDIATE")
@@ -1793,19 +1802,16 @@ class Journal:
         # Gives key, payload and failed tries of every message that is not done, for a file that was opened anew. It is
         # called while the journal is locked, and must not call it.
         self.in_hand: Callable[[], Iterable[Tuple[str, bytes, int]]] = list
-        self._lock = threading.Lock()  # guards all below, and the file
-        self._marks: Deque[Change] = deque()  # appended to without the lock
-        self._unreadable: Deque[Change] = deque(maxlen=MAX_UNREADABLE)  # as well
+        self._lock = threading.Lock()  # guards all below, and the file; the two deques are appended to without it
+        self._marks: Deque[Change] = deque()
+        self._unreadable: Deque[Change] = deque(maxlen=MAX_UNREADABLE)
         self._finished = 0  # since the last clean-up
         self._failing = self._closed = False
-        # Handlers may change the current folder.
-        self._file = JournalFile(os.path.realpath(settings.journal), settings.journal_sync)
+        self._file = JournalFile(settings.journal, settings.journal_sync)
         try:
             self._file.open()
-            last = self._file.db.execute("SELECT coalesce(MAX(done), 0) FROM messages").fetchone()[0]
-            found, = self._file.db.execute("PRAGMA quick_check(1)").fetchone()
-            if found != "ok":
-                raise OSError(found)
+            self._file.check()
+            last, = self._file.db.execute("SELECT coalesce(MAX(done), 0) FROM messages").fetchone()
         except self._file.errors as error:
             self._file.close()
             if isinstance(error, SettingsError):
@@ -1829,7 +1835,8 @@ class Journal:
 
     def answered(self, key: str, replies: str, session: Optional[Session] = None) -> None:
         """The message's handler is done; ``replies``, which may be any text but an empty one, wait to be sent."""
-        self._keep_session(session)
+        if session:
+            self._marks.append(_keep_session(session, self._clock()))
         self._marks.append((_ANSWERED, (_storable(replies), key)))
 
     def replied(self, key: str, replies: str) -> None:
@@ -1838,24 +1845,20 @@ class Journal:
 
     def finish(self, key: str, session: Optional[Session] = None) -> None:
         """The message is done: its content is forgotten."""
-        self._keep_session(session)
+        if session:
+            self._marks.append(_keep_session(session, self._clock()))
         self._marks.append((_FINISH, (next(self._numbers), key)))
 
     def fail(self, key: str, error: str) -> None:
         """The message's last try has failed; it is kept, with its replies and what is known of the error."""
         self._marks.append((_FAIL, (_storable(error), next(self._numbers), key)))
 
-    def _keep_session(self, session: Optional[Session]) -> None:
-        if session:
-            sender, value = map(_storable, session)
-            self._marks.append((_KEEP_SESSION, (sender, value, self._clock())) if value else (_DROP_SESSION, (sender,)))
-
     def keep_unreadable(self, payload: bytes, reason: str) -> None:
         """Keep the beginning of a push that could not be read; written within about a second."""
         if not self._unreadable:
             self._later(LOOK_AGAIN_SECONDS, self.flush)
-        self._unreadable.append(
-            (_KEEP_UNREADABLE, (self._clock(), _storable(reason), payload[:MAX_UNREADABLE_BYTES])))
+        values = self._clock(), _storable(reason), payload[:MAX_UNREADABLE_BYTES]
+        self._unreadable.append((_KEEP_UNREADABLE, values))
 
     def flush(self) -> None:
         """Write the marks. When the file cannot be written, that is left to the next look at it."""
@@ -1886,6 +1889,8 @@ class Journal:
             self._unreadable.extend(unreadable)
             self._marks.extendleft(reversed(marks))
             if self._file.has_moved():
+                # What was added is refused now, though the deleted file may have it.
+                self._marks.extendleft((_FORGET, values[:1]) for sql, values in added if sql is _ADD)
                 self._marks.extendleft(reversed(self._file.rescue()))
             self._note_failure(error)
         elif self._failing:
@@ -1897,10 +1902,9 @@ class Journal:
         self._file.db.close()
         if not self._failing:
             self._failing = True
-            known = isinstance(error, self._file.errors)
+            reason = error if isinstance(error, self._file.errors) else describe_error(error)
             log.error("the journal %s cannot be written: %s; pushes are answered 503 until it can: free the disk, "
-                      "or correct the rights of its file, or move the file away", self._settings.journal,
-                      error if known else describe_error(error))
+                      "or correct the rights of its file, or move it away", self._settings.journal, reason)
             self._later(LOOK_AGAIN_SECONDS, self._look_again)
 
     def _commit(self, changes: List[Change]) -> None:
@@ -1909,13 +1913,9 @@ class Journal:
             now = self._clock()
             changes = [*((_RESTORE, (key, tries, now, payload)) for key, payload, tries in self.in_hand()), *changes]
         finished = self._finished + sum(sql is _FINISH for sql, _ in changes)
-        self._file.commit([*changes, *self._list_trims()] if finished >= TRIM_EVERY else changes)
-        self._finished = finished if finished < TRIM_EVERY else 0
-
-    def _list_trims(self) -> List[Change]:
-        remembered = (self._settings.dedup_size,)
-        return [(_TRIM, remembered), (_TRIM_DEAD, remembered), (_TRIM_UNREADABLE, ()),
-                (_TRIM_SESSIONS, (self._clock() - SESSION_SECONDS, self._settings.sessions))]
+        is_due = finished >= TRIM_EVERY
+        self._file.commit([*changes, *_list_trims(self._settings, self._clock())] if is_due else changes)
+        self._finished = 0 if is_due else finished
 
     def _look_again(self) -> None:
         """Write the marks, or nothing, if the file can be written again though no message comes."""
@@ -1934,24 +1934,20 @@ class Journal:
 
     def finished_keys(self) -> List[str]:
         """The keys of the messages whose handlers were done, oldest first, as many as are remembered."""
-        found = self._file.db.execute("SELECT key FROM messages WHERE done IS NOT NULL ORDER BY done DESC LIMIT ?",
-                                      (self._settings.dedup_size,))
+        found = self._file.db.execute(_SELECT_FINISHED, (self._settings.dedup_size,))
         return [key for key, in found][::-1]
 
     def sessions(self) -> List[Tuple[str, str, float]]:
         """The sessions, each with its sender, its text and when it was touched, in Unix seconds; the newest last."""
-        found = self._file.db.execute("SELECT sender, value, touched FROM sessions WHERE touched > ? "
-                                      "ORDER BY touched DESC LIMIT ?",
-                                      (self._clock() - SESSION_SECONDS, self._settings.sessions))
-        return found.fetchall()[::-1]
+        since = self._clock() - SESSION_SECONDS
+        return self._file.db.execute(_SELECT_SESSIONS, (since, self._settings.sessions)).fetchall()[::-1]
 
     def close(self) -> None:
         """Write the marks, and let go of the file."""
         with self._lock:
-            if self._marks or self._unreadable or not self.healthy:
-                self._write([])
-            if not self.healthy:  # what was deleted may be made anew
-                self._write([])
+            for _ in range(2):  # the second makes anew what was deleted
+                if self._marks or self._unreadable or not self.healthy:
+                    self._write([])
             self._closed = True
             self._file.close()
 
@@ -1961,6 +1957,17 @@ class Journal:
         self._marks.clear()
         self._closed = True
         self._file.after_fork()
+
+
+def _keep_session(session: Session, now: float) -> Change:
+    sender, value = map(_storable, session)
+    return (_KEEP_SESSION, (sender, value, now)) if value else (_DROP_SESSION, (sender,))
+
+
+def _list_trims(settings: Settings, now: float) -> List[Change]:
+    remembered = (settings.dedup_size,)
+    return [(_TRIM, remembered), (_TRIM_DEAD, remembered), (_TRIM_UNREADABLE, ()),
+            (_TRIM_SESSIONS, (now - SESSION_SECONDS, settings.sessions))]
 
 
 def _storable(text: str) -> str:
@@ -4286,7 +4293,7 @@ def build_journal_parser() -> argparse.ArgumentParser:
         description="Tells what waits in a journal and what failed for good. A server may run on it meanwhile.")
     parser.add_argument("journal", metavar="FILE", help="the file of --journal, as kf.db")
     parser.add_argument("--requeue", action="store_true",
-                        help="put back what failed for good: the server handles it, or sends its replies, at its next start")
+                        help="put back what failed for good: it is handled, or its replies are sent, at the next start")
     parser.add_argument("--show", action="store_true",
                         help="show the messages, the replies and the unreadable pushes too, with what users wrote")
     parser.add_argument("--json", action="store_true", help="print one JSON object; times are Unix seconds")
@@ -4370,7 +4377,7 @@ def _format_report(report: Report) -> str:
     for name, note in (("waiting", "to_send"), ("finished", ""), ("dead", "dead_replies"), ("unreadable", ""),
                        ("sessions", "")):
         count = report.get(note)
-        lines.append(f"{name:<10}{report[name]:>6}" + (f", handled and with replies to send: {count}" if count else ""))
+        lines.append(f"{name:<10}{report[name]:>6}" + (f", with replies to send: {count}" if count else ""))
     waiting = report["waiting_messages"] or [report["oldest_waiting"]]
     lines += [f"waiting for {time.time() - row['received']:.0f} s: {line(row)}" for row in waiting if row]
     lines += [f"dead: {line(row)}" for row in report["dead_messages"]]
