@@ -57,6 +57,7 @@ import datetime
 import difflib
 import errno
 import functools
+import gc
 import hashlib
 import heapq
 import hmac
@@ -95,6 +96,11 @@ from xml.parsers.expat import ErrorString, ParserCreate
 
 if TYPE_CHECKING:
     import sqlite3
+
+try:
+    import fcntl
+except ImportError:  # Windows has other locks
+    fcntl = None  # type: ignore[assignment]
 
 try:
     import resource
@@ -269,6 +275,7 @@ class Settings:
     max_body: int = _setting(1024 * 1024, "bytes that a push may have", 1)
     max_connections: int = _setting(1000, "connections at a time; more, and the longest waiting gives way", 1)
     journal: str = _setting("", "file in which messages survive a crash, as kf.db; empty: memory only")
+    sessions: int = _setting(10000, "conversations remembered, the longest untouched forgotten first", 1)
     journal_sync: str = _setting("normal", "normal: survives a crash of the process; full: a power cut too",
                                  choices=("normal", "full"))
     redis: str = _secret("address of a Redis server through which several instances drop repeats as one")
@@ -1551,219 +1558,495 @@ class AdminEndpoint:
 
 # Marks a file as ours (SQLite's application_id: "KFsv") and says which layout it has (user_version).
 JOURNAL_ID = 0x4B467376
-JOURNAL_VERSION = 1
+JOURNAL_VERSION = 2
 # Seconds to wait for a program that has locked the file: the platform waits 2 s for its answer.
 LOCK_SECONDS = 1.0
-# Seconds between two looks whether a file that could not be written can be.
+# Seconds between two attempts to write a file that could not be written.
 LOOK_AGAIN_SECONDS = 1.0
 # Finished messages between two clean-ups.
 TRIM_EVERY = 1000
+# Seconds that a session is kept: the platform lets nobody be answered 48 hours after the last message.
+SESSION_SECONDS = 48 * 60 * 60.0
+# Pushes that could not be read: how many are kept, and how many bytes of each.
+MAX_UNREADABLE = 100
+MAX_UNREADABLE_BYTES = 64 * 1024
 
 WAITING, FINISHED, DEAD = 0, 1, 2
 
-_CREATE = """CREATE TABLE messages (id INTEGER PRIMARY KEY, key TEXT NOT NULL UNIQUE, state INTEGER NOT NULL,
-    tries INTEGER NOT NULL, received REAL NOT NULL, payload BLOB, error TEXT)"""
-_ADD = "INSERT OR REPLACE INTO messages (key, state, tries, received, payload) VALUES (?, 0, 0, ?, ?)"
-_TRIED = "UPDATE messages SET tries = ? WHERE key = ?"
-_FINISH = "UPDATE messages SET state = 1, payload = NULL WHERE key = ?"
-# For a message whose row went with a file that was deleted or moved away while the handler was at work.
-_REMEMBER = "INSERT INTO messages (key, state, tries, received) VALUES (?, 1, 0, strftime('%s', 'now'))"
-_FAIL = "UPDATE messages SET state = 2, tries = tries + 1, error = ? WHERE key = ?"
-_TRIM = """DELETE FROM messages WHERE state = 1 AND id <=
-    (SELECT id FROM messages WHERE state = 1 ORDER BY id DESC LIMIT 1 OFFSET ?)"""
-_SELECT = "SELECT key, tries, received, payload, error FROM messages WHERE state = ? ORDER BY id"
-_REQUEUE = "UPDATE messages SET state = 0, tries = 0, error = NULL WHERE state = 2"
+# What makes layout 1 of an empty file, layout 2 of layout 1. `done` numbers the messages in the order in which their
+# handlers were done; the index holds only these, so a clean-up never reads the rows that wait or are dead.
+_LAYOUTS = (
+    ("""CREATE TABLE messages (id INTEGER PRIMARY KEY, key TEXT NOT NULL UNIQUE, state INTEGER NOT NULL,
+        tries INTEGER NOT NULL, received REAL NOT NULL, payload BLOB, error TEXT)""",),
+    ("ALTER TABLE messages ADD COLUMN begun INTEGER NOT NULL DEFAULT 0",
+     "ALTER TABLE messages ADD COLUMN replies TEXT",
+     "ALTER TABLE messages ADD COLUMN done INTEGER",
+     "UPDATE messages SET done = id WHERE state = 1",
+     "CREATE INDEX messages_done ON messages (done) WHERE done IS NOT NULL",
+     "CREATE TABLE sessions (sender TEXT PRIMARY KEY, value TEXT NOT NULL, touched REAL NOT NULL)",
+     "CREATE TABLE unreadable (id INTEGER PRIMARY KEY, received REAL NOT NULL, reason TEXT NOT NULL, payload BLOB)"))
 
+_ADD = "INSERT OR REPLACE INTO messages (key, state, tries, received, payload) VALUES (?, 0, 0, ?, ?)"
+_FORGET = "DELETE FROM messages WHERE key = ?"
+_BEGIN = "UPDATE messages SET tries = ?, begun = 1 WHERE key = ?"
+_TRIED = "UPDATE messages SET tries = ?, begun = 0 WHERE key = ?"
+_ANSWERED = "UPDATE messages SET replies = ?, begun = 0 WHERE key = ?"
+_FINISH = "UPDATE messages SET state = 1, begun = 0, payload = NULL, replies = NULL, done = ? WHERE key = ?"
+# For a message that has no row: the file was deleted or moved away while the handler was at work.
+_REMEMBER = "INSERT INTO messages (done, key, state, tries, received) VALUES (?, ?, 1, 0, strftime('%s', 'now'))"
+# It may run twice, when the first commit went to a file that was deleted.
+_FAIL = """UPDATE messages SET state = 2, tries = tries + (state != 2), begun = 0, error = ?,
+    done = CASE WHEN replies != '' THEN ? END WHERE key = ?"""
+# What the journal remembers too long: finished messages go, dead ones stay and do not count as finished any more.
+_OLD = "done <= (SELECT done FROM messages WHERE done IS NOT NULL ORDER BY done DESC LIMIT 1 OFFSET ?)"
+_TRIM = f"DELETE FROM messages WHERE done IS NOT NULL AND state = 1 AND {_OLD}"
+_TRIM_DEAD = f"UPDATE messages SET done = NULL WHERE done IS NOT NULL AND {_OLD}"
+_SELECT = """SELECT key, tries, begun, received, coalesce(payload, x''), coalesce(error, ''), coalesce(replies, '')
+    FROM messages WHERE state = ? ORDER BY id"""
+_SELECT_FINISHED = "SELECT key FROM messages WHERE done IS NOT NULL ORDER BY done DESC LIMIT ?"
+_REQUEUE = "UPDATE messages SET state = 0, tries = 0, error = NULL, done = NULL WHERE state = 2"
+_SELECT_SESSIONS = "SELECT sender, value, touched FROM sessions WHERE touched > ? ORDER BY touched DESC LIMIT ?"
+_KEEP_SESSION = "INSERT OR REPLACE INTO sessions (sender, value, touched) VALUES (?, ?, ?)"
+_DROP_SESSION = "DELETE FROM sessions WHERE sender = ?"
+_TRIM_SESSIONS = """DELETE FROM sessions WHERE touched < ? OR sender IN
+    (SELECT sender FROM sessions ORDER BY touched DESC LIMIT -1 OFFSET ?)"""
+_KEEP_UNREADABLE = "INSERT INTO unreadable (received, reason, payload) VALUES (?, ?, ?)"
+_TRIM_UNREADABLE = f"DELETE FROM unreadable WHERE id <= (SELECT MAX(id) FROM unreadable) - {MAX_UNREADABLE}"
+# A message in hand, written into a file that was opened anew.
+_RESTORE = "INSERT OR IGNORE INTO messages (key, state, tries, received, payload) VALUES (?, 0, ?, ?, ?)"
+# What a deleted file still holds while it is open, and what writes that into the file in its place.
+_RESCUE = (
+    ("SELECT key, state, tries, begun, received, payload, error, replies, done FROM messages ORDER BY id",
+     """INSERT OR REPLACE INTO messages (key, state, tries, begun, received, payload, error, replies, done)
+        VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"""),
+    ("SELECT sender, value, touched FROM sessions", _KEEP_SESSION),
+    ("SELECT id, received, reason, payload FROM unreadable",
+     "INSERT OR IGNORE INTO unreadable (id, received, reason, payload) VALUES (?, ?, ?, ?)"))
+
+# Why a journal cannot be had.
+_TAKEN = ("the journal {} is in another process's hands: stop that one, or serve from one process with threads, or set "
+          "--redis instead of --journal for several")
 # A statement and its values.
 Change = Tuple[str, Sequence[Any]]
 # Runs a job once, so many seconds from now.
 Later = Callable[[float, Callable[[], None]], None]
+# A sender's name and the JSON text of the session; an empty text: there is none.
+Session = Tuple[str, str]
+
+
+class JournalTaken(SettingsError):
+    """Another process has the journal."""
 
 
 class Row(NamedTuple):
-    """A message in the journal. ``received`` in Unix seconds; ``payload`` is empty once the message is finished."""
+    """A message in the journal. ``tries`` have failed; if ``begun``, one more was begun and the process ended in it.
+
+    ``received`` in Unix seconds; ``payload`` is empty once the message is finished; ``replies`` wait to be sent: empty
+    if the handler has not run.
+    """
 
     key: str
     tries: int
+    begun: bool
     received: float
     payload: bytes
     error: str
+    replies: str
+
+
+class JournalFile:
+    """The SQLite file at ``path``, its companions and its lock, which one process has at a time. Not thread-safe.
+
+    The lock is a flock(2) on a file of its own. SQLite's locks do not suffice: a process loses them when it closes any
+    descriptor of the file, as a handler does that copies it. ``sync`` is SQLite's ``synchronous``.
+    """
+
+    def __init__(self, path: str, sync: str) -> None:
+        import sqlite3
+        self.path, self._sync = os.path.realpath(path), sync  # handlers may change the current folder
+        self.errors = (sqlite3.Error, OSError, SettingsError)
+        self._connect = functools.partial(sqlite3.connect, isolation_level=None, check_same_thread=False)
+        self._names = [self.path + suffix for suffix in ("-lock", "", "-wal", "-shm")]
+        self._opened: List[Optional[Tuple[int, int]]] = []  # the identities of the files when they were opened
+        self._let_go: Callable[[], object] = int  # frees the lock; at first there is none
+        self.db = self._connect(":memory:")
+        self.db.close()  # whoever uses it before it is opened gets one of the errors
+
+    def open(self) -> None:
+        """Take the lock, unless it is ours, and open the file: make it if there is none, update an older layout.
+
+        Raises `JournalTaken`, another `SettingsError` for a file that is not ours, or another of ``errors``.
+        """
+        is_ours = bool(self._opened) and self._opened[0] == _identify(self._names[0])
+        if not is_ours:
+            self._release()
+            self._take_lock()
+        try:
+            _refuse_foreign_file(self.path)
+            self._make_private()
+            self.db = self._connect(self.path, timeout=LOCK_SECONDS)
+            version = _read_version(self.db, self.path)
+            if not is_ours:
+                self._refuse_company()
+            self._lay_out(version)
+        except self.errors:
+            self.db.close()
+            if not is_ours:
+                self._release()
+            raise
+        self._opened = [_identify(name) for name in self._names]
+
+    def _take_lock(self) -> None:
+        """Hold the right to write until the process ends, in whatever way: the system frees the lock then."""
+        if fcntl is None:
+            self._take_sqlite_lock()
+            return
+        number = os.open(self._names[0], os.O_RDWR | os.O_CREAT, 0o600)
+        self._let_go = functools.partial(os.close, number)
+        try:
+            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._let_go()
+            self._let_go = int
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                raise
+            raise JournalTaken(_TAKEN.format(self.path)) from None
+        self._opened = [_identify(number)]
+        if self.has_moved():  # the process that had it has just removed it
+            self._release()
+            raise JournalTaken(_TAKEN.format(self.path))
+
+    def _take_sqlite_lock(self) -> None:
+        """The same where there is no flock."""
+        lock = self._connect(self._names[0], timeout=0)
+        self._let_go = lock.close
+        try:
+            lock.execute("BEGIN EXCLUSIVE")
+        except self.errors:
+            lock.close()
+            raise JournalTaken(_TAKEN.format(self.path)) from None
+
+    def _release(self) -> None:
+        """Free the lock. Its file goes first, if it is still ours."""
+        if fcntl and self._opened and self._opened[0] == _identify(self._names[0]):
+            with contextlib.suppress(OSError):
+                os.unlink(self._names[0])
+        self._let_go()
+        self._let_go, self._opened = int, []
+
+    def _refuse_company(self) -> None:
+        """Raise `JournalTaken` if anybody else has the file open: the lock's file may have been deleted meanwhile, and
+        older versions had another lock. SQLite grants an exclusive lock only to who is alone."""
+        try:
+            for statement in ("PRAGMA locking_mode = EXCLUSIVE", "BEGIN EXCLUSIVE", "COMMIT"):
+                self.db.execute(statement).fetchall()
+        except self.errors as error:
+            if "locked" in str(error):
+                raise JournalTaken(_TAKEN.format(self.path)) from error
+            raise
+        for statement in ("PRAGMA locking_mode = NORMAL", "PRAGMA user_version"):
+            self.db.execute(statement).fetchall()  # the lock is freed by the next reading
+
+    def _make_private(self) -> None:
+        """Make the file, for this user alone; SQLite gives its companions the same mode. Closing a descriptor frees
+        SQLite's locks on the file, and there are none yet."""
+        os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
+        for name in self._names:
+            with contextlib.suppress(OSError):  # it is not there, or belongs to another user
+                os.chmod(name, 0o600)
+
+    def _lay_out(self, version: int) -> None:
+        self.db.execute("PRAGMA secure_delete = ON")
+        if version < JOURNAL_VERSION:
+            # Before the switch to WAL: the head of the file itself must say from the first moment that it is ours.
+            steps = itertools.chain.from_iterable(_LAYOUTS[version:])
+            for statement in ("BEGIN IMMEDIATE", *steps, f"PRAGMA application_id = {JOURNAL_ID}",
+                              f"PRAGMA user_version = {JOURNAL_VERSION}", "COMMIT"):
+                self.db.execute(statement)
+        for statement in ("journal_mode = WAL", f"synchronous = {self._sync}", "wal_checkpoint(TRUNCATE)"):
+            self.db.execute(f"PRAGMA {statement}").fetchall()
+
+    def check(self) -> None:
+        """Raise one of ``errors`` for a file that is damaged."""
+        found, = self.db.execute("PRAGMA quick_check(1)").fetchone()
+        if found != "ok":
+            raise OSError(" ".join(found.split()))
+
+    def commit(self, changes: Iterable[Change]) -> None:
+        """Write all changes, or none and one of ``errors``. Files that are not in their places do not survive."""
+        self.db.execute("BEGIN IMMEDIATE")
+        for sql, values in changes:
+            if not self.db.execute(sql, values).rowcount and sql is _FINISH:
+                self.db.execute(_REMEMBER, values)
+        self.db.execute("COMMIT")
+        if self.has_moved():
+            raise OSError("one of its files was deleted or replaced")
+
+    def has_moved(self) -> bool:
+        """Whether a file that was opened is not in its place any more."""
+        return any(_identify(name) != opened for name, opened in zip(self._names, self._opened))
+
+    def rescue(self) -> List[Change]:
+        """What writes into another file all that this one still holds; nothing if it cannot be read."""
+        try:
+            return [(sql, row) for select, sql in _RESCUE for row in self.db.execute(select).fetchall()]
+        except self.errors:
+            return []
+
+    def close(self) -> None:
+        """Leave nothing of what was handled in the files, close them, and free the lock."""
+        with contextlib.suppress(*self.errors):
+            self.db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+        self.db.close()
+        self._release()
+
+    def after_fork(self) -> None:
+        """In a forked child: let go of the parent's files. SQLite must not close them here: it would write to them."""
+        null = os.open(os.devnull, os.O_RDONLY)
+        for number in _list_descriptors():
+            if _identify(number) in self._opened:
+                os.dup2(null, number, inheritable=False)
+        os.close(null)
+        # A frozen cycle is never collected, not even at the end: its connection is never closed.
+        kept: List[object] = [self.db]
+        kept.append(kept)
+        gc.freeze()
 
 
 class Journal:
     """The messages that were acknowledged, in the SQLite file ``settings.journal``, which one process has at a time.
 
-    Raises `SettingsError` for a file that cannot be used. ``clock`` gives Unix seconds.
+    Raises `JournalTaken` if another process has it, `SettingsError` for a file that cannot be used. ``clock`` gives
+    Unix seconds. `add` and `begin` write at once. All other changes are marks: the next commit or `flush` writes them,
+    and while the file cannot be written they wait.
     """
 
     def __init__(self, settings: Settings, later: Later, clock: Callable[[], float] = time.time) -> None:
-        import sqlite3
         self._settings, self._later, self._clock = settings, later, clock
-        self._path = os.path.realpath(settings.journal)  # handlers may change the current folder
-        self._connect = functools.partial(sqlite3.connect, isolation_level=None, check_same_thread=False,
-                                          timeout=LOCK_SECONDS)
-        self._errors = (sqlite3.Error, OSError, SettingsError)
-        self._lock = threading.Lock()  # guards all below, and the file
-        self._marks: Deque[Change] = deque()  # what became of messages and is not yet written; appended to without it
+        # Gives key, payload and failed tries of every message that is not done, for a file that was opened anew. It is
+        # called while the journal is locked, and must not call it.
+        self.in_hand: Callable[[], Iterable[Tuple[str, bytes, int]]] = list
+        self._lock = threading.Lock()  # guards all below, and the file; the two deques are appended to without it
+        self._marks: Deque[Change] = deque()
+        self._unreadable: Deque[Change] = deque(maxlen=MAX_UNREADABLE)
         self._finished = 0  # since the last clean-up
         self._failing = self._closed = False
-        _refuse_foreign_file(self._path)
-        self._db = self._guard = self._take_hold()
+        self._file = JournalFile(settings.journal, settings.journal_sync)
         try:
-            self._open()
-            self._db.execute("SELECT 1 FROM messages LIMIT 1")
-            found, = self._db.execute("PRAGMA quick_check(1)").fetchone()
-            if found != "ok":
-                raise OSError(found)
-        except self._errors as error:
-            self._db.close()
-            self._guard.close()
-            raise SettingsError(f"cannot use the journal {settings.journal}: {error}; "
-                                "move it away, or name another --journal") from error
-
-    def _take_hold(self) -> sqlite3.Connection:
-        """Hold the right to write until the process ends, however it ends: the system frees the lock."""
-        try:
-            guard = self._connect(self._path + "-lock", timeout=0)
-        except self._errors as error:
-            raise SettingsError(f"cannot use the journal {self._path}: {error}; make its folder, and let this user "
-                                "write there, or name another --journal") from error
-        try:
-            guard.execute("BEGIN EXCLUSIVE")
-        except self._errors:
-            guard.close()
-            raise SettingsError(f"the journal {self._path} is in another process's hands: stop that one, "
-                                "or name another --journal") from None
-        return guard
-
-    def _open(self) -> None:
-        """Open the file, and make it if there is none."""
-        _refuse_foreign_file(self._path)
-        self._db = self._connect(self._path)
-        if not self._db.execute("PRAGMA application_id").fetchone()[0]:
-            # Before the switch to WAL: the head of the file itself must say whose it is from the first moment.
-            for statement in ("BEGIN", _CREATE, f"PRAGMA application_id = {JOURNAL_ID}",
-                              f"PRAGMA user_version = {JOURNAL_VERSION}", "COMMIT"):
-                self._db.execute(statement)
-        self._db.execute("PRAGMA journal_mode = WAL")
-        self._db.execute(f"PRAGMA synchronous = {self._settings.journal_sync}")
-        self._inode = os.stat(self._path).st_ino
+            self._file.open()
+            self._file.check()
+            last, = self._file.db.execute("SELECT coalesce(MAX(done), 0) FROM messages").fetchone()
+        except self._file.errors as error:
+            self._file.close()
+            if isinstance(error, SettingsError):
+                raise
+            raise SettingsError(f"cannot use the journal {settings.journal}: {error}; make its folder and let "
+                                "this user write there, or move it away, or name another --journal") from error
+        self._numbers = itertools.count(last + 1)  # the order in which messages are done
 
     def add(self, messages: Iterable[Tuple[str, bytes]]) -> None:
         """Write down messages, each its key and its bytes, in one commit: all of them, or none and `JournalError`."""
         now = self._clock()
+        self._write_now([(_ADD, (key, now, payload)) for key, payload in messages])
+
+    def begin(self, key: str, tries: int) -> None:
+        """Write down that try number ``tries`` of a message of an earlier process begins. Raises `JournalError`."""
+        self._write_now([(_BEGIN, (tries - 1, key))])
+
+    def tried(self, key: str, tries: int) -> None:
+        """Try number ``tries`` of the message has failed, and another will follow."""
+        self._marks.append((_TRIED, (tries, key)))
+
+    def answered(self, key: str, replies: str, session: Optional[Session] = None) -> None:
+        """The message's handler is done; ``replies``, which may be any text but an empty one, wait to be sent."""
+        if session:
+            self._marks.append(_keep_session(session, self._clock()))
+        self._marks.append((_ANSWERED, (_storable(replies), key)))
+
+    def replied(self, key: str, replies: str) -> None:
+        """A reply was sent; ``replies`` are left."""
+        self._marks.append((_ANSWERED, (_storable(replies), key)))
+
+    def finish(self, key: str, session: Optional[Session] = None) -> None:
+        """The message is done: its content is forgotten."""
+        if session:
+            self._marks.append(_keep_session(session, self._clock()))
+        self._marks.append((_FINISH, (next(self._numbers), key)))
+
+    def fail(self, key: str, error: str) -> None:
+        """The message's last try has failed; it is kept, with its replies and what is known of the error."""
+        self._marks.append((_FAIL, (_storable(error), next(self._numbers), key)))
+
+    def keep_unreadable(self, payload: bytes, reason: str) -> None:
+        """Keep the beginning of a push that could not be read; written within about a second."""
+        if not self._unreadable:
+            self._later(LOOK_AGAIN_SECONDS, self.flush)
+        values = self._clock(), _storable(reason), payload[:MAX_UNREADABLE_BYTES]
+        self._unreadable.append((_KEEP_UNREADABLE, values))
+
+    def flush(self) -> None:
+        """Write the marks. When the file cannot be written, that is left to the next look at it."""
         with self._lock:
-            error = self._write([(_ADD, (key, now, payload)) for key, payload in messages])
+            if (self._marks or self._unreadable) and not self._failing:
+                self._write([])
+
+    def look(self) -> None:
+        """Notice files that were deleted or replaced; to be called about once a second, for when nothing is written."""
+        with self._lock:
+            if not self._failing and not self._closed and self._file.has_moved():
+                self._write([])
+
+    def _write_now(self, changes: List[Change]) -> None:
+        with self._lock:
+            error = self._write(changes)
         if error:
             raise JournalError("the journal cannot be written") from error
 
-    def tried(self, key: str, tries: int) -> None:
-        """The message's handler has failed for the ``tries``-th time, and is to be tried again."""
-        self._marks.append((_TRIED, (tries, key)))
-        self.flush()
-
-    def fail(self, key: str, error: str) -> None:
-        """The message's last try has failed; it is kept, with what is known of the error."""
-        self._marks.append((_FAIL, (error, key)))
-        self.flush()
-
-    def finish(self, key: str) -> None:
-        """The message is through, and its content to be forgotten: with the next commit, or by `flush`."""
-        self._marks.append((_FINISH, (key,)))
-
-    def flush(self) -> None:
-        """Write what became of messages. When the file cannot be written, that is left to the next look at it."""
-        with self._lock:
-            if self._marks and not self._failing:
-                self._write([])
-
     def _write(self, added: List[Change]) -> Optional[BaseException]:
-        """Write all that is marked and what is added, or nothing, and the error that prevented it."""
+        """Write all marks and what is added, or nothing, and the error that prevented it."""
         if self._closed:
             return JournalError("closed")
         marks = [self._marks.popleft() for _ in range(len(self._marks))]
-        error = attempt(self._commit, marks + added)
+        unreadable = [self._unreadable.popleft() for _ in range(len(self._unreadable))]
+        error = attempt(self._commit, [*marks, *unreadable, *added])
         if error:
+            self._unreadable.extend(unreadable)
             self._marks.extendleft(reversed(marks))
-            self._db.close()
-            if not self._failing:
-                self._failing = True
-                known = isinstance(error, self._errors)
-                log.error("the journal %s cannot be written: %s; pushes are answered 503 until it can: "
-                          "free the disk, or mend its rights, or move the file away", self._settings.journal,
-                          error if known else describe_error(error))
-                self._later(LOOK_AGAIN_SECONDS, self._look_again)
+            if self._file.has_moved():
+                # What was added is refused now, though the deleted file may have it.
+                self._marks.extendleft((_FORGET, values[:1]) for sql, values in added if sql is _ADD)
+                self._marks.extendleft(reversed(self._file.rescue()))
+            self._note_failure(error)
         elif self._failing:
             self._failing = False
             log.warning("the journal %s is written again", self._settings.journal)
         return error
 
+    def _note_failure(self, error: BaseException) -> None:
+        self._file.db.close()
+        if not self._failing:
+            self._failing = True
+            reason = error if isinstance(error, self._file.errors) else describe_error(error)
+            log.error("the journal %s cannot be written: %s; pushes are answered 503 until it can: free the disk, "
+                      "or correct the rights of its file, or move it away", self._settings.journal, reason)
+            self._later(LOOK_AGAIN_SECONDS, self._look_again)
+
     def _commit(self, changes: List[Change]) -> None:
         if self._failing:
-            self._open()
-        if os.stat(self._path).st_ino != self._inode:
-            raise OSError("the file was deleted or replaced")
-        self._db.execute("BEGIN IMMEDIATE")
-        for sql, values in changes:
-            if not self._db.execute(sql, values).rowcount and sql is _FINISH:
-                self._db.execute(_REMEMBER, values)
-            self._finished += sql is _FINISH
-        if self._finished >= TRIM_EVERY:
-            self._db.execute(_TRIM, (self._settings.dedup_size,))
-            self._finished = 0
-        self._db.execute("COMMIT")
+            self._file.open()
+            now = self._clock()
+            changes = [*((_RESTORE, (key, tries, now, payload)) for key, payload, tries in self.in_hand()), *changes]
+        finished = self._finished + sum(sql is _FINISH for sql, _ in changes)
+        is_due = finished >= TRIM_EVERY
+        self._file.commit([*changes, *_list_trims(self._settings, self._clock())] if is_due else changes)
+        self._finished = 0 if is_due else finished
 
     def _look_again(self) -> None:
-        """Write what is marked, or nothing, if the file can be written again though no message comes."""
+        """Write the marks, or nothing, if the file can be written again though no message comes."""
         with self._lock:
             if self._failing and not self._closed and self._write([]):
                 self._later(LOOK_AGAIN_SECONDS, self._look_again)
 
     @property
     def healthy(self) -> bool:
-        """Whether the last change could be written."""
-        return not self._failing
+        """Whether the last change could be written, and the files are where they were."""
+        return not self._failing and not self._file.has_moved()
 
     def waiting(self) -> List[Row]:
-        """The messages that are not through, oldest first."""
-        return read_rows(self._db, WAITING)
+        """The messages that are not done, oldest first."""
+        return read_rows(self._file.db, WAITING)
 
     def finished_keys(self) -> List[str]:
-        """The keys of what is through, oldest first, as many as are remembered."""
-        found = self._db.execute("SELECT key FROM messages WHERE state = 1 ORDER BY id DESC LIMIT ?",
-                                 (self._settings.dedup_size,))
+        """The keys of the messages whose handlers were done, oldest first, as many as are remembered."""
+        found = self._file.db.execute(_SELECT_FINISHED, (self._settings.dedup_size,))
         return [key for key, in found][::-1]
 
+    def sessions(self) -> List[Tuple[str, str, float]]:
+        """The sessions, each with its sender, its text and when it was touched, in Unix seconds; the newest last."""
+        since = self._clock() - SESSION_SECONDS
+        return self._file.db.execute(_SELECT_SESSIONS, (since, self._settings.sessions)).fetchall()[::-1]
+
     def close(self) -> None:
-        """Write what is marked, and let go of the file."""
+        """Write the marks, and let go of the file."""
         with self._lock:
-            if self._marks:
-                self._write([])
+            for _ in range(2):  # the second makes anew what was deleted
+                if self._marks or self._unreadable or not self.healthy:
+                    self._write([])
             self._closed = True
-            self._db.close()
-            self._guard.close()
+            self._file.close()
+
+    def after_fork(self) -> None:
+        """In a forked child: the journal stays the parent's. Nothing is written from here."""
+        self._lock = threading.Lock()  # another thread of the parent may have it
+        self._marks.clear()
+        self._closed = True
+        self._file.after_fork()
+
+
+def _keep_session(session: Session, now: float) -> Change:
+    sender, value = map(_storable, session)
+    return (_KEEP_SESSION, (sender, value, now)) if value else (_DROP_SESSION, (sender,))
+
+
+def _list_trims(settings: Settings, now: float) -> List[Change]:
+    remembered = (settings.dedup_size,)
+    return [(_TRIM, remembered), (_TRIM_DEAD, remembered), (_TRIM_UNREADABLE, ()),
+            (_TRIM_SESSIONS, (now - SESSION_SECONDS, settings.sessions))]
+
+
+def _storable(text: str) -> str:
+    """The text without half surrogates, which SQLite does not take."""
+    return text.encode("utf-8", "replace").decode()
+
+
+def _identify(file: Union[str, int]) -> Optional[Tuple[int, int]]:
+    """What tells a file from all others: its device and inode; None if there is none by that name or descriptor."""
+    try:
+        status = os.stat(file)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def _list_descriptors() -> List[int]:
+    """The numbers of the files that this process has open, and maybe of some others."""
+    try:
+        return [int(name) for name in os.listdir("/dev/fd")]
+    except OSError:  # no /proc
+        return list(range(3, 4096))
 
 
 def read_rows(db: sqlite3.Connection, state: int) -> List[Row]:
     """The messages in one state, oldest first."""
-    found = db.execute(_SELECT, (state,))
-    return [Row(key, tries, received, payload or b"", error or "") for key, tries, received, payload, error in found]
+    return [Row(key, tries, bool(begun), *rest) for key, tries, begun, *rest in db.execute(_SELECT, (state,))]
+
+
+def _read_version(db: sqlite3.Connection, path: str) -> int:
+    """The journal's layout; 0 for an empty file. Raises `SettingsError` for a file that is not ours."""
+    mark, version = [db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version")]
+    if mark or version or db.execute("SELECT 1 FROM sqlite_master").fetchone():
+        _check_marks(mark, version, path)
+    return int(version)
 
 
 def _refuse_foreign_file(path: str) -> None:
-    """Look at the head of the file (SQLite's file format, section 1.3) before SQLite touches it."""
+    """Look at the head of the file (SQLite's file format, section 1.3) before SQLite touches it. Only whoever has the
+    lock may do so: closing the file frees SQLite's locks on it."""
     try:
         with open(path, "rb") as file:
             head = file.read(100)
     except FileNotFoundError:
         return
-    except OSError as error:
-        raise SettingsError(f"cannot read the journal {path}: {error.strerror}; name another --journal") from error
-    if not head:
-        return
-    if not head.startswith(b"SQLite format 3\0") or int.from_bytes(head[68:72], "big") != JOURNAL_ID:
-        raise SettingsError(f"{path} is no journal of kfserver, and was left as it is: name another --journal")
-    if int.from_bytes(head[60:64], "big") > JOURNAL_VERSION:
+    if head:
+        is_database = head.startswith(b"SQLite format 3\0")
+        _check_marks(is_database and int.from_bytes(head[68:72], "big"), int.from_bytes(head[60:64], "big"), path)
+
+
+def _check_marks(mark: int, version: int, path: str) -> None:
+    """Raise `SettingsError` for marks of another program, or of a kfserver of the future."""
+    if mark != JOURNAL_ID:
+        raise SettingsError(f"{path} is not a journal of kfserver, and was left as it is: name another --journal")
+    if version > JOURNAL_VERSION:
         raise SettingsError(f"the journal {path} was written by a newer kfserver, and was left as it is: use that one")
 
 
@@ -4732,7 +5015,7 @@ def _converse(talk: Chat) -> None:
 
 # ---- 20 Journal command ---------------------------------------------------------------------------------------------
 # Law: tells what is in a journal, and puts the dead back. Works beside the server that writes the file; shows a user's
-# words only to who asks for them.
+# words only on request.
 
 Report = Dict[str, Any]
 
@@ -4742,58 +5025,97 @@ def build_journal_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="kfserver.py journal", allow_abbrev=False,
         description="Tells what waits in a journal and what failed for good. A server may run on it meanwhile.")
-    parser.add_argument("journal", metavar="FILE", help="what --journal named, as kf.db")
+    parser.add_argument("journal", metavar="FILE", help="the file of --journal, as kf.db")
     parser.add_argument("--requeue", action="store_true",
-                        help="put back what failed for good: it is handled when the server starts the next time")
-    parser.add_argument("--show", action="store_true", help="show the messages too, with what users wrote")
+                        help="put back what failed for good: it is handled, or its replies are sent, at the next start")
+    parser.add_argument("--show", action="store_true",
+                        help="show the messages, the replies and the unreadable pushes too, with what users wrote")
     parser.add_argument("--json", action="store_true", help="print one JSON object; times are Unix seconds")
     return parser
 
 
 def journal_command(arguments: argparse.Namespace) -> int:
-    """Print what is in the journal, after putting the dead back if that is wanted; 0. Raises `SettingsError`."""
+    """Print what is in the journal, after putting the dead back if that is asked for; 0. Raises `SettingsError`."""
     import sqlite3
-    if not os.path.exists(arguments.journal):
+    path = os.path.realpath(arguments.journal)
+    if not os.path.exists(path):
         raise SettingsError(f"there is no journal {arguments.journal}")
-    _refuse_foreign_file(arguments.journal)
-    # It never makes the file, and changes it only to put back.
-    address = f"file:{quote(os.path.abspath(arguments.journal))}?mode={'rw' if arguments.requeue else 'ro'}"
     try:
-        with contextlib.closing(sqlite3.connect(address, uri=True, timeout=LOCK_SECONDS, isolation_level=None)) as db:
-            requeued = db.execute(_REQUEUE).rowcount if arguments.requeue else 0
+        with contextlib.closing(_connect_beside(path, "ro")) as db:
+            requeued = _requeue(db, path) if arguments.requeue else 0
             report = _report_journal(db, requeued, arguments.show)
     except sqlite3.Error as error:
+        if "not a database" in str(error):
+            raise SettingsError(f"{arguments.journal} is not a journal of kfserver") from error
         raise SettingsError(f"cannot use the journal {arguments.journal}: {error}") from error
     _say(sys.stdout, json.dumps(report, indent=2) if arguments.json else _format_report(report))
     return 0
 
 
+def _connect_beside(path: str, mode: str) -> sqlite3.Connection:
+    """A connection that never makes the file. Nothing but SQLite opens it: a server of this process may have locks on
+    it, which the closing of a descriptor would free. Raises `SettingsError` for a file that is not ours."""
+    import sqlite3
+    address = f"file:{quote(os.fsencode(path))}?mode={mode}"
+    db = sqlite3.connect(address, uri=True, timeout=LOCK_SECONDS, isolation_level=None)
+    try:
+        if 0 < _read_version(db, path) < JOURNAL_VERSION:
+            raise SettingsError(f"the journal {path} is of an older kfserver: start the server once, which updates it")
+    except BaseException:
+        db.close()
+        raise
+    return db
+
+
+def _requeue(db: sqlite3.Connection, path: str) -> int:
+    """Put the dead back; their number. ``db``, which can only read, stays open longer: who closes the file last would
+    delete its log, and the locks that keep the server's log alive may have been lost."""
+    with contextlib.closing(_connect_beside(path, "rw")) as writer:
+        return writer.execute(_REQUEUE).rowcount
+
+
 def _report_journal(db: sqlite3.Connection, requeued: int, show: bool) -> Report:
     """What the command tells, as JSON prints it."""
     def tell(row: Row) -> Report:
-        told: Report = {"key": row.key, "received": row.received, "tries": row.tries, "error": row.error}
-        return {**told, "content": row.payload.decode("utf-8", "backslashreplace")} if show else told
+        told: Report = {"key": row.key, "received": row.received, "tries": row.tries, "error": row.error,
+                        "handled": bool(row.replies)}
+        return {**told, "content": _decode(row.payload), "replies": row.replies} if show else told
     db.execute("BEGIN")  # one moment's view, though a server writes meanwhile
-    counts = dict(db.execute("SELECT state, COUNT(*) FROM messages GROUP BY state"))
-    waiting = [tell(row) for row in read_rows(db, WAITING)]
-    return {"requeued": requeued, "waiting": len(waiting), "finished": counts.get(FINISHED, 0),
-            "dead": counts.get(DEAD, 0), "oldest_waiting": waiting[0] if waiting else None,
-            "waiting_messages": waiting if show else None,
-            "dead_messages": [tell(row) for row in read_rows(db, DEAD)]}
+    waiting, dead = ([tell(row) for row in read_rows(db, state)] for state in (WAITING, DEAD))
+    finished, sessions = (db.execute(f"SELECT COUNT(*) FROM {what}").fetchone()[0]
+                          for what in (f"messages WHERE state = {FINISHED}", "sessions"))
+    unreadable = db.execute("SELECT received, reason, payload FROM unreadable ORDER BY id").fetchall()
+    return {"requeued": requeued, "waiting": len(waiting), "to_send": sum(row["handled"] for row in waiting),
+            "finished": finished, "dead": len(dead), "dead_replies": sum(row["handled"] for row in dead),
+            "unreadable": len(unreadable), "sessions": sessions,
+            "oldest_waiting": waiting[0] if waiting else None, "waiting_messages": waiting if show else None,
+            "dead_messages": dead,
+            "unreadable_pushes": [{"received": received, "reason": reason, "content": _decode(payload)}
+                                  for received, reason, payload in unreadable] if show else None}
+
+
+def _decode(payload: bytes) -> str:
+    return payload.decode("utf-8", "backslashreplace")
 
 
 def _format_report(report: Report) -> str:
     """The report for people; characters that could steer a terminal are written as escapes."""
     def line(row: Report) -> str:
         received = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(row["received"]))
-        error, content = row["error"] and f", {row['error']}", row.get("content", "")
-        return printable(f"{row['key']} received {received}{error}") + (content and f"\n    {printable(content)}")
+        facts = [f"{row.get('key', 'a push')} received {received}", "handled, replies to send" * row.get("handled", 0),
+                 row.get("error"), row.get("reason")]
+        texts = [", ".join(filter(None, facts)), row.get("content"), row.get("replies")]
+        return "\n    ".join(printable(text) for text in texts if text)
     put_back = f"{report['requeued']} put back, to be handled when the server starts the next time"
     lines = [put_back] if report["requeued"] else []
-    lines += [f"{name:<9}{report[name]:>7}" for name in ("waiting", "finished", "dead")]
+    for name, note in (("waiting", "to_send"), ("finished", ""), ("dead", "dead_replies"), ("unreadable", ""),
+                       ("sessions", "")):
+        count = report.get(note)
+        lines.append(f"{name:<10}{report[name]:>6}" + (f", with replies to send: {count}" if count else ""))
     waiting = report["waiting_messages"] or [report["oldest_waiting"]]
     lines += [f"waiting for {time.time() - row['received']:.0f} s: {line(row)}" for row in waiting if row]
-    return "\n".join([*lines, *(f"dead: {line(row)}" for row in report["dead_messages"])])
+    lines += [f"dead: {line(row)}" for row in report["dead_messages"]]
+    return "\n".join([*lines, *(f"unreadable: {line(row)}" for row in report["unreadable_pushes"] or [])])
 
 
 # ---- 21 Command line ------------------------------------------------------------------------------------------------

@@ -8,9 +8,13 @@ import logging
 import os
 import pathlib
 import re
+import shutil
 import sqlite3
+import stat
 import subprocess
 import sys
+import tempfile
+import textwrap
 import threading
 from typing import Any, Callable, ContextManager, Dict, Iterator, List, NamedTuple, Optional
 
@@ -25,6 +29,7 @@ from kfserver import (
     HandlerRegistry,
     Journal,
     JournalError,
+    JournalTaken,
     KfServer,
     Message,
     Request,
@@ -36,6 +41,8 @@ from kfserver import (
     parse,
 )
 
+# The clock of the journals that `opened` makes: Unix seconds.
+NOW = 1_700_000_000.0
 WAITING, FINISHED, DEAD = kfserver.WAITING, kfserver.FINISHED, kfserver.DEAD
 # How the tests themselves open a file, apart from the connections of kfserver's that they watch.
 connect = sqlite3.connect
@@ -134,6 +141,20 @@ def leave(path: str, *bodies: bytes) -> Journal:
     for body in bodies:
         journal.add([(dedup_key(parse(body)), body)])
     return journal
+
+
+def opened(path: str, **settings: Any) -> ContextManager[Journal]:
+    """An open journal, for the length of a block, whose later looks at the file never come."""
+    return contextlib.closing(Journal(Settings(journal=path, **settings), lambda seconds, job: None, lambda: NOW))
+
+
+def left_by_a_kill(path: str) -> List[Stored]:
+    """What would be in the journal if the process were killed now."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("kf.db", "kf.db-wal"):
+            with contextlib.suppress(FileNotFoundError):
+                shutil.copy(os.path.join(os.path.dirname(path), name), folder)
+        return stored(os.path.join(folder, "kf.db"))
 
 
 def outcomes(server: KfServer, *bodies: bytes) -> List[str]:
@@ -376,15 +397,23 @@ def test_settings_journal_sync_is_the_databases_own(
 
 
 @pytest.mark.parametrize("write", [
-    Journal.flush, lambda journal: journal.add([("a/2", b"")]), lambda journal: journal.tried("a/1", 1)],
-    ids=["flush", "another message", "a try"])
-def test_journal_finish_is_written_by(path: str, write: Callable[[Journal], None]) -> None:
-    with contextlib.closing(Journal(Settings(journal=path), Alarm().later)) as journal:
-        journal.add([("a/1", b"")])
+    Journal.flush, lambda journal: journal.add([("b/1", b"")]), lambda journal: journal.begin("b/1", 1)],
+    ids=["flush", "another message", "an attempt that begins"])
+def test_journal_marks_are_written_by(path: str, write: Callable[[Journal], None]) -> None:
+    with opened(path) as journal:
+        journal.add([(f"a/{number}", b"") for number in range(6)])
+        before = stored(path)
         journal.finish("a/1")
-        assert stored(path)[0].state == WAITING
+        journal.tried("a/2", 1)
+        journal.fail("a/3", "ValueError")
+        journal.answered("a/4", "[]", ("app/user", "{}"))
+        journal.replied("a/5", "[]")
+        assert stored(path) == before
         write(journal)
-        assert stored(path)[0].state == FINISHED
+        assert [(row.state, row.tries) for row in stored(path)[:4]] == [
+            (WAITING, 0), (FINISHED, 0), (WAITING, 1), (DEAD, before[3].tries + 1)]
+        assert [row.replies for row in journal.waiting() if row.key in ("a/4", "a/5")] == ["[]", "[]"]
+        assert [name for name, _, _ in journal.sessions()] == ["app/user"]
 
 
 def test_journal_finish_is_written_at_the_end(path: str) -> None:
@@ -409,6 +438,123 @@ def test_journal_flush_leaves_a_broken_file_to_the_next_look(path: str, monkeypa
         assert stored(path)[0].state == FINISHED
 
 
+# ---- What became of a message
+
+
+@pytest.mark.parametrize(("change", "tries", "begun", "replies"), [
+    pytest.param(lambda journal: None, 0, False, "", id="nothing"),
+    pytest.param(lambda journal: journal.begin("a/1", 1), 0, True, "", id="the first try begun"),
+    pytest.param(lambda journal: journal.begin("a/1", 3), 2, True, "", id="the third try begun"),
+    pytest.param(lambda journal: [journal.begin("a/1", 3), journal.tried("a/1", 3)], 3, False, "", id="begun, failed"),
+    pytest.param(lambda journal: [journal.begin("a/1", 1), journal.answered("a/1", '["hi"]')], 0, False, '["hi"]',
+                 id="begun, answered"),
+    pytest.param(lambda journal: [journal.answered("a/1", '["a", "b"]'), journal.replied("a/1", '["b"]')], 0, False,
+                 '["b"]', id="one reply sent"),
+    pytest.param(lambda journal: journal.answered("a/1", "half \ud83d"), 0, False, "half ?", id="half a surrogate"),
+])
+def test_journal_waiting_tells_after(
+        path: str, change: Callable[[Journal], object], tries: int, begun: bool, replies: str) -> None:
+    with opened(path) as journal:
+        journal.add([("a/1", b"payload")])
+        change(journal)
+    with opened(path) as journal:
+        assert journal.waiting() == [("a/1", tries, begun, NOW, b"payload", "", replies)]
+
+
+def test_journal_forgets_replies_and_content_of_what_is_finished(path: str) -> None:
+    with opened(path) as journal:
+        journal.add([("a/1", b"a secret")])
+        journal.answered("a/1", '["a secret"]')
+        journal.finish("a/1")
+    assert b"a secret" not in pathlib.Path(path).read_bytes()
+
+
+def test_journal_fail_counts_a_try_once_though_its_commit_went_into_a_deleted_file(path: str) -> None:
+    with opened(path) as journal:
+        journal.add([("a/1", b"")])
+        os.unlink(path)
+        journal.fail("a/1", "ValueError")
+        journal.flush()
+    assert [(row.state, row.tries) for row in stored(path)] == [(DEAD, 1)]
+
+
+def test_journal_finished_keys_come_in_the_order_in_which_messages_were_finished(path: str) -> None:
+    with opened(path) as journal:
+        journal.add([(key, b"") for key in "abcdef"])
+        for key in "ca":
+            journal.finish(key)
+    with opened(path) as journal:
+        for key in "fb":
+            journal.finish(key)
+    with opened(path, dedup_size=3) as journal:
+        assert journal.finished_keys() == ["a", "f", "b"]
+
+
+def test_journal_finished_keys_hold_the_dead_whose_handlers_were_done(path: str) -> None:
+    with opened(path) as journal:
+        journal.add([(key, b"") for key in ("unhandled", "handled", "finished")])
+        journal.answered("handled", '["hi"]')
+        for key in ("unhandled", "handled"):
+            journal.fail(key, "NetworkError")
+        journal.finish("finished")
+    with opened(path) as journal:
+        assert journal.finished_keys() == ["handled", "finished"]
+
+
+# ---- Sessions, and pushes that could not be read
+
+
+def test_journal_sessions_come_back_the_longest_untouched_first(path: str) -> None:
+    times = iter([NOW + second for second in range(100)])
+    journal = Journal(Settings(journal=path, sessions=2), lambda seconds, job: None, lambda: next(times))
+    with contextlib.closing(journal):
+        for name in ("ann", "bob", "eve", "ann"):
+            journal.finish("key", (name, f'{{"of": "{name}"}}'))
+        journal.flush()
+        assert [(name, text) for name, text, _ in journal.sessions()] == [
+            ("eve", '{"of": "eve"}'), ("ann", '{"of": "ann"}')]
+
+
+def test_journal_sessions_end_with_an_empty_text(path: str) -> None:
+    with opened(path) as journal:
+        journal.finish("key", ("ann", "{}"))
+        journal.finish("key", ("ann", ""))
+        journal.flush()
+        assert journal.sessions() == []
+
+
+def test_journal_sessions_are_forgotten_after_48_hours(path: str) -> None:
+    with opened(path) as journal:
+        journal.finish("key", ("ann", "{}"))
+    for later, names in [(48 * 3600 - 1, ["ann"]), (48 * 3600, [])]:
+        journal = Journal(Settings(journal=path), lambda seconds, job: None, lambda: NOW + later)  # noqa: B023
+        with contextlib.closing(journal):
+            assert [name for name, _, _ in journal.sessions()] == names
+
+
+def test_journal_writes_a_session_in_the_commit_of_its_messages_mark(path: str, connections: Connections) -> None:
+    with opened(path) as journal:
+        journal.add([("a/1", b"")])
+        heard = connections.listen(path)
+        journal.finish("a/1", ("ann", "{}"))
+        journal.flush()
+        assert [word.split()[0] for word in heard] == ["BEGIN", "INSERT", "UPDATE", "COMMIT"]
+
+
+def test_journal_keeps_the_beginnings_of_the_last_pushes_that_could_not_be_read(path: str) -> None:
+    due: List[Callable[[], None]] = []
+    journal = Journal(Settings(journal=path), lambda seconds, job: due.append(job), lambda: NOW)
+    with contextlib.closing(journal):
+        for number in range(150):
+            journal.keep_unreadable(b"%d " % number + b"x" * 100_000, "not XML")
+        flush, = due
+        flush()
+        with contextlib.closing(connect(path)) as db:
+            rows = db.execute("SELECT received, reason, payload FROM unreadable ORDER BY id").fetchall()
+    assert [int(payload.split()[0]) for _, _, payload in rows] == list(range(50, 150))
+    assert {(received, reason, len(payload)) for received, reason, payload in rows} == {(NOW, "not XML", 64 * 1024)}
+
+
 # ---- Size
 
 
@@ -425,6 +571,37 @@ def test_journal_remembers_as_many_finished_messages_as_it_shall(
         assert journal.finished_keys() == ["17", "18", "19"]
         assert [row.key for row in journal.waiting()] == ["waiting"]
         assert [row.key for row in stored(path)] == ["dead", "waiting", "17", "18", "19"]
+
+
+def test_journal_trims_sessions_unreadable_pushes_and_what_the_dead_remember(
+        path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kfserver, "TRIM_EVERY", 5)
+    with opened(path, dedup_size=3, sessions=2) as journal:
+        for number in range(200):
+            key = str(number)
+            journal.add([(key, b"")])
+            journal.answered(key, "[]", (key, "{}"))
+            journal.keep_unreadable(b"", "not XML")
+            (journal.fail(key, "ApiError") if number % 2 else journal.finish(key))
+        journal.flush()
+        assert journal.finished_keys() == ["197", "198", "199"]
+        with contextlib.closing(connect(path)) as db:
+            counts = [db.execute(f"SELECT COUNT(*) FROM {what}").fetchone()[0]
+                      for what in ("sessions", "unreadable", "messages WHERE state = 2",
+                                   "messages WHERE done IS NOT NULL")]
+    assert counts[0] <= 2 + 10
+    assert counts[1] <= 100 + 10
+    assert counts[2] == 100
+    assert counts[3] <= 3 + 10
+
+
+def test_journal_clean_up_does_not_read_the_dead(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with opened(path), contextlib.closing(connect(path)) as db:
+        plans = [db.execute("EXPLAIN QUERY PLAN " + sql, (1,)).fetchall()
+                 for sql in (kfserver._TRIM, kfserver._TRIM_DEAD)]
+    for plan in plans:
+        read = [row[-1] for row in plan if row[-1].startswith(("SCAN", "SEARCH"))]
+        assert [step for step in read if "messages_done" not in step] == []
 
 
 def test_journal_stops_growing(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -625,11 +802,11 @@ def write_text(path: str, text: str) -> None:
 
 
 @pytest.mark.parametrize(("make", "told"), [
-    pytest.param(functools.partial(write_text, text="Dear diary,"), "no journal of kfserver", id="text"),
-    pytest.param(functools.partial(write_text, text="x" * 5000), "no journal of kfserver", id="more text"),
-    pytest.param(functools.partial(write_text, text="SQLite format 3\0"), "no journal of kfserver", id="cut off"),
-    pytest.param(functools.partial(write_database, application_id=0), "no journal of kfserver", id="a database"),
-    pytest.param(functools.partial(write_database, application_id=1), "no journal of kfserver", id="a program's own"),
+    pytest.param(functools.partial(write_text, text="Dear diary,"), "not a journal of kfserver", id="text"),
+    pytest.param(functools.partial(write_text, text="x" * 5000), "not a journal of kfserver", id="more text"),
+    pytest.param(functools.partial(write_text, text="SQLite format 3\0"), "not a journal of kfserver", id="cut off"),
+    pytest.param(functools.partial(write_database, application_id=0), "not a journal of kfserver", id="a database"),
+    pytest.param(functools.partial(write_database, application_id=1), "not a journal of kfserver", id="a program's own"),
     pytest.param(functools.partial(write_database, application_id=JOURNAL_ID, version=JOURNAL_VERSION + 1),
                  "written by a newer kfserver", id="newer"),
 ])
@@ -681,7 +858,255 @@ def test_kf_server_takes_an_empty_file_for_a_new_journal(start: Start, shop: Sho
     assert states(path) == {"1": FINISHED}
 
 
+# ---- An older layout
+
+
+def make_layout_1(path: str) -> None:
+    """What kfserver wrote before there were replies: a row that waits, two that are finished, one that is dead."""
+    with contextlib.closing(connect(path, isolation_level=None)) as db:
+        db.execute("""CREATE TABLE messages (id INTEGER PRIMARY KEY, key TEXT NOT NULL UNIQUE, state INTEGER NOT NULL,
+            tries INTEGER NOT NULL, received REAL NOT NULL, payload BLOB, error TEXT)""")
+        db.execute(f"PRAGMA application_id = {JOURNAL_ID}")
+        db.execute("PRAGMA user_version = 1")
+        db.execute("PRAGMA journal_mode = WAL")
+        for key, state, payload, error in [("a/1", WAITING, b"1", None), ("a/2", FINISHED, None, None),
+                                           ("a/3", DEAD, b"3", "ValueError"), ("a/4", FINISHED, None, None)]:
+            db.execute("INSERT INTO messages (key, state, tries, received, payload, error) VALUES (?, ?, 1, ?, ?, ?)",
+                       (key, state, NOW, payload, error))
+
+
+def test_journal_brings_layout_1_up_to_date(path: str) -> None:
+    make_layout_1(path)
+    with opened(path) as journal:
+        assert pathlib.Path(path).read_bytes()[60:64] == b"\0\0\0\2"  # older programs look there
+        assert journal.waiting() == [("a/1", 1, False, NOW, b"1", "", "")]
+        assert journal.finished_keys() == ["a/2", "a/4"]
+        journal.finish("a/1", ("ann", "{}"))
+    with opened(path) as journal:
+        assert (journal.waiting(), journal.finished_keys()) == ([], ["a/2", "a/4", "a/1"])
+        assert len(journal.sessions()) == 1
+    assert stored(path)[2] == Stored("a/3", DEAD, 1, b"3", "ValueError")
+
+
+def test_journal_leaves_layout_1_as_it_is_when_it_cannot_be_brought_up_to_date(
+        path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_layout_1(path)
+    content = pathlib.Path(path).read_bytes()
+    first, second = kfserver._LAYOUTS
+    monkeypatch.setattr(kfserver, "_LAYOUTS", (first, (*second, "CREATE TABLE messages (key)")))
+    with pytest.raises(SettingsError, match="cannot use the journal"):
+        opened(path)
+    assert pathlib.Path(path).read_bytes() == content
+
+
+# ---- Files that are deleted or replaced
+
+
+def unlink(name: str) -> None:
+    """An operator's rm, a cleaner of temporary files."""
+    os.unlink(name)
+
+
+def replace(name: str) -> None:
+    """A copy takes the file's place, as some backups and editors do it."""
+    shutil.copy2(name, name + ".copy")
+    os.replace(name + ".copy", name)
+
+
+@pytest.mark.parametrize("harm", [unlink, replace])
+@pytest.mark.parametrize("suffix", ["", "-wal", "-shm", "-lock"])
+def test_kf_server_loses_nothing_when_its_files_are_deleted_or_replaced(
+        start: Start, shop: Shop, path: str, suffix: str, harm: Callable[[str], None]) -> None:
+    server = start(shop.registry)
+    assert outcomes(server, push(number=1)) == ["accepted"]
+    shop.open.clear()
+    server.feed(push(number=2))
+    harm(path + suffix)
+    refused = server.feed(push(number=3))
+    assert refused.status == 503
+    assert server.feed(push(number=4)).status == 200
+    left = {row.key.rpartition("/")[2]: row.state for row in left_by_a_kill(path)}
+    assert left == {"1": FINISHED, "2": WAITING, "4": WAITING}
+
+
+@pytest.mark.parametrize("suffix", ["", "-wal", "-shm", "-lock"])
+def test_journal_look_notices_deleted_files_though_nothing_comes(path: str, suffix: str) -> None:
+    due: List[Callable[[], None]] = []
+    journal = Journal(Settings(journal=path), lambda seconds, job: due.append(job), lambda: NOW)
+    with contextlib.closing(journal):
+        journal.add([("a/1", b"1")])
+        journal.look()
+        assert (journal.healthy, due) == (True, [])
+        os.unlink(path + suffix)
+        assert not journal.healthy
+        journal.look()
+        due.pop()()
+        assert journal.healthy
+        assert [row.key for row in left_by_a_kill(path)] == ["a/1"]
+
+
+def test_journal_takes_everything_over_from_a_deleted_file(path: str) -> None:
+    with opened(path) as journal:
+        journal.add([(key, key.encode()) for key in "abcd"])
+        journal.finish("a", ("ann", "{}"))
+        journal.fail("b", "ValueError")
+        journal.answered("c", '["hi"]')
+        journal.keep_unreadable(b"?", "not XML")
+        journal.begin("d", 2)
+        before, waiting = stored(path), journal.waiting()
+        os.unlink(path)
+    with opened(path) as journal:
+        assert (stored(path), journal.waiting()) == (before, waiting)
+        assert (journal.finished_keys(), journal.sessions()) == (["a"], [("ann", "{}", NOW)])
+        with contextlib.closing(connect(path)) as db:
+            assert db.execute("SELECT reason FROM unreadable").fetchall() == [("not XML",)]
+
+
+def test_journal_writes_what_is_in_hand_into_a_file_in_the_place_of_a_damaged_one(
+        path: str, connections: Connections) -> None:
+    with opened(path) as journal:
+        journal.in_hand = lambda: [("a/1", b"1", 2), ("a/2", b"2", 0)]
+        journal.add([("a/1", b"1"), ("a/2", b"2")])
+        with damaged(path, connections):
+            with pytest.raises(JournalError):
+                journal.add([("a/3", LONG.encode())])
+            journal.finish("a/2")
+        journal.add([("a/3", b"3")])
+        assert [row[:4] for row in stored(path)] == [
+            ("a/1", WAITING, 2, b"1"), ("a/2", FINISHED, 0, None), ("a/3", WAITING, 0, b"3")]
+
+
+# ---- For one user's eyes
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no such modes")
+@pytest.mark.parametrize("existing", [[], ["kf.db"]], ids=["new files", "files that others may read"])
+def test_journal_files_are_for_one_user_alone(path: str, existing: List[str]) -> None:
+    folder, mask = pathlib.Path(path).parent, os.umask(0)
+    try:
+        for name in existing:
+            (folder / name).touch(0o666)
+        with opened(path) as journal:
+            journal.add([("a/1", b"1")])
+            modes = {file.name: stat.S_IMODE(file.stat().st_mode) for file in folder.iterdir()}
+    finally:
+        os.umask(mask)
+    assert modes == dict.fromkeys(["kf.db", "kf.db-wal", "kf.db-shm", "kf.db-lock"], 0o600)
+
+
+def test_journal_close_leaves_nothing_that_was_handled_though_somebody_reads(path: str) -> None:
+    journal = opened(path)
+    with contextlib.closing(connect(path)) as other:
+        with journal as opened_journal:
+            opened_journal.add([("a/1", b"a secret")])
+            opened_journal.finish("a/1")
+            other.execute("SELECT COUNT(*) FROM messages").fetchone()
+        assert os.path.getsize(path + "-wal") == 0
+        assert b"a secret" not in pathlib.Path(path).read_bytes()
+
+
+def test_journal_overwrites_what_it_deletes(path: str, connections: Connections) -> None:
+    with opened(path):
+        assert connections.ask(path, "PRAGMA secure_delete") == 1
+
+
 # ---- One process at a time
+
+
+def attempt_elsewhere(path: str) -> str:
+    """What another process is told that opens the journal."""
+    code = textwrap.dedent("""
+        import sys
+        from kfserver import *
+        from kfserver import Journal
+        try:
+            Journal(Settings(journal=sys.argv[1]), lambda seconds, job: None).close()
+        except Exception as error:
+            print(type(error).__name__, error)
+    """)
+    return subprocess.run([sys.executable, "-c", code, path], cwd=str(ROOT), capture_output=True, check=True,
+                          timeout=PATIENCE).stdout.decode()
+
+
+def copy_files(path: str) -> None:
+    """A handler makes a backup: closing a descriptor frees the POSIX locks that the process has on the file."""
+    for name in os.listdir(os.path.dirname(path)):
+        pathlib.Path(path).with_name(name).read_bytes()
+
+
+def try_a_second(path: str) -> None:
+    """A second server in the same process."""
+    with pytest.raises(JournalTaken):
+        opened(path)
+
+
+@pytest.mark.parametrize("loosen", [
+    pytest.param(lambda path: None, id="nothing"),
+    pytest.param(copy_files, id="a handler copies the files"),
+    pytest.param(try_a_second, id="a second journal in the process"),
+    pytest.param(lambda path: main(["journal", path]), id="the command in the process"),
+    pytest.param(lambda path: os.unlink(path + "-lock"), id="the lock's file is deleted"),
+])
+def test_journal_stays_the_only_one_after(path: str, loosen: Callable[[str], None]) -> None:
+    with opened(path) as journal:
+        journal.add([("a/1", b"1")])
+        loosen(path)
+        assert attempt_elsewhere(path).startswith(f"JournalTaken the journal {path} is in another process's hands: ")
+        if os.path.exists(path + "-lock"):
+            journal.add([("a/2", b"2")])
+    assert attempt_elsewhere(path) == ""
+
+
+def test_journal_has_no_companions_after_its_end(path: str) -> None:
+    with opened(path):
+        pass
+    assert os.listdir(os.path.dirname(path)) == ["kf.db"]
+
+
+def test_journal_can_be_had_where_there_is_no_flock(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kfserver, "fcntl", None)
+    for _ in range(2):
+        with opened(path) as journal:
+            with pytest.raises(JournalTaken):
+                opened(path)
+            journal.add([("a/1", b"")])
+            assert journal.healthy
+
+
+FORKS = textwrap.dedent("""
+    import os, sys, threading
+    from kfserver import *
+    from kfserver import Journal, attempt
+    path = sys.argv[1]
+    journal = Journal(Settings(journal=path), lambda seconds, job: None)
+    journal.add([("a/1", b"1")])
+    ours = {(os.stat(path + name).st_dev, os.stat(path + name).st_ino) for name in ("", "-wal", "-shm", "-lock")}
+    child = os.fork()
+    if child == 0:
+        journal.after_fork()
+        for number in map(int, os.listdir("/dev/fd")):
+            try:
+                found = os.fstat(number)
+            except OSError:
+                continue
+            if (found.st_dev, found.st_ino) in ours:
+                os._exit(3)
+        try:
+            journal.add([("a/2", b"2")])
+        except Exception as error:
+            sys.exit(4 if type(error).__name__ == "JournalError" else 5)
+    status = os.waitpid(child, 0)[1]
+    taken = attempt(Journal, Settings(journal=path), print)
+    journal.add([("a/3", b"3")])
+    print(os.WEXITSTATUS(status), type(taken).__name__, journal.healthy, [row.key for row in journal.waiting()])
+""")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
+def test_journal_after_fork_stays_the_parents(path: str) -> None:
+    told = subprocess.run([sys.executable, "-c", FORKS, path], cwd=str(ROOT), capture_output=True, timeout=PATIENCE)
+    assert (told.stdout.decode(), told.stderr) == ("4 JournalTaken True ['a/1', 'a/3']\n", b"")
+
 
 
 def test_program_refuses_a_journal_in_another_process(start: Start, shop: Shop, path: str) -> None:

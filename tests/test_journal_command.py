@@ -48,7 +48,19 @@ def server_at_work(path: str) -> Iterator[Journal]:
         journal.finish("app/user/text/1")
         journal.tried("app/user/text/3", 1)
         journal.fail("app/user/text/4", "ValueError at handlers.py:7")
+        journal.flush()
         yield journal
+
+
+def add_more(journal: Journal) -> None:
+    """A message whose replies wait, one whose replies failed, a push that could not be read, and a session."""
+    for number in (5, 6):
+        body = push("user", number, "handled")
+        journal.add([(dedup_key(parse(body)), body)])
+        journal.answered(f"app/user/text/{number}", '["a secret reply"]', ("app/user", '{"step": "a secret"}'))
+    journal.fail("app/user/text/6", "ApiError")
+    journal.keep_unreadable(b"<xml> a secret", "not XML: no element found")
+    journal.flush()
 
 
 @pytest.fixture
@@ -93,29 +105,66 @@ def test_journal_command_tells_what_waits_and_what_is_dead(
         "waiting        2\n"
         "finished       1\n"
         "dead           1\n"
+        "unreadable     0\n"
+        "sessions       0\n"
         "waiting for 120 s: app/user/text/2 received <time>\n"
         "dead: app/user/text/4 received <time>, ValueError at handlers.py:7\n")
+
+
+def test_journal_command_tells_of_replies_unreadable_pushes_and_sessions(
+        path: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with server_at_work(path) as running:
+        add_more(running)
+        assert without_times(tell(capsys, path)) == (
+            "waiting        3, with replies to send: 1\n"
+            "finished       1\n"
+            "dead           2, with replies to send: 1\n"
+            "unreadable     1\n"
+            "sessions       1\n"
+            "waiting for 120 s: app/user/text/2 received <time>\n"
+            "dead: app/user/text/4 received <time>, ValueError at handlers.py:7\n"
+            "dead: app/user/text/6 received <time>, handled, replies to send, ApiError\n")
+        told = tell_json(capsys, path)
+    assert {name: told[name] for name in ("waiting", "to_send", "dead", "dead_replies", "unreadable", "sessions")} == {
+        "waiting": 3, "to_send": 1, "dead": 2, "dead_replies": 1, "unreadable": 1, "sessions": 1}
+
+
+def test_journal_command_shows_replies_and_unreadable_pushes_on_request(
+        path: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with server_at_work(path) as running:
+        add_more(running)
+        lines = without_times(tell(capsys, "--show", path)).splitlines()
+        shown = tell_json(capsys, "--show", path)
+    assert lines.count('    ["a secret reply"]') == 2
+    assert lines[-2:] == ["unreadable: a push received <time>, not XML: no element found", "    <xml> a secret"]
+    assert shown["dead_messages"][1]["replies"] == '["a secret reply"]'
+    assert shown["unreadable_pushes"] == [
+        {"received": RECEIVED, "reason": "not XML: no element found", "content": "<xml> a secret"}]
 
 
 def test_journal_command_tells_it_as_json(journal: str, capsys: pytest.CaptureFixture[str]) -> None:
     told = tell_json(capsys, journal)
     counts = {name: told[name] for name in ("requeued", "waiting", "finished", "dead")}
     assert counts == {"requeued": 0, "waiting": 2, "finished": 1, "dead": 1}
-    assert told["oldest_waiting"] == {"key": "app/user/text/2", "received": RECEIVED, "tries": 0, "error": ""}
+    assert told["oldest_waiting"] == {"key": "app/user/text/2", "received": RECEIVED, "tries": 0, "error": "",
+                                      "handled": False}
     assert [(row["key"], row["error"]) for row in told["dead_messages"]] == [
         ("app/user/text/4", "ValueError at handlers.py:7")]
 
 
 def test_journal_command_tells_that_there_is_nothing(path: str, capsys: pytest.CaptureFixture[str]) -> None:
     Journal(Settings(journal=path, dedup_size=100), Alarm().later).close()
-    assert tell(capsys, path) == "waiting        0\nfinished       0\ndead           0\n"
+    assert tell(capsys, path) == (
+        "waiting        0\nfinished       0\ndead           0\nunreadable     0\nsessions       0\n")
     assert tell_json(capsys, path)["oldest_waiting"] is None
 
 
 @pytest.mark.parametrize("options", [[], ["--json"], ["--requeue"], ["--json", "--requeue"]], ids=" ".join)
 def test_journal_command_keeps_what_users_wrote_to_itself(
-        journal: str, capsys: pytest.CaptureFixture[str], options: List[str]) -> None:
-    assert "secret" not in tell(capsys, *options, journal)
+        path: str, capsys: pytest.CaptureFixture[str], options: List[str]) -> None:
+    with server_at_work(path) as running:
+        add_more(running)
+        assert "secret" not in tell(capsys, *options, path)
 
 
 def test_journal_command_shows_what_users_wrote_to_who_asks(journal: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -155,6 +204,38 @@ def test_journal_command_requeue_puts_the_dead_back(journal: str, capsys: pytest
     assert told[1:4] == ["waiting        3", "finished       1", "dead           0"]
     assert states(journal) == {"1": (FINISHED, 0), "2": (WAITING, 0), "3": (WAITING, 1), "4": (WAITING, 0)}
     assert tell_json(capsys, "--requeue", journal)["requeued"] == 0
+
+
+def test_journal_command_requeue_puts_replies_back_without_their_handler(
+        path: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with server_at_work(path) as running:
+        add_more(running)
+    assert tell_json(capsys, "--requeue", path)["requeued"] == 2
+    with server_at_work(path) as journal:
+        replies = {row.key.rpartition("/")[2]: (row.tries, row.error, row.replies) for row in journal.waiting()}
+        assert replies["6"] == (0, "", '["a secret reply"]')
+        assert "app/user/text/6" not in journal.finished_keys()  # it is in hand again
+
+
+@pytest.mark.parametrize("options", [[], ["--requeue"]], ids=["reading", "requeue"])
+def test_journal_command_leaves_the_log_of_a_server_that_lost_its_locks(path: str, options: List[str]) -> None:
+    with server_at_work(path) as running:
+        for name in ("kf.db", "kf.db-wal", "kf.db-shm"):  # closing a descriptor frees the locks
+            pathlib.Path(path).with_name(name).read_bytes()
+        log = os.stat(path + "-wal").st_ino
+        assert run(path, *options).returncode == 0
+        assert os.stat(path + "-wal").st_ino == log
+        assert running.healthy
+
+
+def test_journal_command_sends_who_has_an_older_journal_to_the_server(
+        path: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        db.execute("CREATE TABLE messages (key)")
+        db.execute(f"PRAGMA application_id = {JOURNAL_ID}")
+        db.execute("PRAGMA user_version = 1")
+    assert main(["journal", path]) == 2
+    assert "of an older kfserver: start the server once" in capsys.readouterr().err
 
 
 def test_journal_command_works_while_a_server_runs(path: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -202,8 +283,8 @@ def write_damaged(path: str) -> None:
 @pytest.mark.parametrize("options", [[], ["--requeue"]], ids=["reading", "requeue"])
 @pytest.mark.parametrize(("make", "told"), [
     pytest.param(lambda path: None, "there is no journal", id="missing"),
-    pytest.param(os.mkdir, "cannot read the journal", id="a folder"),
-    pytest.param(write_text, "is no journal of kfserver", id="foreign"),
+    pytest.param(os.mkdir, "cannot use the journal", id="a folder"),
+    pytest.param(write_text, "is not a journal of kfserver", id="foreign"),
     pytest.param(lambda path: open(path, "w").close(), "cannot use the journal", id="empty"),
     pytest.param(write_newer, "written by a newer kfserver", id="newer"),
     pytest.param(write_damaged, "cannot use the journal", id="damaged"),
