@@ -594,20 +594,25 @@ class World:
             raise
         return True
 
-    def deliver(self, taken: Any) -> None:
+    def deliver(self, taken: Any) -> List[Any]:
         """What the endpoint calls with those that came together."""
         try:
             for message, payload in taken:
                 self._judge.check_payload(self._case, payload)
                 check_message(message, payload)
             self._fail_sometimes("the journal cannot be written")
-        except BaseException:
+        except Busy as error:
             for message, _ in taken:
                 self._claims.release(message.key)
-            raise
+            return [error] * len(taken)
         for message, _ in taken:
             self._claims.accept(message.key)
             self._submitted.append(message)
+        return [True] * len(taken)
+
+    def keep_unreadable(self, payload: bytes, reason: str) -> None:
+        """What the endpoint calls with what was proven and cannot be read."""
+        law(self._judge.is_proven(self._case.request), "kept, and not proven")
 
     def _fail_sometimes(self, reason: str) -> None:
         if self._dice.often(0.05):
