@@ -559,7 +559,7 @@ def make_cipher(key: bytes) -> Union[Aes256Cbc, LibraryAes256Cbc]:
 def library_trouble() -> str:
     """Why the ``cryptography`` package, though it is installed, cannot be used; empty if it can, or is not there."""
     error = attempt(_try_library)
-    if error is None or (isinstance(error, ModuleNotFoundError) and error.name == "cryptography"):
+    if error is None or isinstance(attempt(importlib.import_module, "cryptography"), ModuleNotFoundError):
         return ""
     return f"{type(error).__name__}: {printable(str(error))[:200]}"
 
@@ -768,10 +768,12 @@ def parse_fields(payload: bytes) -> Dict[str, Any]:
 def replace_unreadable(payload: bytes) -> bytes:
     """The payload with U+FFFD for bytes that are not UTF-8 and, in JSON, for escapes of half a surrogate pair.
 
-    For what is proven only: a user's message is not to be lost for a character.
+    For what is proven only: a user's message is not to be lost for a character. One above CHEAP_BODY stays as it is.
     """
+    if len(payload) > CHEAP_BODY or (payload.isascii() and b"\\u" not in payload):
+        return payload
     text = payload.decode("utf-8", "replace")
-    if text.lstrip("\ufeff" + BLANKS).startswith("{") and len(payload) <= CHEAP_BODY:
+    if text.lstrip("\ufeff" + BLANKS).startswith("{"):
         text = _JSON_ESCAPE.sub(lambda escape: "\\ufffd" if escape.group(1) else escape.group(), text)
     return text.encode()
 
@@ -812,8 +814,10 @@ def _check_prolog(body: bytes) -> None:
         end = body.find(ending, start + len(opening))
         if end < 0:
             raise MalformedPush("not XML: it has no root element")
-        start = _XML_BLANKS.match(body, end + len(ending)).end()  # type: ignore[union-attr]  (it matches anywhere)
-    if not body.startswith(b"<", start) or body.startswith(b"<!", start):
+        start = end + len(ending)
+        start += len(_XML_BLANKS.match(body, start)[0])  # type: ignore[index]  # it matches anywhere
+    # The parser takes a NUL here for UTF-16, and would read what we have not looked at.
+    if not body.startswith(b"<", start) or body.startswith((b"<!", b"<\x00"), start):
         raise MalformedPush("XML starts with its root element, and a DOCTYPE is not accepted")
 
 
@@ -1528,19 +1532,15 @@ class Endpoint:
             raise PushError(f"more than {self._settings.max_body} bytes", TOO_LARGE, 413)
 
     def _read(self, push: _Push, payload: bytes, is_proven: bool) -> None:
-        """Parse the message. One that is proven is read even if some of its bytes are no text, and kept if it cannot be
-        read at all; anybody else's must be exact."""
-        error = attempt(self._parse_into, push, payload)
-        if isinstance(error, MalformedPush) and is_proven:
-            error = attempt(self._parse_into, push, replace_unreadable(payload))
-            if isinstance(error, MalformedPush) and payload:
+        """Parse the message. If it is proven, no character makes it unreadable, and what cannot be read all the same is
+        kept. Anybody else's must be exact."""
+        push.payload = replace_unreadable(payload) if is_proven else payload
+        try:
+            push.message = parse(push.payload)
+        except MalformedPush as error:
+            if is_proven and payload:
                 self._inbox.keep_unreadable(payload, str(error))
-        if error:
-            raise error
-
-    @staticmethod
-    def _parse_into(push: _Push, payload: bytes) -> None:
-        push.message, push.payload = parse(payload), payload
+            raise
 
     def _refuse(self, push: _Push, error: BaseException) -> None:
         """Answer with the error; one that nobody foresaw is this request's own."""
