@@ -247,7 +247,7 @@ class Settings:
     allow_unsigned: bool = _setting(False, "accept pushes that carry no signature, though a token is set")
     aes_key: str = _secret("EncodingAESKey of the console, for safe mode; needs --token and --app-id")
     app_id: str = _setting("", "the id that ends every safe-mode push: the mini-program's, or the third-party "
-                               "platform's; several are parted by commas")
+                               "platform's; several with commas between them")
     compatible: bool = _setting(False, "accept plain pushes beside encrypted ones, though an --aes-key is set")
     max_age: float = _setting(0.0, "seconds a signature's timestamp may be old or ahead; 0: not checked", 0)
     tls_cert: str = _setting("", "file of the certificate chain; serves HTTPS (TLS 1.2 or later)")
@@ -290,7 +290,8 @@ class Settings:
                 (self.admin and not _is_address(self.admin), "admin", "takes an address and a port, as 127.0.0.1:9090"),
                 (self.aes_key and not re.fullmatch("[A-Za-z0-9+/]{43}", self.aes_key), "aes_key",
                  "takes the 43 characters that the console shows"),
-                (self.app_id and not all(map(str.strip, self.app_id.split(","))), "app_id", "takes ids parted by commas"),
+                (self.app_id and not all(map(str.strip, self.app_id.split(","))), "app_id",
+                 "takes one id, or several with commas between them"),
                 (self.aes_key and not (self.token and self.app_id), "aes_key",
                  "needs --token and --app-id too: all three prove a push")):
             if is_wrong:
@@ -506,7 +507,7 @@ class Envelope:
     """Opens and seals what safe mode calls Encrypt, under the platform's EncodingAESKey and an app id.
 
     Plaintext: 16 random bytes, the message's length, the message, the app id, padded to 32 bytes by PKCS #7's rule.
-    ``app_ids`` may name several ids, parted by commas: each of them opens, and the first one seals.
+    ``app_ids`` may name several ids, with commas between them: each of them opens, and the first one seals.
     """
 
     def __init__(self, encoding_aes_key: str, app_ids: str) -> None:
@@ -532,7 +533,7 @@ class Envelope:
         if end > len(plaintext) - padding:
             raise ForbiddenPush("wrong length inside the envelope")
         found = plaintext[end:-padding]
-        if not any([hmac.compare_digest(found, app_id) for app_id in self._app_ids]):
+        if found not in self._app_ids:
             # The signature covers the id, and it is no secret. What does not look like an id may be a user's text.
             shown = found.decode() if _APP_ID.fullmatch(found) else "not readable"
             raise ForbiddenPush(f"sealed for another app, its id is {shown}",
@@ -1482,9 +1483,9 @@ class Endpoint:
         try:
             for push in pushes:
                 error = attempt(self._decide, push)
-                push.too_soon = isinstance(error, BeingTaken)
                 if error:
                     self._refuse(push, error)
+                    push.too_soon = isinstance(error, BeingTaken)
                 elif push.response is ACCEPTED:
                     taken.append(push)
         except BaseException:  # Ctrl-C, where the main thread feeds: no claim stays behind
@@ -1500,10 +1501,10 @@ class Endpoint:
     def _deliver(self, taken: Sequence[_Push]) -> None:
         outcomes = self._inbox.deliver([(push.message, push.payload) for push in taken])
         for push, outcome in zip(taken, outcomes):
-            if isinstance(outcome, PushError):
-                self._refuse(push, outcome)
-            elif not outcome:
+            if outcome is False:
                 push.response = REPEATED
+            elif outcome is not True:
+                self._refuse(push, outcome)
 
     def _decide(self, push: _Push) -> None:
         """The README's answers table, in its order: every decision that the outside can see."""

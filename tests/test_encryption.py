@@ -151,8 +151,8 @@ def test_make_cipher_takes_the_library_where_it_is_installed(
     assert type(make_cipher(bytes(32))) is kind
 
 
-# What the three modules of the package do that is wrong, as it was met: its import panics in Rust, which is no Exception;
-# a shared library is missing; a part is missing; its versions up to 3.0 want a backend; what comes out is wrong.
+# What can be wrong with the package, as it was met: its import panics in Rust, which raises no Exception; a shared
+# library is missing; a part is missing; its versions up to 3.0 want a backend; what comes out is wrong.
 BROKEN: Dict[str, str] = {
     "its import panics": "class PanicException(BaseException): pass\nraise PanicException('Python API call failed')",
     "its import fails": "raise ImportError('libffi.so.7: cannot open shared object file')",
@@ -342,8 +342,8 @@ def test_envelope_open_takes_no_list_and_no_empty_id(cipher: Cipher, app_id: str
 
 @pytest.mark.parametrize("found, shown", [
     ("17328232", "17328232"), ("a.b-c_d", "a.b-c_d"), ("", "not readable"), ("x" * 65, "not readable"),
-    ("a b", "not readable"), ("a\nERROR forged", "not readable"), ("你好", "not readable"), ("\x1b[2J", "not readable")],
-    ids=ascii)
+    ("a b", "not readable"), ("a\nERROR forged", "not readable"), ("你好", "not readable"),
+    ("\x1b[2J", "not readable")], ids=ascii)
 def test_envelope_open_tells_the_id_that_it_found(cipher: Cipher, found: str, shown: str) -> None:
     with pytest.raises(ForbiddenPush) as refused:
         Envelope(KEY, APP_ID).open(encrypt(pad(plaintext(app_id=found))))

@@ -56,7 +56,7 @@ EXPECTED: Dict[str, Expected] = {
     "handshake by GET": ECHO,
     "handshake, JSON body, token set": ECHO,
     "handshake, multipart body": ECHO,
-    "compatible mode without key: event, first try": runs(msg_type="event", event="user_get_coupon", to_user_name="app"),
+    "compatible mode without key: event, first try": runs(event="user_get_coupon", to_user_name="app"),
     "compatible mode without key: event, retry sealed anew": REPEAT,
     "event with MsgId, first": runs(event="delivered", msg_id="77"),
     "another event with the same MsgId, 99 s later": runs(event="read", msg_id="77"),
@@ -113,7 +113,8 @@ def test_kf_server_takes_every_packet_in_turn() -> None:
                 assert server.ask(packet) == EXPECTED[packet["name"]], packet["name"]
 
 
-@pytest.mark.parametrize("packet", [packet for packet in PACKETS if "settings" in packet], ids=lambda packet: packet["name"])
+@pytest.mark.parametrize(
+    "packet", [packet for packet in PACKETS if "settings" in packet], ids=lambda packet: packet["name"])
 def test_kf_server_takes_every_packet_that_needs_settings(packet: Dict[str, Any]) -> None:
     with receiving(**packet["settings"]) as server:
         assert server.ask(packet) == EXPECTED[packet["name"]]

@@ -109,11 +109,13 @@ TWINS: Dict[str, Any] = {
         xml("<A>&#xD83D;x&#xDE00;&#xDE00;&#xD83D;</A>"), {"A": "\ufffdx\ufffd\ufffd\ufffd"}),
     "references that are none in CDATA": (content("&#29;&#xD83D;"), {"Content": "&#29;&#xD83D;"}),
     "references that are none, beside one": (
-        xml("<!-- <![CDATA[ --><A><![CDATA[&#29;]]>&#29;<![CDATA[&#xFFFE;]]></A><?x &#1; <!-- ?><B>&#2;</B><!-- &#3;-->"),
+        xml("<!-- <![CDATA[ --><A><![CDATA[&#29;]]>&#29;<![CDATA[&#xFFFE;]]></A>"
+            "<?x &#1; <!-- ?><B>&#2;</B><!-- &#3;-->"),
         {"A": "&#29;\x1d&#xFFFE;", "B": "\x02"}),
     "references in attributes": (xml('<A b="&#29;&#xD83D;">&#29;</A>'), {"A": "\x1d"}),
     "processing instructions": (
-        b'<?xml version="1.0"?><?x y?>\n<?z?><!-- <!DOCTYPE a> --><xml><?x <A>2</A>?><A>1<?x y?>2</A></xml><?x?>', {"A": 12}),
+        b'<?xml version="1.0"?><?x y?>\n<?z?><!-- <!DOCTYPE a> --><xml><?x <A>2</A>?><A>1<?x y?>2</A></xml><?x?>',
+        {"A": 12}),
     "style sheet": (b'<?xml-stylesheet href="x"?><xml><A>1</A></xml>', {"A": 1}),
     "namespace of all": (b'<xml xmlns="urn:x"><A>1</A></xml>', {"A": 1}),
     "namespace inside": (xml('<A xmlns="urn:x"><B>1</B></A>'), {"A": {"B": 1}}),
@@ -224,7 +226,8 @@ def test_replace_unreadable_leaves_a_message_that_can_be_read(payload: bytes, te
     assert parse(replace_unreadable(payload)).content == text
 
 
-@pytest.mark.parametrize("payload", [*PUSHES.values(), b"", b"\xef\xbb\xbf{}", '{"Content": "你好\\ud83d\\ude00"}'.encode(),
+@pytest.mark.parametrize("payload", [
+    *PUSHES.values(), b"", b"\xef\xbb\xbf{}", '{"Content": "你好\\ud83d\\ude00"}'.encode(),
     b'{"a": "\\\\ud800 \\u0000 \\" \\ud83D\\uDe00"}', content("\ufffe\x1d")], ids=lambda payload: ascii(payload)[:24])
 def test_replace_unreadable_changes_nothing_that_can_be_read(payload: bytes) -> None:
     assert replace_unreadable(payload) == payload
@@ -262,7 +265,7 @@ def test_parse_fields_is_what_a_message_holds() -> None:
     (b"[]", "neither an XML document nor a JSON object"), (b"<xml>", "not XML"), (b"<xml></lmx>", "not XML"),
     (b"{", "not JSON"), (b"{'a': 1}", "not JSON"), (b'{"a": "\xff"}', "not UTF-8"), (b'{"a": 1, "a": 2}', "twice"),
     (b"<!DOCTYPE xml><xml/>", "DOCTYPE"), (b'<?xml version="1.0" encoding="gbk"?><xml/>', "UTF-8"),
-    *[(content(text), "the sender has not escaped ]]> inside a text") for text in ("a]]>b", "]]>", "\x1d]]>", "a]]>&#29;")],
+    *[(content(text), "the sender has not escaped ]]>") for text in ("a]]>b", "]]>", "\x1d]]>", "a]]>&#29;")],
     (xml("<Content>a]]>b</Content>"), "the sender has not escaped ]]>"),
     (content("a]]>&"), "invalid token"), (content("a]]><b"), "mismatched tag|invalid token")], ids=ascii)
 def test_parse_refusal_says_why(body: bytes, why: str) -> None:
@@ -271,8 +274,9 @@ def test_parse_refusal_says_why(body: bytes, why: str) -> None:
 
 
 @pytest.mark.parametrize("body", [
-    b"s3cret", b"<xml><s3cret>", b"<xml>&s3cret;</xml>", b"<xml><A>s3cret</B></xml>", b"<xml>s3cret]]></xml>", b'{"s3cret" 1}',
-    b'{"A": s3cret}', b'{"A": "s3cret\\x"}', b'{"s3cret": 1, "s3cret": 2}', b'{"s3cret": NaN}', b'{"s3cret\\ud800": 1}',
+    b"s3cret", b"<xml><s3cret>", b"<xml>&s3cret;</xml>", b"<xml><A>s3cret</B></xml>", b"<xml>s3cret]]></xml>",
+    b'{"s3cret" 1}', b'{"A": s3cret}', b'{"A": "s3cret\\x"}', b'{"s3cret": 1, "s3cret": 2}', b'{"s3cret": NaN}',
+    b'{"s3cret\\ud800": 1}',
     b"<?s3cret?>", b'<?xml version="1.0" encoding="s3cret"?><xml/>', b"<!DOCTYPE s3cret><xml/>"], ids=ascii)
 def test_parse_refusal_never_repeats_the_text(body: bytes) -> None:
     with pytest.raises(MalformedPush) as error:
