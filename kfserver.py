@@ -771,7 +771,7 @@ def replace_unreadable(payload: bytes) -> bytes:
 
     For what is proven only: a user's message is not to be lost for a character. One above CHEAP_BODY stays as it is.
     """
-    if len(payload) > CHEAP_BODY or (payload.isascii() and b"\\u" not in payload):
+    if len(payload) > CHEAP_BODY:
         return payload
     text = payload.decode("utf-8", "replace")
     if text.lstrip("\ufeff" + BLANKS).startswith("{"):
@@ -935,7 +935,8 @@ def _parse_json(body: bytes) -> Dict[str, Any]:
     _refuse_costly(body, (b"{", b"[", b",", b"\\"))
     if len(body) > CHEAP_BODY and b"\\ud" in body.lower():
         raise MalformedPush(f"escaped surrogates in a body above {CHEAP_BODY} bytes")
-    _check_nesting(body)
+    if body.count(b"[") + body.count(b"{") > MAX_DEPTH:
+        _check_nesting(body)
     text = _utf8(body)
     try:
         fields: Dict[str, Any] = _JSON.decode(text)
@@ -955,8 +956,6 @@ def _check_nesting(body: bytes) -> None:
 
     As long as the text is JSON, this finds strings as the decoder does; where it stops to be, the decoder stops too.
     """
-    if body.count(b"[") + body.count(b"{") <= MAX_DEPTH:
-        return
     unescaped = body.replace(b"\\\\", b"").replace(b'\\"', b"")
     brackets = _QUOTED.sub(b"", unescaped.translate(None, _NO_BRACKETS))
     if max(itertools.accumulate([1 if bracket in b"[{" else -1 for bracket in brackets]), default=0) > MAX_DEPTH:
@@ -1046,7 +1045,9 @@ def dedup_key(message: Message) -> str:
     if msg_id and msg_id != "0" and parts[2] != "event":
         parts.append(msg_id)
     else:
-        own = {name: value for name, value in message.fields.items() if name not in _ENVELOPE_FIELDS}
+        own = message.fields
+        if not _ENVELOPE_FIELDS.isdisjoint(own):
+            own = {name: value for name, value in own.items() if name not in _ENVELOPE_FIELDS}
         parts += [str(message.create_time), message.event, _digest(own)]
     key = "/".join(parts)
     return key if _PLAIN_KEY.fullmatch(key) and key.count("/") == len(parts) - 1 else _digest(parts)
@@ -1500,6 +1501,8 @@ class Endpoint:
 
     def _deliver(self, taken: Sequence[_Push]) -> None:
         outcomes = self._inbox.deliver([(push.message, push.payload) for push in taken])
+        if outcomes.count(True) == len(taken):  # as nearly always
+            return
         for push, outcome in zip(taken, outcomes):
             if outcome is False:
                 push.response = REPEATED
@@ -1516,8 +1519,8 @@ class Endpoint:
             self._gate.prove(handshake)                                     # 403
             push.response = Response(200, _echo(handshake), "handshake")
         elif request.method == "POST":
-            payload, is_proven = self._gate.open(query, request.body)       # 403
-            self._read(push, payload, is_proven)                            # 400
+            push.payload, is_proven = self._gate.open(query, request.body)  # 403
+            self._read(push, is_proven)                                     # 400
             is_new = self._inbox.take(push.message)                         # 503
             push.response = ACCEPTED if is_new else REPEATED
 
@@ -1532,14 +1535,23 @@ class Endpoint:
         if len(request.body) > self._settings.max_body:
             raise PushError(f"more than {self._settings.max_body} bytes", TOO_LARGE, 413)
 
-    def _read(self, push: _Push, payload: bytes, is_proven: bool) -> None:
-        """Parse the message. If it is proven, no character makes it unreadable, and what cannot be read all the same is
-        kept. Anybody else's must be exact."""
-        push.payload = replace_unreadable(payload) if is_proven else payload
+    def _read(self, push: _Push, is_proven: bool) -> None:
+        """Parse the message. What is not proven must be exact, to the last character."""
+        try:
+            push.message = parse(push.payload)
+        except MalformedPush:
+            if not is_proven:
+                raise
+            self._read_leniently(push)
+
+    def _read_leniently(self, push: _Push) -> None:
+        """Parse a proven message whatever its characters; it is kept if it cannot be read all the same."""
+        payload = push.payload
+        push.payload = replace_unreadable(payload)
         try:
             push.message = parse(push.payload)
         except MalformedPush as error:
-            if is_proven and payload:
+            if payload:
                 self._inbox.keep_unreadable(payload, str(error))
             raise
 
