@@ -1345,8 +1345,8 @@ class Gate:
         self._envelope = Envelope(settings.aes_key, settings.app_id) if settings.aes_key else None
         trouble = library_trouble() if self._envelope else ""
         if trouble:
-            log.warning("the cryptography package cannot be used (%s): kfserver's own cipher is, which is slower; "
-                        "upgrade or remove the package", trouble)
+            log.warning("the cryptography package cannot be used (%s): kfserver's own cipher is used instead, which is "
+                        "slower; upgrade or remove the package", trouble)
 
     def open(self, query: Mapping[str, str], body: bytes) -> Tuple[bytes, bool]:
         """The message's own bytes, decrypted in safe mode, and whether a signature proved that they are the platform's:

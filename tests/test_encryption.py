@@ -166,7 +166,8 @@ BROKEN: Dict[str, str] = {
 
 
 @pytest.fixture(params=BROKEN.values(), ids=BROKEN.keys())
-def broken_library(request: pytest.FixtureRequest, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def broken_library(
+        request: pytest.FixtureRequest, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A cryptography package is installed, and cannot be used."""
     folder = tmp_path / "cryptography" / "hazmat" / "primitives"
     (folder / "ciphers").mkdir(parents=True)
@@ -175,9 +176,16 @@ def broken_library(request: pytest.FixtureRequest, tmp_path: pathlib.Path, monke
     (folder / "ciphers" / "__init__.py").write_text(
         "import types\nalgorithms = types.SimpleNamespace(AES=bytes)\nmodes = types.SimpleNamespace(CBC=bytes)\n"
         + request.param)
-    for name in [name for name in sys.modules if name.split(".")[0] == "cryptography"]:
-        monkeypatch.delitem(sys.modules, name)
+    real = forget_library()
     monkeypatch.syspath_prepend(str(tmp_path))
+    yield
+    forget_library()
+    sys.modules.update(real)
+
+
+def forget_library() -> Dict[str, Any]:
+    """Take the package's modules out of those that are imported."""
+    return {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] == "cryptography"}
 
 
 @pytest.mark.usefixtures("broken_library")
