@@ -746,7 +746,6 @@ HIDING_PLACES = (0xFDD0, 0xF0000, 0x100000)
 # An escape of JSON: a pair of surrogates, or half of one (the group), or any other.
 _JSON_ESCAPE = re.compile(r"\\(?:u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}"
                           r"|(u[dD][89a-fA-F][0-9a-fA-F]{2})|.)", re.DOTALL)
-# Of a JSON body: all but quotes and brackets; and how many levels deeper each bracket leads.
 _NO_BRACKETS = bytes(set(range(256)) - set(b'"[]{}'))
 _QUOTED = re.compile(rb'"[^"]*"?')
 
@@ -855,7 +854,7 @@ def _read_xml(body: bytes) -> Dict[str, Any]:
     them, and processing instructions are ignored.
     """
     levels: List[Dict[str, Any]] = [{}]  # of the elements that are open, their children so far
-    texts: List[str] = []  # since the last tag
+    texts: List[str] = []  # since the last tag; an empty one stands where a CDATA section begins or ends
 
     def start(tag: str, attributes: Dict[str, str]) -> None:
         if len(levels) > MAX_DEPTH + 1:
@@ -865,70 +864,44 @@ def _read_xml(body: bytes) -> Dict[str, Any]:
 
     def end(tag: str) -> None:
         value: Any = levels.pop()
-        if not value:
-            text = "".join(texts)
-            value = text if len(levels) == 2 and tag in VERBATIM else text.strip(BLANKS)
-        texts.clear()
         siblings = levels[-1]
+        if not value:
+            is_verbatim = len(levels) == 2 and tag in VERBATIM and tag not in siblings
+            value = _exact_text(texts) if is_verbatim else "".join(texts).strip(BLANKS)
+        texts.clear()
         if tag not in siblings:
             siblings[tag] = value
         elif isinstance(siblings[tag], list):
             siblings[tag].append(value)
-        else:
-            siblings[tag] = [siblings[tag], value]
+        else:  # several of one name: blanks count in none of them
+            first = siblings[tag]
+            siblings[tag] = [first.strip(BLANKS) if isinstance(first, str) else first, value]
     parser = ParserCreate("utf-8")
     parser.buffer_text = True
     parser.StartElementHandler, parser.EndElementHandler, parser.CharacterDataHandler = start, end, texts.append
+    parser.StartCdataSectionHandler = parser.EndCdataSectionHandler = functools.partial(texts.append, "")
     try:
         parser.Parse(body, True)
     except ExpatError as error:
-        raise MalformedPush(_explain(error, body, parser.ErrorByteIndex)) from None
+        # The parser stops at the last of the three.
+        is_unescaped = body[max(0, parser.ErrorByteIndex - 2):parser.ErrorByteIndex + 1] == b"]]>"
+        reason = "the sender has not escaped ]]> inside a text" if is_unescaped else ErrorString(error.code)
+        raise MalformedPush(f"not XML: {reason} at line {error.lineno}") from None
     (root,) = levels[0].values()
-    return _with_exact_texts(root, body) if isinstance(root, dict) else {}
+    return root if isinstance(root, dict) else {}
 
 
-def _explain(error: ExpatError, body: bytes, place: int) -> str:
-    if body[max(0, place - 2):place + 1] == b"]]>":
-        return f"not XML: the sender has not escaped ]]> inside a text, at line {error.lineno}"
-    return f"not XML: {ErrorString(error.code)} at line {error.lineno}"
-
-
-def _with_exact_texts(fields: Dict[str, Any], body: bytes) -> Dict[str, Any]:
-    for name in VERBATIM:
-        value = fields.get(name)
-        if isinstance(value, str):
-            fields[name] = _exact_text(value, name, body)
-        elif isinstance(value, list):  # it stands there several times, and is not one text
-            fields[name] = [_STRIP(item) if isinstance(item, str) else item for item in value]
-    return fields
-
-
-def _exact_text(text: str, name: str, body: bytes) -> str:
-    """The text of a field, its own blanks included. Blanks in its CDATA are the sender's, blanks around it are layout,
-    which only a look at the sections themselves can tell apart."""
-    if (text[:1].strip(BLANKS) and text[-1:].strip(BLANKS)) or len(body) > CHEAP_BODY:
-        return text
-    sections = _text_in_cdata(name, body)
-    return text if sections is None else sections
-
-
-def _text_in_cdata(name: str, body: bytes) -> Optional[str]:
-    """What the CDATA sections of the root's child ``name`` hold; None if it has none, or other text than blanks."""
-    parser = ParserCreate("utf-8")
-    path: List[str] = []
+def _exact_text(texts: List[str]) -> str:
+    """A text with its own blanks. Blanks in CDATA are the sender's, and blanks around it are layout."""
     inside: List[str] = []
     outside: List[str] = []
-
-    def take_into(texts: List[str]) -> None:
-        parser.CharacterDataHandler = lambda text: texts.append(text) if path[1:] == [name] else None
-        parser.CharacterDataHandler("")  # an empty section counts too
-    parser.StartElementHandler = lambda tag, attributes: path.append(tag)
-    parser.EndElementHandler = lambda tag: path.pop()
-    parser.StartCdataSectionHandler = functools.partial(take_into, inside)
-    parser.EndCdataSectionHandler = functools.partial(take_into, outside)
-    take_into(outside)
-    parser.Parse(body, True)
-    return None if "".join(outside).strip(BLANKS) or not inside else "".join(inside)
+    pieces = inside, outside
+    for text in texts:
+        if text:
+            pieces[1].append(text)
+        else:  # a section begins or ends
+            pieces = pieces[1], pieces[0]
+    return "".join(texts if "".join(outside).strip(BLANKS) or "" not in texts else inside)
 
 
 def _parse_json(body: bytes) -> Dict[str, Any]:
@@ -957,7 +930,8 @@ def _check_nesting(body: bytes) -> None:
     As long as the text is JSON, this finds strings as the decoder does; where it stops to be, the decoder stops too.
     """
     unescaped = body.replace(b"\\\\", b"").replace(b'\\"', b"")
-    brackets = _QUOTED.sub(b"", unescaped.translate(None, _NO_BRACKETS))
+    marks = unescaped.translate(None, _NO_BRACKETS).replace(b'""', b"")  # there may be very many strings without any
+    brackets = _QUOTED.sub(b"", marks)
     if max(itertools.accumulate([1 if bracket in b"[{" else -1 for bracket in brackets]), default=0) > MAX_DEPTH:
         raise MalformedPush(f"nested deeper than {MAX_DEPTH} levels")
 
