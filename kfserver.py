@@ -83,6 +83,7 @@ import threading
 import time
 import traceback
 import xml.etree.ElementTree as ElementTree
+import uuid
 from collections import Counter, OrderedDict, deque
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -92,7 +93,7 @@ from types import MappingProxyType, ModuleType, TracebackType
 from typing import (TYPE_CHECKING, Any, Callable, Deque, Dict, Generator, Iterable, Iterator, List, Mapping, NamedTuple,
                     NoReturn, Optional, Pattern, Sequence, Set, TextIO, Tuple, Type, TypeVar, Union)
 from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlencode, urlsplit
-from xml.parsers.expat import ErrorString, ParserCreate
+from xml.parsers.expat import ErrorString, ExpatError, ParserCreate
 
 if TYPE_CHECKING:
     import sqlite3
@@ -256,7 +257,8 @@ class Settings:
     token: str = _secret("Token of the platform's console; empty: anyone may push")
     allow_unsigned: bool = _setting(False, "accept pushes that carry no signature, though a token is set")
     aes_key: str = _secret("EncodingAESKey of the console, for safe mode; needs --token and --app-id")
-    app_id: str = _setting("", "app id of the mini-program, which safe mode seals into every push")
+    app_id: str = _setting("", "the id that ends every safe-mode push: the mini-program's, or the third-party "
+                               "platform's; several with commas between them")
     compatible: bool = _setting(False, "accept plain pushes beside encrypted ones, though an --aes-key is set")
     max_age: float = _setting(0.0, "seconds a signature's timestamp may be old or ahead; 0: not checked", 0)
     tls_cert: str = _setting("", "file of the certificate chain; serves HTTPS (TLS 1.2 or later)")
@@ -300,6 +302,8 @@ class Settings:
                 (self.admin and not _is_address(self.admin), "admin", "takes an address and a port, as 127.0.0.1:9090"),
                 (self.aes_key and not re.fullmatch("[A-Za-z0-9+/]{43}", self.aes_key), "aes_key",
                  "takes the 43 characters that the console shows"),
+                (self.app_id and not all(map(str.strip, self.app_id.split(","))), "app_id",
+                 "takes one id, or several with commas between them"),
                 (self.aes_key and not (self.token and self.app_id), "aes_key",
                  "needs --token and --app-id too: all three prove a push")):
             if is_wrong:
@@ -350,6 +354,9 @@ def check_setting(field: dataclasses.Field[Any], value: Any) -> None:
 
 # Characters that a number in a push may have. 64-bit ids have 20; arithmetic on thousands of digits is slow.
 MAX_NUMBER = 64
+# The zone of the times that the platform writes out: UTC+8, wherever this machine is.
+BEIJING = datetime.timezone(datetime.timedelta(hours=8))
+_SCIENTIFIC = re.compile(r"\d{1,20}(?:\.\d{1,20})?[eE][+-]?\d{1,2}", re.ASCII)
 
 
 class Request(NamedTuple):
@@ -438,16 +445,22 @@ class Message:
         value = self.fields.get(name, "")
         return value if isinstance(value, str) else ""
 
-    to_user_name: str = _field("ToUserName", "The mini-program's app id.")
     from_user_name: str = _field("FromUserName", "The sender's openid; empty for events that have no sender.")
     content: str = _field("Content", "What the user wrote, to the letter; empty for what is no text.")
     pic_url: str = _field("PicUrl", "The address of the picture; empty for what is no image.")
 
     @property
+    def to_user_name(self) -> str:
+        """The mini-program's app id. Third-party events call the field appId."""
+        return self.text("ToUserName") or self.text("appId")
+
+    @property
     def create_time(self) -> int:
-        """When the message was written, in Unix seconds; 0 where it is missing or not a number."""
-        text = self.text("CreateTime")
-        return int(text) if text.isdecimal() and len(text) < MAX_NUMBER else 0
+        """When the message was written, in Unix seconds; 0 where that is missing or no time.
+
+        Third-party events call the field eventTime, and write Beijing's time into it.
+        """
+        return _to_seconds(self.text("CreateTime") or self.text("eventTime"))
 
     @property
     def msg_type(self) -> str:
@@ -465,6 +478,19 @@ class Message:
         return self.text("MsgId") or None
 
 
+def _to_seconds(text: str) -> int:
+    """Unix seconds from digits, from a number in scientific notation, or from a date and a time in Beijing."""
+    if text.isdecimal() and len(text) < MAX_NUMBER:
+        return int(text)
+    if _SCIENTIFIC.fullmatch(text):
+        number = float(text)
+        return int(number) if number < 2 ** 63 else 0
+    try:
+        return max(0, int(datetime.datetime.strptime(text, "%Y-%m-%d %H:%M:%S").replace(tzinfo=BEIJING).timestamp()))
+    except ValueError:
+        return 0
+
+
 # ---- 3 Signatures ---------------------------------------------------------------------------------------------------
 # Law: texts in, a verdict out. Knows nothing of where in a request the texts travel.
 
@@ -475,8 +501,11 @@ def sign(*parts: str) -> str:
 
 
 def verify(signature: str, *parts: str) -> bool:
-    """Whether ``signature`` is that of the parts, compared in constant time. Any text may come, ASCII or not."""
-    return hmac.compare_digest(sign(*parts).encode(), signature.encode("utf-8", "surrogatepass"))
+    """Whether ``signature`` is that of the parts, compared in constant time and without regard to case.
+
+    Any text may come, ASCII or not.
+    """
+    return hmac.compare_digest(sign(*parts).encode(), signature.lower().encode("utf-8", "surrogatepass"))
 
 
 # ---- 4 Encryption ---------------------------------------------------------------------------------------------------
@@ -490,16 +519,22 @@ RANDOM_HEAD = 16
 LENGTH_FIELD = 4
 # Rounds of AES with a key of 256 bits (FIPS 197, section 5).
 ROUNDS = 14
+# An app id as it may be shown in a log.
+_APP_ID = re.compile(rb"[\w.-]{1,64}", re.ASCII)
+# A key, a plaintext and what AES-256-CBC makes of it: FIPS 197, C.3, whose block is added to our iv.
+KNOWN_KEY, KNOWN_PLAIN = bytes(range(32)), bytes(range(0, 256, 16))
+KNOWN_SEALED = bytes.fromhex("8ea2b7ca516745bfeafc49904b496089")
 
 
 class Envelope:
-    """Opens and seals what safe mode calls Encrypt, under the platform's EncodingAESKey and the app id.
+    """Opens and seals what safe mode calls Encrypt, under the platform's EncodingAESKey and an app id.
 
     Plaintext: 16 random bytes, the message's length, the message, the app id, padded to 32 bytes by PKCS #7's rule.
+    ``app_ids`` may name several ids, with commas between them: each of them opens, and the first one seals.
     """
 
-    def __init__(self, encoding_aes_key: str, app_id: str) -> None:
-        self._app_id = app_id.encode()
+    def __init__(self, encoding_aes_key: str, app_ids: str) -> None:
+        self._app_ids = [app_id.strip().encode() for app_id in app_ids.split(",")]
         self._cipher = make_cipher(decode_aes_key(encoding_aes_key))
 
     def open(self, sealed: str) -> bytes:
@@ -509,7 +544,7 @@ class Envelope:
         except ValueError:
             raise ForbiddenPush("Encrypt is not base64") from None
         if not ciphertext or len(ciphertext) % AES_BLOCK:
-            raise ForbiddenPush("Encrypt is not a whole number of AES blocks")
+            raise ForbiddenPush("Encrypt is not made of complete AES blocks")
         return self._unwrap(self._cipher.decrypt(ciphertext))
 
     def _unwrap(self, plaintext: bytes) -> bytes:
@@ -520,13 +555,17 @@ class Envelope:
         end = start + int.from_bytes(plaintext[RANDOM_HEAD:start], "big")
         if end > len(plaintext) - padding:
             raise ForbiddenPush("wrong length inside the envelope")
-        if not hmac.compare_digest(plaintext[end:-padding], self._app_id):
-            raise ForbiddenPush("sealed for another app", "set --app-id to the app id that the console shows")
+        found = plaintext[end:-padding]
+        if found not in self._app_ids:
+            # The signature covers the id, and it is no secret. What does not look like an id may be a user's text.
+            shown = found.decode() if _APP_ID.fullmatch(found) else "not readable"
+            raise ForbiddenPush(f"sealed for another app, its id is {shown}",
+                                "if the push is for you, add that id to --app-id, with a comma")
         return plaintext[start:end]
 
     def seal(self, message: bytes, random: bytes) -> str:
-        """What `open` opens: ``message`` behind the 16 ``random`` bytes, encrypted, in base64."""
-        plaintext = random + len(message).to_bytes(LENGTH_FIELD, "big") + message + self._app_id
+        """What `open` opens: ``message`` after the 16 ``random`` bytes, encrypted, in base64."""
+        plaintext = random + len(message).to_bytes(LENGTH_FIELD, "big") + message + self._app_ids[0]
         padding = ENVELOPE_BLOCK - len(plaintext) % ENVELOPE_BLOCK
         return base64.b64encode(self._cipher.encrypt(plaintext + bytes([padding]) * padding)).decode()
 
@@ -537,27 +576,39 @@ def decode_aes_key(encoding_aes_key: str) -> bytes:
 
 
 def make_cipher(key: bytes) -> Union[Aes256Cbc, LibraryAes256Cbc]:
-    """AES-256-CBC under ``key``, by the ``cryptography`` package where it is installed, else by our own code."""
-    try:
-        return LibraryAes256Cbc(key)
-    except ImportError:
-        return Aes256Cbc(key)
+    """AES-256-CBC under ``key``: by the ``cryptography`` package where it is installed and works, else by our code."""
+    return Aes256Cbc(key) if attempt(_try_library) else LibraryAes256Cbc(key)
+
+
+def library_trouble() -> str:
+    """Why the ``cryptography`` package, though it is installed, cannot be used; empty if it can, or is not there."""
+    error = attempt(_try_library)
+    if error is None or isinstance(attempt(importlib.import_module, "cryptography"), ModuleNotFoundError):
+        return ""
+    return f"{type(error).__name__}: {printable(str(error))[:200]}"
+
+
+def _try_library() -> None:
+    """Encrypt and decrypt a known block; raises whatever the package raises. A wrong or old one fails in many ways."""
+    cipher = LibraryAes256Cbc(KNOWN_KEY)
+    if cipher.encrypt(KNOWN_PLAIN) != KNOWN_SEALED or cipher.decrypt(KNOWN_SEALED) != KNOWN_PLAIN:
+        raise ValueError("its AES is wrong")
 
 
 class LibraryAes256Cbc:
-    """AES-256-CBC, the key's first block as the iv, by the ``cryptography`` package. Raises ImportError without it."""
+    """AES-256-CBC, the key's first block as the iv, by the ``cryptography`` package. Raises what an import raises."""
 
     def __init__(self, key: bytes) -> None:
         from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
         self._cipher = Cipher(algorithms.AES(key), modes.CBC(key[:AES_BLOCK]))
 
     def decrypt(self, data: bytes) -> bytes:
-        """Whole blocks in, as many out."""
+        """Complete blocks in, as many out."""
         decryptor = self._cipher.decryptor()
         return bytes(decryptor.update(data) + decryptor.finalize())
 
     def encrypt(self, data: bytes) -> bytes:
-        """Whole blocks in, as many out."""
+        """Complete blocks in, as many out."""
         encryptor = self._cipher.encryptor()
         return bytes(encryptor.update(data) + encryptor.finalize())
 
@@ -576,7 +627,7 @@ class Aes256Cbc:
         inverse = bytes(box.index(value) for value in range(256))
         self._iv = key[:AES_BLOCK]
         keys = _expand_key(key, box)
-        # The columns' factors of MixColumns and of its inverse, row by row, behind the substitution that precedes them.
+        # The columns' factors of MixColumns and of its inverse, row by row, applied after the substitution.
         self._forward: _Way = (keys, [box.translate(_multiples(factor)) for factor in (2, 3, 1, 1)], box, 1)
         unmix = [_multiples(factor) for factor in (14, 11, 13, 9)]
         # The equivalent inverse cipher (FIPS 197, section 5.3.5) has the same shape as the cipher, with unmixed keys.
@@ -584,11 +635,11 @@ class Aes256Cbc:
         self._backward: _Way = (keys, [inverse.translate(factor) for factor in unmix], inverse, -1)
 
     def decrypt(self, data: bytes) -> bytes:
-        """Whole blocks in, as many out."""
+        """Complete blocks in, as many out."""
         return _add(_run_rounds(data, self._backward), self._iv + data[:-AES_BLOCK])
 
     def encrypt(self, data: bytes) -> bytes:
-        """Whole blocks in, as many out."""
+        """Complete blocks in, as many out."""
         blocks = [self._iv]
         for start in range(0, len(data), AES_BLOCK):
             blocks.append(_run_rounds(_add(data[start:start + AES_BLOCK], blocks[-1]), self._forward))
@@ -660,7 +711,7 @@ def _multiples(factor: int) -> bytes:
 
 def _substitution_box() -> bytes:
     """The S-box: the inverse in the field, and a map of its bits (FIPS 197, section 5.1.1)."""
-    powers = [1]  # of 3, which runs through the whole field, so that inverses are found by counting back
+    powers = [1]  # of 3: they are all of the field, so counting back finds an inverse
     for _ in range(254):
         powers.append(powers[-1] ^ _double(powers[-1]))
     box = bytearray([0x63]) * 256
@@ -687,9 +738,9 @@ def _expand_key(key: bytes, box: bytes) -> List[bytes]:
 
 # ---- 5 Payloads -----------------------------------------------------------------------------------------------------
 # Law: bytes in, a `Message` out, or `MalformedPush`. The bytes are an attacker's until proven otherwise: nothing here
-# recurses deeper than MAX_DEPTH, expands an entity, or builds more than MAX_MARKS values.
+# recurses deeper than MAX_DEPTH, expands an entity, or builds more than MAX_MARKS values. One packet has one reading.
 
-# Levels of nesting that fields may have; published packets have one.
+# Levels of nesting that fields may have; published packets have one. Parsers that recurse see only what has no more.
 MAX_DEPTH = 32
 # A body below this many bytes cannot hold enough values to cost more than 3 MiB, so only larger ones are counted.
 CHEAP_BODY = 32 * 1024
@@ -700,16 +751,26 @@ BLANKS = " \t\r\n"
 
 _STRIP = operator.methodcaller("strip", BLANKS)
 
-# Fields whose own blanks count: a user wrote the one, and a signature covers the other.
-VERBATIM = frozenset(("Content", "Encrypt"))
+# Fields whose own blanks count: a user wrote the first, a signature covers the second, and the others are echoed.
+VERBATIM = frozenset(("Content", "Encrypt", "echoStr", "echostr"))
 
-_XML_PROLOG = re.compile(rb"(?:<\?xml\s[^>]*\?>)?\s*<[^!?]")
+_XML_BLANKS = re.compile(rb"[ \t\r\n]*")
 _XML_ENCODING = re.compile(rb"<\?xml\s[^>]*?\sencoding\s*=\s*[\"']([^\"']*)")
-_XML_CONTROLS = bytes(set(range(32)) - set(b"\t\n\r"))
 _LONG_TAG = re.compile(rb"<[^!?<>][^<>]{1024}")
-# Where 32 characters in a row mostly do not occur: the noncharacters that Unicode sets aside for a program's own use,
+# What XML 1.0 forbids in any text, section 2.2.
+_XML_FORBIDDEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
+# A reference to a character; before it, so that nothing inside them is taken for one, the places where none can stand.
+_XML_REFERENCE = re.compile(r"<!--.*?(?:-->|\Z)|<\?.*?(?:\?>|\Z)|<!\[CDATA\[.*?(?:\]\]>|\Z)"
+                            r"|&#(?:0*([0-9]{1,7})|x0*([0-9a-fA-F]{1,6}));", re.DOTALL)
+# Forbidden characters pass the XML parser in the disguise of others, which begin at one of these places. 32 in a row
+# are needed, and here they mostly do not occur: the noncharacters that Unicode sets aside for a program's own use,
 # U+FDD0 to U+FDEF, and two stretches of private use.
 HIDING_PLACES = (0xFDD0, 0xF0000, 0x100000)
+# An escape of JSON: a pair of surrogates, or half of one (the group), or any other.
+_JSON_ESCAPE = re.compile(r"\\(?:u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}"
+                          r"|(u[dD][89a-fA-F][0-9a-fA-F]{2})|.)", re.DOTALL)
+_NO_BRACKETS = bytes(set(range(256)) - set(b'"[]{}'))
+_QUOTED = re.compile(rb'"[^"]*"?')
 
 
 def parse(payload: bytes) -> Message:
@@ -727,145 +788,187 @@ def parse_fields(payload: bytes) -> Dict[str, Any]:
     raise MalformedPush("the body is neither an XML document nor a JSON object" if body else "the body is empty")
 
 
+def replace_unreadable(payload: bytes) -> bytes:
+    """The payload with U+FFFD for bytes that are not UTF-8 and, in JSON, for escapes of half a surrogate pair.
+
+    For what is proven only: a user's message is not to be lost for a character. One above CHEAP_BODY stays as it is.
+    """
+    if len(payload) > CHEAP_BODY:
+        return payload
+    text = payload.decode("utf-8", "replace")
+    if text.lstrip("\ufeff" + BLANKS).startswith("{"):
+        text = _JSON_ESCAPE.sub(lambda escape: "\\ufffd" if escape.group(1) else escape.group(), text)
+    return text.encode()
+
+
 def _refuse_costly(body: bytes, marks: Iterable[bytes]) -> None:
     if len(body) > CHEAP_BODY and sum(map(body.count, marks)) > MAX_MARKS:
         raise MalformedPush(f"more than {MAX_MARKS} values or pieces of text in one push")
 
 
-class _StrictTree(ElementTree.TreeBuilder):
-    """The standard tree builder, less processing instructions. `_check_prolog` has seen to the DOCTYPE."""
-
-    def pi(self, target: str, text: Optional[str] = None) -> Any:
-        raise MalformedPush("XML with processing instructions is not accepted")
-
-
 def _parse_xml(body: bytes) -> Dict[str, Any]:
-    _check_prolog(body)
-    has_controls = len(body.translate(None, _XML_CONTROLS)) < len(body)
-    if len(body) > CHEAP_BODY and (has_controls or _LONG_TAG.search(body)):
-        raise MalformedPush(f"control characters or a long tag in a body above {CHEAP_BODY} bytes")
+    if len(body) > CHEAP_BODY and _LONG_TAG.search(body):
+        raise MalformedPush(f"a long tag in a body above {CHEAP_BODY} bytes")
     _refuse_costly(body, (b"<", b"=", b"&", b"]", b"\n", b"\r"))
-    return _parse_xml_with_controls(body) if has_controls else _read_tree(body)
+    _check_prolog(body)
+    try:
+        return _read_xml(body)
+    except MalformedPush:
+        if len(body) > CHEAP_BODY:  # the copies that follow would cost too much
+            raise
+        text = _utf8(body)
+        resolved = _resolve_forbidden(text)
+        if resolved == text and not _XML_FORBIDDEN.search(text):
+            raise
+    return _read_disguised(resolved)
 
 
 def _check_prolog(body: bytes) -> None:
-    """Refuse a document that holds more than a declaration before its root: a DOCTYPE can stand nowhere else."""
-    if not _XML_PROLOG.match(body):
-        raise MalformedPush("XML starts with its root element: no DOCTYPE, comment or processing instruction before it")
-    declared = _XML_ENCODING.match(body)
+    """Refuse a DOCTYPE, which can stand nowhere but before the root, and every encoding but UTF-8.
+
+    Entities exist only where a DOCTYPE does. Comments and processing instructions are passed over.
+    """
+    declared = _XML_ENCODING.match(body) if body.startswith(b"<?") else None
     if declared and declared.group(1).lower() not in (b"utf-8", b"utf8"):
         raise MalformedPush("XML must be in UTF-8")
+    start = 0
+    while body.startswith((b"<?", b"<!--"), start):
+        opening, ending = (b"<?", b"?>") if body.startswith(b"<?", start) else (b"<!--", b"-->")
+        end = body.find(ending, start + len(opening))
+        if end < 0:
+            raise MalformedPush("not XML: it has no root element")
+        start = end + len(ending)
+        start += len(_XML_BLANKS.match(body, start)[0])  # type: ignore[index]  # it matches anywhere
+    # The parser takes a NUL here for UTF-16, and would read what we have not looked at.
+    if not body.startswith(b"<", start) or body.startswith((b"<!", b"<\x00"), start):
+        raise MalformedPush("XML starts with its root element, and a DOCTYPE is not accepted")
 
 
-def _parse_xml_with_controls(body: bytes) -> Dict[str, Any]:
-    """XML 1.0 has no control characters, and users' messages do: each travels through the parser in disguise."""
-    text = _utf8(body)
+def _resolve_forbidden(text: str) -> str:
+    """The text with references to forbidden characters replaced by these; halves of surrogate pairs become U+FFFD."""
+    def resolve(found: re.Match[str]) -> str:
+        decimal, hexadecimal = found.groups()
+        if not (decimal or hexadecimal):
+            return found.group()
+        code = int(decimal) if decimal else int(hexadecimal, 16)
+        return chr(code) if code <= 0xFFFF and _XML_FORBIDDEN.match(chr(code)) else found.group()
+    text = _XML_REFERENCE.sub(resolve, text)
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")  # which joins the halves of a pair
+
+
+def _read_disguised(text: str) -> Dict[str, Any]:
+    """XML 1.0 forbids characters that users' messages have: each goes through the parser in the disguise of another."""
     for first in HIDING_PLACES:
         if not re.search(f"[{chr(first)}-{chr(first + 31)}]", text):
             hide = {code: first + code for code in range(32) if chr(code) not in BLANKS}
+            hide.update({0xFFFE: first + 9, 0xFFFF: first + 10})  # the places that tab and newline leave free
             show = {hidden: code for code, hidden in hide.items()}
-            fields = _read_tree(text.translate(hide).encode())
-            return {name: _map_texts(lambda text: text.translate(show), value, 1)  # noqa: B023
+            fields = _read_xml(text.translate(hide).encode())
+            return {name: _map_texts(lambda text: text.translate(show), value)  # noqa: B023
                     for name, value in fields.items()}
     raise MalformedPush("XML with control characters, and with every character that could stand for them")
 
 
-def _read_tree(body: bytes) -> Dict[str, Any]:
-    # With the standard builder alone the parser stays within C, which takes 2 us less.
-    builder = _StrictTree() if b"<?" in body[2:] else ElementTree.TreeBuilder()
-    parser = ElementTree.XMLParser(target=builder, encoding="utf-8")
-    try:
-        parser.feed(body)
-        root: ElementTree.Element = parser.close()
-    except ElementTree.ParseError as error:
-        raise MalformedPush(f"not XML: {ErrorString(error.code)} at line {error.position[0]}") from None
-    # Without these two characters a name has no namespace.
-    if (b":" in body or b"=" in body) and any("{" in name for each in root.iter() for name in (each.tag, *each.keys())):
-        raise MalformedPush("XML with namespaces is not accepted")
-    fields = _children(root, 0)
-    for name in VERBATIM:
-        if isinstance(fields.get(name), str):
-            fields[name] = _exact_text(root, name, body)
-    return fields
+def _read_xml(body: bytes) -> Dict[str, Any]:
+    """The root's children: text for a leaf, a dict for one with children, a list of these for children of one name.
 
+    A name is what stands in the tag, prefix and all: ``n:Content`` is a field of that name, and never Content, whatever
+    namespaces are declared. So two fields that differ in the packet cannot become one. Attributes, namespaces among
+    them, and processing instructions are ignored.
+    """
+    levels: List[Dict[str, Any]] = [{}]  # of the elements that are open, their children so far
+    texts: List[str] = []  # since the last tag; an empty one stands where a CDATA section begins or ends
 
-def _children(element: ElementTree.Element, depth: int) -> Dict[str, Any]:
-    """Text for each child that is a leaf, a dict for one with children, a list of these for children of one name."""
-    if depth >= MAX_DEPTH:
-        raise MalformedPush(f"nested deeper than {MAX_DEPTH} levels")
-    values: Dict[str, Any] = {}
-    for child in element:
-        tag, text = child.tag, child.text
-        value = _children(child, depth + 1) if len(child) else text.strip(BLANKS) if text else ""
-        if tag not in values:
-            values[tag] = value
-        elif isinstance(values[tag], list):
-            values[tag].append(value)
-        else:
-            values[tag] = [values[tag], value]
-    return values
+    def start(tag: str, attributes: Dict[str, str]) -> None:
+        if len(levels) > MAX_DEPTH + 1:
+            raise MalformedPush(f"nested deeper than {MAX_DEPTH} levels")
+        texts.clear()
+        levels.append({})
 
-
-def _exact_text(root: ElementTree.Element, name: str, body: bytes) -> str:
-    """The text of a field, its own blanks included. Blanks in its CDATA are the sender's, blanks around it are layout,
-    which only a look at the sections themselves can tell apart."""
-    text = root.findtext(name) or ""
-    if (text[:1].strip(BLANKS) and text[-1:].strip(BLANKS)) or len(body) > CHEAP_BODY:
-        return text
-    sections = _text_in_cdata(name, body)
-    return text if sections is None else sections
-
-
-def _text_in_cdata(name: str, body: bytes) -> Optional[str]:
-    """What the CDATA sections of the root's child ``name`` hold; None if it has none, or other text than blanks."""
+    def end(tag: str) -> None:
+        value: Any = levels.pop()
+        siblings = levels[-1]
+        if not value:
+            is_verbatim = len(levels) == 2 and tag in VERBATIM and tag not in siblings
+            value = _exact_text(texts) if is_verbatim else "".join(texts).strip(BLANKS)
+        texts.clear()
+        if tag not in siblings:
+            siblings[tag] = value
+        elif isinstance(siblings[tag], list):
+            siblings[tag].append(value)
+        else:  # several of one name: blanks count in none of them
+            first = siblings[tag]
+            siblings[tag] = [first.strip(BLANKS) if isinstance(first, str) else first, value]
     parser = ParserCreate("utf-8")
-    path: List[str] = []
+    parser.buffer_text = True
+    parser.StartElementHandler, parser.EndElementHandler, parser.CharacterDataHandler = start, end, texts.append
+    parser.StartCdataSectionHandler = parser.EndCdataSectionHandler = functools.partial(texts.append, "")
+    try:
+        parser.Parse(body, True)
+    except ExpatError as error:
+        # The parser stops at the last of the three.
+        is_unescaped = body[max(0, parser.ErrorByteIndex - 2):parser.ErrorByteIndex + 1] == b"]]>"
+        reason = "the sender has not escaped ]]> inside a text" if is_unescaped else ErrorString(error.code)
+        raise MalformedPush(f"not XML: {reason} at line {error.lineno}") from None
+    (root,) = levels[0].values()
+    return root if isinstance(root, dict) else {}
+
+
+def _exact_text(texts: List[str]) -> str:
+    """A text with its own blanks. Blanks in CDATA are the sender's, and blanks around it are layout."""
     inside: List[str] = []
     outside: List[str] = []
-
-    def take_into(texts: List[str]) -> None:
-        parser.CharacterDataHandler = lambda text: texts.append(text) if path[1:] == [name] else None
-        parser.CharacterDataHandler("")  # an empty section counts too
-    parser.StartElementHandler = lambda tag, attributes: path.append(tag)
-    parser.EndElementHandler = lambda tag: path.pop()
-    parser.StartCdataSectionHandler = functools.partial(take_into, inside)
-    parser.EndCdataSectionHandler = functools.partial(take_into, outside)
-    take_into(outside)
-    parser.Parse(body, True)
-    return None if "".join(outside).strip(BLANKS) or not inside else "".join(inside)
+    pieces = inside, outside
+    for text in texts:
+        if text:
+            pieces[1].append(text)
+        else:  # a section begins or ends
+            pieces = pieces[1], pieces[0]
+    return "".join(texts if "".join(outside).strip(BLANKS) or "" not in texts else inside)
 
 
 def _parse_json(body: bytes) -> Dict[str, Any]:
     _refuse_costly(body, (b"{", b"[", b",", b"\\"))
     if len(body) > CHEAP_BODY and b"\\ud" in body.lower():
         raise MalformedPush(f"escaped surrogates in a body above {CHEAP_BODY} bytes")
+    if body.count(b"[") + body.count(b"{") > MAX_DEPTH:
+        _check_nesting(body)
     text = _utf8(body)
     try:
         fields: Dict[str, Any] = _JSON.decode(text)
     except json.JSONDecodeError as error:
         raise MalformedPush(f"not JSON: {error.msg} at character {error.pos}") from None
-    except RecursionError:
-        raise MalformedPush(f"nested deeper than {MAX_DEPTH} levels") from None
     if "\\ud" in text or "\\uD" in text:
         try:
             json.dumps(fields, ensure_ascii=False).encode()
         except UnicodeEncodeError:
             raise MalformedPush("not JSON: half of a surrogate pair, which cannot be stored or sent on") from None
-    return {name: value if name in VERBATIM and isinstance(value, str) else _map_texts(_STRIP, value, 1)
+    return {name: value if name in VERBATIM and isinstance(value, str) else _map_texts(_STRIP, value)
             for name, value in fields.items()}
 
 
-def _map_texts(function: Callable[[str], str], value: Any, depth: int) -> Any:
-    """The value with every text in it replaced; other scalars of JSON become the text that XML would have brought."""
+def _check_nesting(body: bytes) -> None:
+    """Refuse JSON that nests too deep before the decoder sees it, which recurses: a thread's stack may be small.
+
+    As long as the text is JSON, this finds strings as the decoder does; where it stops to be, the decoder stops too.
+    """
+    unescaped = body.replace(b"\\\\", b"").replace(b'\\"', b"")
+    marks = unescaped.translate(None, _NO_BRACKETS).replace(b'""', b"")  # there may be very many strings without any
+    brackets = _QUOTED.sub(b"", marks)
+    if max(itertools.accumulate([1 if bracket in b"[{" else -1 for bracket in brackets]), default=0) > MAX_DEPTH:
+        raise MalformedPush(f"nested deeper than {MAX_DEPTH} levels")
+
+
+def _map_texts(function: Callable[[str], str], value: Any) -> Any:
+    """The value with every text in it replaced; other scalars of JSON become the text that XML would have brought.
+    It recurses, but no deeper than MAX_DEPTH, which was checked."""
     if isinstance(value, str):
         return function(value)
-    if not isinstance(value, (dict, list)):
-        return {True: "true", False: "false", None: ""}[value]
-    if depth >= MAX_DEPTH:
-        raise MalformedPush(f"nested deeper than {MAX_DEPTH} levels")
     if isinstance(value, dict):
-        return {name: _map_texts(function, item, depth + 1) for name, item in value.items()}
-    return [_map_texts(function, item, depth + 1) for item in value]
+        return {name: _map_texts(function, item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_map_texts(function, item) for item in value]
+    return {True: "true", False: "false", None: ""}[value]
 
 
 def _unique(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
@@ -882,7 +985,7 @@ def _number(text: str) -> str:
 
 
 def _no_constant(text: str) -> NoReturn:
-    raise MalformedPush("not JSON: NaN and Infinity are no numbers")
+    raise MalformedPush("not JSON: NaN and Infinity are not numbers")
 
 
 # strict=False lets control characters stand in strings: users' messages have them.
@@ -908,7 +1011,7 @@ def encode_xml(fields: Fields) -> bytes:
 
 
 def _to_xml(value: Union[str, int]) -> str:
-    # The end of a section cannot stand in one, so it is parted between two.
+    # The end of a section cannot stand inside one: it is split between two.
     return str(value) if isinstance(value, int) else f"<![CDATA[{value.replace(']]>', ']]]]><![CDATA[>')}]]>"
 
 
@@ -921,23 +1024,35 @@ def encode_json(fields: Fields) -> bytes:
 # Law: keys in, verdicts out. Knows nothing of why a message is claimed; a lock is all that it holds.
 
 _PLAIN_KEY = re.compile(r"[\w.-]{0,64}(?:/[\w.-]{0,64})+", re.ASCII)
+# What may stand in a log line as it is: no blank, no line break, nothing that steers a terminal.
+_SAFE_KEY = re.compile("[!-~]{1,400}")
+# Fields of the envelope, which differ when a retry is sealed anew.
+_ENVELOPE_FIELDS = frozenset(("Encrypt", "MsgSignature", "TimeStamp", "Nonce"))
 
 
 def dedup_key(message: Message) -> str:
     """The text that is equal for two pushes exactly when they are one message sent again.
 
-    App, sender, type and MsgId; for what has no MsgId (events) its CreateTime, event and a digest of all fields, since
-    two different events may fall into one second. Values that are long or odd are digested, so that a key has at most
-    400 characters and is safe in a log.
+    App, sender, type and MsgId. For an event, and for what has no MsgId or the MsgId 0: app, sender, type, CreateTime,
+    Event and a digest of all fields but the envelope's, since two different events may fall into one second. Parts that
+    are long or odd are digested, so that a key has at most 400 characters and is safe in a log.
     """
     parts = [message.to_user_name, message.from_user_name, message.msg_type]
     msg_id = message.msg_id
-    if msg_id:
+    if msg_id and msg_id != "0" and parts[2] != "event":
         parts.append(msg_id)
     else:
-        parts += [message.text("CreateTime"), message.event, _digest(message.fields)]
+        own = message.fields
+        if not _ENVELOPE_FIELDS.isdisjoint(own):
+            own = {name: value for name, value in own.items() if name not in _ENVELOPE_FIELDS}
+        parts += [str(message.create_time), message.event, _digest(own)]
     key = "/".join(parts)
     return key if _PLAIN_KEY.fullmatch(key) and key.count("/") == len(parts) - 1 else _digest(parts)
+
+
+def safe_key(text: str) -> str:
+    """A key that somebody else made: the text itself where it is fit for a log line, else its digest."""
+    return text if _SAFE_KEY.fullmatch(text) else _digest(text)
 
 
 def _digest(value: Any) -> str:
@@ -947,7 +1062,7 @@ def _digest(value: Any) -> str:
 
 
 def _feed_digest(digest: Any, value: Any) -> None:
-    """Feed the value piece by piece, each behind its kind and length: no two values feed the same bytes."""
+    """Feed the value piece by piece, each after its kind and length: no two values feed the same bytes."""
     if isinstance(value, str):
         data = value.encode("utf-8", "surrogatepass")
         digest.update(b"%d:" % len(data) + data)
@@ -1190,15 +1305,18 @@ def _check_handler(function: object, decorator: str, further: Iterable[int]) -> 
 # Law: one request in, one response out, and every decision that the outside can see on one screen, `Endpoint._decide`.
 # Knows no socket and no thread; what takes the messages, and the clocks, are handed in.
 
-# Bytes of a form-encoded handshake: four short values. A longer body is no handshake.
+# Bytes of a handshake in a body: four short values, in any format. A longer body is no handshake.
 MAX_HANDSHAKE = 4096
-# Seconds between two warnings with the same advice: an attacker shall not be able to fill the log with them.
+# Seconds between two warnings with the same advice: an attacker must not be able to fill the log with them.
 ADVICE_INTERVAL = 60.0
 # The platform's page writes the first; receivers in production have met the second.
 _ECHO_NAMES = ("echoStr", "echostr")
+# Fields that make XML or JSON a message, or the envelope of one, whatever else it holds: it is no handshake then.
+_MESSAGE_FIELDS = frozenset(("MsgType", "MsgId", "FromUserName", "Event", "event", "Encrypt"))
 # A message's signature, by its name in the query and by that in an envelope which carries it itself.
 _SIGNATURE_FIELDS: Mapping[str, str] = MappingProxyType(
     {"msg_signature": "MsgSignature", "timestamp": "TimeStamp", "nonce": "Nonce"})
+_PART_NAME = re.compile(rb"(?i)\r\nContent-Disposition:[^\r\n]*;[ \t]*name=\"?([^\";\r\n]*)")
 TOO_LARGE = "raise --max-body if the platform really sends this much"
 _METHODS = (("Allow", "GET, HEAD, POST"),)  # RFC 9110, section 15.5.6
 _LATER = (("Retry-After", "1"),)
@@ -1214,6 +1332,9 @@ def refusal(error: PushError) -> Response:
     return Response(error.status, f"{error.public or error}\n".encode(), f"refused {error.status}: {error}", headers)
 
 
+FAILED = refusal(PushError("an error inside kfserver", status=500))
+
+
 class Gate:
     """Proves that a request comes from the platform; raises `ForbiddenPush` where that cannot be proven."""
 
@@ -1221,21 +1342,24 @@ class Gate:
         self._settings = settings
         self._clock = clock
         self._envelope = Envelope(settings.aes_key, settings.app_id) if settings.aes_key else None
+        trouble = library_trouble() if self._envelope else ""
+        if trouble:
+            log.warning("the cryptography package cannot be used (%s): kfserver's own cipher is used instead, which is "
+                        "slower; upgrade or remove the package", trouble)
 
-    def open(self, query: Mapping[str, str], body: bytes) -> bytes:
-        """The message's own bytes, proven to come from the platform and, in safe mode, decrypted."""
+    def open(self, query: Mapping[str, str], body: bytes) -> Tuple[bytes, bool]:
+        """The message's own bytes, decrypted in safe mode, and whether a signature proved that they are the platform's:
+        settings may do without."""
         outer = self._read_outer(body) if b"Encrypt" in body else {}
         sealed = outer.get("Encrypt")
         if isinstance(sealed, str) and self._envelope:
-            inside = {name: str(outer.get(wire, "")) for name, wire in _SIGNATURE_FIELDS.items()}
-            self._prove_sealed(query if "msg_signature" in query else inside, sealed)
-            return self._envelope.open(sealed)
+            self._prove_sealed(_find_message_signature(query, outer), sealed)
+            return self._envelope.open(sealed), True
         if self._envelope and not self._settings.compatible:
             raise ForbiddenPush("not encrypted", "choose safe mode in the console, or set --compatible")
         if sealed and "MsgType" not in outer:  # in compatible mode the plain fields stand beside it
             raise ForbiddenPush("encrypted, and no key is set", "set --aes-key, --app-id and --token as in the console")
-        self.prove(query)
-        return body
+        return body, self.prove(query)
 
     def _read_outer(self, body: bytes) -> Dict[str, Any]:
         try:
@@ -1243,18 +1367,20 @@ class Gate:
         except MalformedPush as error:
             if self._envelope:
                 raise ForbiddenPush(f"malformed envelope: {error}") from None
-            return {}  # no envelope, then: to be refused as a plain push, once it has proven where it comes from
+            return {}  # not an envelope: it is refused as a plain push, once it has proven where it comes from
 
-    def prove(self, query: Mapping[str, str]) -> None:
-        """Raise `ForbiddenPush` unless ``query`` carries a valid signature, or none is needed."""
+    def prove(self, query: Mapping[str, str]) -> bool:
+        """Whether ``query`` carries a valid signature; False if it has none and none is needed. Raises `ForbiddenPush`
+        for one that is wrong, or missing."""
         token, signature = self._settings.token, query.get("signature")
         if not token or (signature is None and self._settings.allow_unsigned):
-            return
+            return False
         if signature is None:
             raise ForbiddenPush("no signature", "if the platform does not sign your pushes, set --allow-unsigned")
         if not verify(signature, token, query.get("timestamp", ""), query.get("nonce", "")):
             raise ForbiddenPush("wrong signature", "set --token to the Token that the platform's console shows")
         self._check_age(query.get("timestamp", ""))
+        return True
 
     def _prove_sealed(self, values: Mapping[str, str], sealed: str) -> None:
         """Raise `ForbiddenPush` unless the message signature in ``values`` covers the exact text of Encrypt."""
@@ -1273,14 +1399,22 @@ class Gate:
             raise ForbiddenPush("stale signature", "check this machine's clock, or raise --max-age")
 
 
+def _find_message_signature(query: Mapping[str, str], outer: Mapping[str, Any]) -> Dict[str, str]:
+    """The message signature and what it is made from. They travel in the query, or in the body, or apart: the place
+    that has the signature counts, and what is missing there is taken from the other."""
+    inside = {name: outer[wire] for name, wire in _SIGNATURE_FIELDS.items() if isinstance(outer.get(wire), str)}
+    return {**inside, **query} if "msg_signature" in query else {**query, **inside}
+
+
 class Platform:
     """Signs and seals pushes as the platform does: the other side of a `Gate`, to play it and to test with.
 
-    ``random`` makes so many bytes that nobody can foretell. What is made is a query and a body.
+    ``random`` makes as many bytes as it is asked for, which nobody can foretell. What is made is a query and a body.
     """
 
     def __init__(self, settings: Settings, clock: Callable[[], float], random: Callable[[int], bytes]) -> None:
-        self._token, self._app_id, self._clock, self._random = settings.token, settings.app_id, clock, random
+        self._token, self._clock, self._random = settings.token, clock, random
+        self._app_id = settings.app_id.partition(",")[0].strip()
         self._envelope = Envelope(settings.aes_key, settings.app_id) if settings.aes_key else None
 
     def _signed(self, **more: str) -> Dict[str, str]:
@@ -1319,8 +1453,8 @@ class _Push:
 class Endpoint:
     """Answers requests, and never waits for a handler of the user's.
 
-    ``inbox`` is an `Inbox`, or what has its methods `take`, `deliver` and `observe`. ``clock`` gives Unix seconds,
-    ``timer`` seconds from anywhere.
+    ``inbox`` is an `Inbox`, or what has its methods `take`, `deliver`, `cancel`, `observe` and `keep_unreadable`.
+    ``clock`` gives Unix seconds, ``timer`` seconds from anywhere.
     """
 
     def __init__(self, settings: Settings, inbox: Any, clock: Callable[[], float], timer: Callable[[], float]) -> None:
@@ -1334,45 +1468,58 @@ class Endpoint:
 
     def handle_all(self, requests: Iterable[Request]) -> List[Response]:
         """The answers to requests that came together: what must be written down to be safe is written at once. What
-        repeats another of them is decided again when that one is safe."""
+        repeats another of them is decided again when that one is safe. One request's error leaves the others alone."""
         pushes = [_Push(request, self._timer()) for request in requests]
         self._handle(pushes)
         self._handle([push for push in pushes if push.too_soon])
         for push in pushes:
-            self._record(push)
+            error = attempt(self._record, push)
+            if error:  # the answer stands: an accepted message is safe, and is handled
+                attempt(report_bug, error)
         return [push.response for push in pushes]
 
     def _handle(self, pushes: Sequence[_Push]) -> None:
-        for push in pushes:
-            error = attempt(self._decide, push)
-            if error:
-                self._refuse(push, error)
-        taken = [push for push in pushes if push.response is ACCEPTED]
-        error = attempt(self._deliver, taken) if taken else None
-        if error:
+        taken: List[_Push] = []
+        try:
+            for push in pushes:
+                error = attempt(self._decide, push)
+                if error:
+                    self._refuse(push, error)
+                    push.too_soon = isinstance(error, BeingTaken)
+                elif push.response is ACCEPTED:
+                    taken.append(push)
+        except BaseException:  # Ctrl-C, where the main thread feeds: no claim stays behind
             for push in taken:
-                self._refuse(push, error)
+                self._inbox.cancel(push.message)
+            raise
+        error = attempt(self._deliver, taken) if taken else None
+        if error:  # nobody foresaw it, and it says nothing of any one message
+            attempt(report_bug, error)
+            for push in taken:
+                push.response = FAILED
 
     def _deliver(self, taken: Sequence[_Push]) -> None:
-        fates = self._inbox.deliver([(push.message, push.payload) for push in taken]) or ()
-        for push, fate in zip(taken, fates):
-            if isinstance(fate, PushError):
-                self._refuse(push, fate)
-            elif not fate:
+        outcomes = self._inbox.deliver([(push.message, push.payload) for push in taken])
+        if outcomes.count(True) == len(taken):  # as nearly always
+            return
+        for push, outcome in zip(taken, outcomes):
+            if outcome is False:
                 push.response = REPEATED
+            elif outcome is not True:
+                self._refuse(push, outcome)
 
     def _decide(self, push: _Push) -> None:
         """The README's answers table, in its order: every decision that the outside can see."""
         request = push.request
-        self._admit(request)                                                # 404, 405, 413, and what is no HTTP
+        self._admit(request)                                                # 404, 405, 413, and what is not HTTP
         query = _parse_form(request.query)
         handshake = _find_handshake(query, request.body)
         if handshake:
             self._gate.prove(handshake)                                     # 403
             push.response = Response(200, _echo(handshake), "handshake")
         elif request.method == "POST":
-            push.payload = self._gate.open(query, request.body)             # 403
-            push.message = parse(push.payload)                              # 400
+            push.payload, is_proven = self._gate.open(query, request.body)  # 403
+            self._read(push, is_proven)                                     # 400
             is_new = self._inbox.take(push.message)                         # 503
             push.response = ACCEPTED if is_new else REPEATED
 
@@ -1387,16 +1534,38 @@ class Endpoint:
         if len(request.body) > self._settings.max_body:
             raise PushError(f"more than {self._settings.max_body} bytes", TOO_LARGE, 413)
 
+    def _read(self, push: _Push, is_proven: bool) -> None:
+        """Parse the message. What is not proven must be exact, to the last character."""
+        try:
+            push.message = parse(push.payload)
+        except MalformedPush:
+            if not is_proven:
+                raise
+            self._read_leniently(push)
+
+    def _read_leniently(self, push: _Push) -> None:
+        """Parse a proven message whatever its characters; it is kept if it cannot be read all the same."""
+        payload = push.payload
+        push.payload = replace_unreadable(payload)
+        try:
+            push.message = parse(push.payload)
+        except MalformedPush as error:
+            if payload:
+                self._inbox.keep_unreadable(payload, str(error))
+            raise
+
     def _refuse(self, push: _Push, error: BaseException) -> None:
-        """Answer with the error; its advice goes to the log, at most once a minute."""
+        """Answer with the error; one that nobody foresaw is this request's own."""
+        push.response = refusal(error) if isinstance(error, PushError) else FAILED
+        attempt(self._tell, error)
+
+    def _tell(self, error: BaseException) -> None:
+        """Log what nobody foresaw, and a refusal's advice at most once a minute."""
         if not isinstance(error, PushError):
             report_bug(error)
-            error = Busy("an error inside kfserver")
-        last = self._advised.get(error.advice, -ADVICE_INTERVAL)
-        if error.advice and self._timer() - last >= ADVICE_INTERVAL:
+        elif error.advice and self._timer() - self._advised.get(error.advice, -ADVICE_INTERVAL) >= ADVICE_INTERVAL:
             self._advised[error.advice] = self._timer()
             log.warning("push refused: %s; %s", error, error.advice)
-        push.response, push.too_soon = refusal(error), isinstance(error, BeingTaken)
 
     def _record(self, push: _Push) -> None:
         if push.response is UP:
@@ -1419,14 +1588,45 @@ def _parse_form(text: str) -> Dict[str, str]:
     return dict(parse_qsl(text, keep_blank_values=True, errors="surrogateescape"))
 
 
+def _parse_multipart(body: bytes) -> Dict[str, str]:
+    """The values of multipart/form-data (RFC 7578), by name. The first line is the boundary."""
+    body = body.lstrip()
+    boundary = body.partition(b"\r\n")[0].rstrip()
+    values: Dict[str, str] = {}
+    for part in (b"\r\n" + body).split(b"\r\n" + boundary):
+        head, _, value = part.partition(b"\r\n\r\n")
+        name = _PART_NAME.search(head)
+        if name:
+            values[name.group(1).decode("utf-8", "replace")] = value.decode("utf-8", "surrogateescape")
+    return values
+
+
 def _find_handshake(query: Dict[str, str], body: bytes) -> Optional[Dict[str, str]]:
-    """The four values of a handshake, from the query or from a form-encoded body; None if this is none."""
+    """The four values of a handshake, from the query or from the body; None if this is none.
+
+    The platform does not document where they travel, so they are taken in every format that a body can have.
+    """
     if not query.keys().isdisjoint(_ECHO_NAMES):
         return query
-    if len(body) > MAX_HANDSHAKE or b"echo" not in body or body.lstrip()[:1] in (b"<", b"{", b"\xef"):
+    if b"echo" not in body or len(body) > MAX_HANDSHAKE:
         return None
-    form = _parse_form(body.decode("latin-1").strip(BLANKS))
-    return None if form.keys().isdisjoint(_ECHO_NAMES) else {**query, **form}
+    values = _read_values(body)
+    return None if values.keys().isdisjoint(_ECHO_NAMES) else {**query, **values}
+
+
+def _read_values(body: bytes) -> Dict[str, str]:
+    """The named texts in a body of any format; none if it is a message, or cannot be read."""
+    start = body.lstrip()[:2]
+    if start == b"--":
+        return _parse_multipart(body)
+    if start[:1] not in (b"<", b"{", b"\xef"):
+        return _parse_form(body.decode("latin-1").strip(BLANKS))
+    try:
+        fields = parse_fields(body)
+    except MalformedPush:
+        return {}
+    is_message = not fields.keys().isdisjoint(_MESSAGE_FIELDS)
+    return {} if is_message else {name: value for name, value in fields.items() if isinstance(value, str)}
 
 
 def _echo(handshake: Mapping[str, str]) -> bytes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import pathlib
 import sys
-from typing import Any, Iterator, List, Optional
+from typing import Any, Iterator, List, Optional, Sequence, Tuple, Union
 from urllib.parse import urlencode
 
 import pytest
@@ -19,6 +19,7 @@ from kfserver import (  # noqa: E402
     ClaimCache,
     Endpoint,
     Message,
+    PushError,
     Request,
     Response,
     Settings,
@@ -40,13 +41,16 @@ def signed_query(token: str, timestamp: object = NOW, nonce: str = "nonce", **mo
 class World:
     """An endpoint, and its world: clocks that stand still, and a queue that records what it is given.
 
-    With ``full`` set the queue raises that at once, with ``unsafe`` set when it is to confirm that the message is safe.
+    With ``full`` set the queue raises that at once. With ``unsafe`` set a message cannot be made safe: a `PushError` is
+    its outcome, and anything else is raised. With ``elsewhere`` set another instance has had it already.
     """
 
     def __init__(self, **settings: Any) -> None:
         self.submitted: List[Message] = []
         self.full: Optional[Exception] = None
         self.unsafe: Optional[Exception] = None
+        self.elsewhere = False
+        self.unreadable: List[Tuple[bytes, str]] = []
         self.now = float(NOW)  # Unix seconds
         self.timer = 0.0  # seconds from anywhere
         made = Settings(**settings)
@@ -63,14 +67,28 @@ class World:
             raise self.full
         return True
 
-    def deliver(self, taken: Any) -> None:
+    def deliver(self, taken: Sequence[Tuple[Message, bytes]]) -> List[Union[bool, PushError]]:
         """What the endpoint calls with those that came together."""
         for message, _ in taken:
             if self.unsafe:
                 self.claims.release(message.key)
-                raise self.unsafe
+        if isinstance(self.unsafe, PushError):
+            return [self.unsafe] * len(taken)
+        if self.unsafe:
+            raise self.unsafe
+        for message, _ in taken:
             self.claims.accept(message.key)
-            self.submitted.append(message)
+            if not self.elsewhere:
+                self.submitted.append(message)
+        return [not self.elsewhere] * len(taken)
+
+    def cancel(self, message: Message) -> None:
+        """What the endpoint calls with what was taken and cannot be delivered."""
+        self.claims.release(message.key)
+
+    def keep_unreadable(self, payload: bytes, reason: str) -> None:
+        """What the endpoint calls with what was proven and cannot be read."""
+        self.unreadable.append((payload, reason))
 
     def observe(self, *told: Any) -> None:
         """What the endpoint calls with each answer."""

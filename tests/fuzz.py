@@ -44,6 +44,7 @@ from kfserver import (  # noqa: E402  (the folder above is on the path by now)
     HandlerRegistry,
     JsonFormatter,
     KfServer,
+    MalformedPush,
     Message,
     Request,
     Response,
@@ -53,6 +54,7 @@ from kfserver import (  # noqa: E402  (the folder above is on the path by now)
     dedup_key,
     make_cipher,
     parse,
+    replace_unreadable,
     sign,
 )
 
@@ -96,6 +98,8 @@ class Dice(random.Random):
 
 BODY_TOKENS: List[bytes] = [
     b"<![CDATA[", b"]]>", b"<!DOCTYPE a [<!ENTITY b 'c'>]>", b"&b;", b"&#29;", b"&#xD800;", b"&amp;", b"<?a b?>",
+    b"&#xD83D;", b"&#xDE00;", b"&#xFFFE;", b"&#0;", b"\xef\xbf\xbf", b"<n:Content>1</n:Content>", b'<?a <!DOCTYPE b>?>',
+    b'"echoStr":"1",', b"<echoStr>1</echoStr>", b'--X\r\nContent-Disposition: form-data; name="echoStr"\r\n\r\n1',
     b"<!--", b"-->", b"<?xml version='1.0' encoding='gbk'?>", b" xmlns='a'", b" xml:lang='a'", b"<a>", b"</a>",
     b"<a/>", b"</xml>", b"\xef\xbb\xbf", b"\x00", b"\x1d", b"\x85", b"\xa0", b"\xff", b"\xed\xa0\x80",
     b"\xf0\x9f\x98\x80", b"\xef\xb7\x90", b"\xf3\xb0\x80\x80", b"{", b"}", b"[", b"]", b",", b":", b'"', b"\\",
@@ -275,10 +279,21 @@ def draw_plain(dice: Dice) -> Case:
 ECHOES = ["4375120948345356249", "", " a b ", "é你", "\r\nX: y", "\x00"]
 
 
+def write_multipart(dice: Dice, fields: Mapping[str, Any]) -> bytes:
+    """The fields as a form of several parts."""
+    parts = "".join(f'--X\r\nContent-Disposition: form-data; name="{name}"\r\n\r\n{value}\r\n'
+                    for name, value in fields.items())
+    return f"{parts}--X--\r\n".encode()
+
+
 def draw_handshake(dice: Dice) -> Case:
     """A handshake, its values in the query, in the body or in both."""
     echo = {dice.choice(["echoStr", "echostr"]): dice.choice(ECHOES)}
     proof = signed_values(dice)
+    if dice.often(0.3):
+        write = dice.choice([write_json, write_xml, write_multipart])
+        more = {dice.choice(NAMES): "1"} if dice.often(0.3) else {}
+        return Case(Request("POST", "/kf", "", write(dice, {**proof, **echo, **more})))
     if dice.often(0.4):
         body = draw_body(dice) if dice.often(0.1) else b""
         return Case(Request("POST", "/kf", write_query(dice, {**proof, **echo}), body))
@@ -396,12 +411,37 @@ def echo_in(values: Mapping[str, bytes]) -> Optional[bytes]:
 
 
 def find_handshake(query: Dict[str, bytes], body: bytes) -> Optional[Dict[str, bytes]]:
-    """The values of a handshake, from the query or else from a form; None if this is none."""
+    """The values of a handshake, from the query or else from the body; None if this is none."""
     if echo_in(query) is not None:
         return query
-    is_form = len(body) <= MAX_HANDSHAKE and body.lstrip()[:1] not in (b"<", b"{", b"\xef")
-    form = read_form(body.strip(b" \t\r\n")) if is_form else {}
-    return {**query, **form} if echo_in(form) is not None else None
+    values: Dict[str, bytes] = {}
+    if len(body) <= MAX_HANDSHAKE and b"echo" in body:
+        is_structured = body.lstrip()[:1] in (b"<", b"{", b"\xef")
+        values = read_structured(body) if is_structured else read_form(body.strip(b" \t\r\n"))
+        if body.lstrip().startswith(b"--"):
+            values = read_multipart(body.lstrip())
+    return {**query, **values} if echo_in(values) is not None else None
+
+
+def read_structured(body: bytes) -> Dict[str, bytes]:
+    """The texts in XML or JSON that is no message."""
+    try:
+        fields = parse(body).fields
+    except MalformedPush:
+        return {}
+    if any(name in fields for name in ("MsgType", "MsgId", "FromUserName", "Event", "event", "Encrypt")):
+        return {}
+    return {name: value.encode() for name, value in fields.items() if isinstance(value, str)}
+
+
+def read_multipart(body: bytes) -> Dict[str, bytes]:
+    """The values of a form of several parts, none of which names a file or a type."""
+    boundary = re.escape(body.split(b"\r\n")[0].rstrip())
+    parts = re.split(b"(?:^|\r\n)" + boundary, body)
+    disposition = re.compile(rb'(?is).*?\r\nContent-Disposition:[^\r\n]*;[ \t]*name="?([^";\r\n]*)')
+    found = [disposition.match(part.split(b"\r\n\r\n")[0]) for part in parts]
+    return {name.group(1).decode("utf-8", "replace"): part.partition(b"\r\n\r\n")[2]
+            for name, part in zip(found, parts) if name}
 
 
 class Judge:
@@ -418,7 +458,13 @@ class Judge:
         timestamp = values.get("timestamp", b"")
         parts = sorted([self._settings.token.encode(), timestamp, values.get("nonce", b"")])
         signature = hashlib.sha1(b"".join(parts)).hexdigest().encode()
-        return values.get("signature") == signature and self._is_fresh(timestamp)
+        return values.get("signature", b"").lower() == signature and self._is_fresh(timestamp)
+
+    def is_proven(self, case: Case) -> bool:
+        """Whether a signature proves where the push comes from, and not only the settings' leave."""
+        query = read_form(case.request.query.encode("latin-1"))
+        return bool(self._settings.token) and (case.sealed_at is not None
+                                               or ("signature" in query and self.is_signed(query)))
 
     def _is_fresh(self, timestamp: bytes) -> bool:
         good = bool(re.fullmatch(b"[0-9]{1,63}", timestamp)) and abs(NOW - int(timestamp)) <= self._settings.max_age
@@ -473,7 +519,9 @@ class Judge:
     def check_payload(self, case: Case, payload: bytes) -> None:
         """Raise `Breach` if a message was taken that its sender has not sealed."""
         if self._settings.aes_key and not self._settings.compatible:
-            law(case.sealed_at is not None and case.message in (None, payload), "taken, and not what was sealed")
+            law(case.sealed_at is not None, "taken, and nothing was sealed")
+            law(case.message is None or payload in (case.message, replace_unreadable(case.message)),
+                "taken, and not what was sealed")
 
 
 FORMS = {200: rb"[\x00-\xff]*", 403: rb"forbidden\n", 404: rb"no such path\n", 405: rb"pushes come by POST\n",
@@ -492,7 +540,10 @@ def check_form(response: Response) -> None:
 
 def identity(message: Message) -> str:
     """What makes two pushes one message, in other words than `dedup_key`."""
-    known: List[Any] = [message.msg_id] if message.msg_id else [message.event, dict(message.fields)]
+    has_id = message.msg_id not in (None, "0") and message.msg_type != "event"
+    own = {name: value for name, value in message.fields.items()
+           if name not in ("Encrypt", "MsgSignature", "TimeStamp", "Nonce")}
+    known: List[Any] = [message.msg_id] if has_id else [message.event, own]
     return json.dumps([message.to_user_name, message.from_user_name, message.msg_type, known], sort_keys=True)
 
 
@@ -594,20 +645,29 @@ class World:
             raise
         return True
 
-    def deliver(self, taken: Any) -> None:
+    def deliver(self, taken: Any) -> List[Any]:
         """What the endpoint calls with those that came together."""
         try:
             for message, payload in taken:
                 self._judge.check_payload(self._case, payload)
                 check_message(message, payload)
             self._fail_sometimes("the journal cannot be written")
-        except BaseException:
+        except Busy as error:
             for message, _ in taken:
                 self._claims.release(message.key)
-            raise
+            return [error] * len(taken)
         for message, _ in taken:
             self._claims.accept(message.key)
             self._submitted.append(message)
+        return [True] * len(taken)
+
+    def keep_unreadable(self, payload: bytes, reason: str) -> None:
+        """What the endpoint calls with what was proven and cannot be read."""
+        law(self._judge.is_proven(self._case), "kept, and not proven")
+
+    def cancel(self, message: Message) -> None:
+        """What the endpoint calls with what was taken and cannot be delivered."""
+        self._claims.release(message.key)
 
     def _fail_sometimes(self, reason: str) -> None:
         if self._dice.often(0.05):

@@ -180,10 +180,11 @@ class Nowhere:
         message.key = dedup_key(message)
         return self._claims.claim(message.key)
 
-    def deliver(self, taken: Any) -> None:
+    def deliver(self, taken: Any) -> List[bool]:
         """Accept them."""
         for message, _ in taken:
             self._claims.accept(message.key)
+        return [True] * len(taken)
 
     def observe(self, *told: Any) -> None:
         """Nothing."""

@@ -9,7 +9,7 @@ from typing import Any, Callable, Dict, List
 import pytest
 from support import PUSHES
 
-from kfserver import Busy, ClaimCache, Message, dedup_key, parse
+from kfserver import Busy, ClaimCache, Message, dedup_key, parse, safe_key
 
 TEXT = {"ToUserName": "app", "FromUserName": "user", "CreateTime": "1482048670", "MsgType": "text", "Content": "hi",
         "MsgId": "1"}
@@ -53,7 +53,12 @@ def test_dedup_key_of_a_message_with_an_id_ignores_what_a_resend_may_change() ->
 
 @pytest.mark.parametrize("base, changed", [
     (TEXT, {"FromUserName": "other"}), (TEXT, {"ToUserName": "other"}), (TEXT, {"MsgType": "image"}),
-    (TEXT, {"MsgId": "2"}), (TEXT, {"MsgId": ""}), (TEXT, {"MsgId": "01"}),
+    (TEXT, {"MsgId": "2"}), (TEXT, {"MsgId": ""}), (TEXT, {"MsgId": "01"}), (TEXT, {"MsgId": "0"}),
+    ({**TEXT, "MsgId": "0"}, {"Content": "other"}), ({**TEXT, "MsgId": "0"}, {"CreateTime": "1"}),
+    ({**EVENT, "MsgId": "1"}, {"Event": "pull"}), ({**EVENT, "MsgId": "1"}, {"CreateTime": "1"}),
+    ({**EVENT, "MsgId": "1"}, {"MsgId": "2"}), ({"appId": "1", "event": "x"}, {"appId": "2"}),
+    ({"appId": "1", "event": "x"}, {"eventTime": "2019-01-14 12:45:10"}),
+    (EVENT, {"More": {"Nonce": "1"}}), ({**EVENT, "More": {"Nonce": "1"}}, {"More": {"Nonce": "2"}}),
     (EVENT, {"FromUserName": "other"}), (EVENT, {"ToUserName": "other"}), (EVENT, {"CreateTime": "1482048671"}),
     (EVENT, {"Event": "pull"}), (EVENT, {"CouponId": "d"}), (EVENT, {"More": ""}), (EVENT, {"MsgId": "1"}),
     (EVENT, {"CouponId": {"c": "c"}}), (EVENT, {"CouponId": ["c"]})], ids=str)
@@ -70,6 +75,33 @@ def test_dedup_key_tells_messages_apart(base: Dict[str, str], changed: Dict[str,
 def test_dedup_key_cannot_be_forged_with_a_separator(one: Any, other: Any) -> None:
     names = ("ToUserName", "FromUserName", "MsgType", "MsgId")
     assert key_of(dict(zip(names, one))) != key_of(dict(zip(names, other)))
+
+
+ENVELOPE = {"Encrypt": "AAAA", "MsgSignature": "s", "TimeStamp": "1", "Nonce": "n"}
+
+
+@pytest.mark.parametrize("name", ENVELOPE)
+@pytest.mark.parametrize("fields", [EVENT, {**TEXT, "MsgId": ""}, {**TEXT, "MsgId": "0"}, {"event": "x", "appId": "1"}],
+    ids=["event", "empty id", "id of 0", "third-party event"])
+def test_dedup_key_is_the_same_for_a_retry_that_is_sealed_anew(fields: Dict[str, str], name: str) -> None:
+    assert key_of({**fields, **ENVELOPE}) == key_of({**fields, **ENVELOPE, name: "other"}) == key_of(fields)
+
+
+def test_dedup_key_of_a_third_party_event_names_its_app_and_time() -> None:
+    key = key_of({"appId": "15263713", "eventTime": "2019-01-14 12:45:10", "event": "AUTHORIZED"})
+    assert key.startswith("15263713//event/1547441110/AUTHORIZED/")
+
+
+@pytest.mark.parametrize("key", ["app/user/text/1", "42", "a:b|c%s", "~" * 400, dedup_key(Message(EVENT))], ids=str)
+def test_safe_key_leaves_a_plain_key_as_it_is(key: str) -> None:
+    assert safe_key(key) == key
+
+
+@pytest.mark.parametrize("key", ["", "a b", "k\nERROR forged line", "\x1b[31m", "é", "\ud800", "\x00", "x" * 401,
+                                 "\u2028", "x" * 10 ** 6, "a\n", "\x7f"], ids=lambda key: ascii(key)[:20])
+def test_safe_key_digests_what_could_forge_a_log_line(key: str) -> None:
+    assert re.fullmatch("[0-9a-f]{32}", safe_key(key))
+    assert safe_key(key) == safe_key(key) != safe_key(key + "\n")
 
 
 def test_dedup_key_of_a_message_is_never_that_of_an_event() -> None:

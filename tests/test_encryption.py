@@ -9,6 +9,7 @@ import importlib
 import json
 import logging
 import os
+import pathlib
 import random
 import re
 import sys
@@ -31,6 +32,7 @@ from kfserver import (
     Message,
     Request,
     decode_aes_key,
+    library_trouble,
     make_cipher,
     parse,
     sign,
@@ -149,6 +151,68 @@ def test_make_cipher_takes_the_library_where_it_is_installed(
     assert type(make_cipher(bytes(32))) is kind
 
 
+# What can be wrong with the package, as it was met: its import panics in Rust, which raises no Exception; a shared
+# library is missing; a part is missing; its versions up to 3.0 want a backend; what comes out is wrong.
+BROKEN: Dict[str, str] = {
+    "its import panics": "class PanicException(BaseException): pass\nraise PanicException('Python API call failed')",
+    "its import fails": "raise ImportError('libffi.so.7: cannot open shared object file')",
+    "a part is missing": "import cryptography.hazmat.bindings",
+    "it wants a backend": "class Cipher:\n def __init__(self, algorithm, mode, backend): pass",
+    "it does nothing": ("class Cipher:\n def __init__(self, algorithm, mode): pass\n"
+                        " encryptor = decryptor = lambda self: self\n"
+                        " update = lambda self, data: data\n finalize = lambda self: b''"),
+    "it exits": "raise SystemExit(3)",
+}
+
+
+@pytest.fixture(params=BROKEN.values(), ids=BROKEN.keys())
+def broken_library(
+        request: pytest.FixtureRequest, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A cryptography package is installed, and cannot be used."""
+    folder = tmp_path / "cryptography" / "hazmat" / "primitives"
+    (folder / "ciphers").mkdir(parents=True)
+    for each in (folder, folder.parent, folder.parent.parent):
+        (each / "__init__.py").touch()
+    (folder / "ciphers" / "__init__.py").write_text(
+        "import types\nalgorithms = types.SimpleNamespace(AES=bytes)\nmodes = types.SimpleNamespace(CBC=bytes)\n"
+        + request.param)
+    real = forget_library()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield
+    forget_library()
+    sys.modules.update(real)
+
+
+def forget_library() -> Dict[str, Any]:
+    """Take the package's modules out of those that are imported."""
+    return {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] == "cryptography"}
+
+
+@pytest.mark.usefixtures("broken_library")
+def test_make_cipher_does_without_a_library_that_does_not_work() -> None:
+    assert type(make_cipher(bytes(32))) is Aes256Cbc
+
+
+@pytest.mark.usefixtures("broken_library")
+def test_endpoint_warns_once_of_a_library_that_does_not_work(caplog: pytest.LogCaptureFixture) -> None:
+    world = World(**SAFE)
+    assert [world.ask(in_query(write_json, seal())).status for _ in range(2)] == [200, 200]
+    assert len([record for record in caplog.records if record.levelno == logging.WARNING]) == 1
+    assert f"cryptography package cannot be used ({library_trouble()})" in caplog.text
+
+
+@pytest.mark.parametrize("installed", [pytest.param(True, marks=needs_library), False])
+def test_library_trouble_is_none_where_the_library_works_or_is_missing(
+        installed: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    if not installed:
+        for name in [name for name in sys.modules if name.split(".")[0] == "cryptography"]:
+            monkeypatch.delitem(sys.modules, name)
+        monkeypatch.setitem(sys.modules, "cryptography", None)
+    assert library_trouble() == ""
+    World(**SAFE)
+    assert caplog.text == ""
+
+
 # ---- Envelope
 
 
@@ -232,10 +296,10 @@ FAILURES: Dict[str, Tuple[Callable[[], str], str]] = {
     "filling in the middle": (lambda: "AA==" + encrypt(pad(GOOD)), "not base64"),
     "only filling": (lambda: "====", "not base64"),
     "half a character": (lambda: "\ud800", "not base64"),
-    "nothing": (lambda: "", "not a whole number of AES blocks"),
-    "blanks": (lambda: " \r\n", "not a whole number of AES blocks"),
-    "a byte too few": (lambda: base64.b64encode(bytes(63)).decode(), "not a whole number of AES blocks"),
-    "a byte too many": (lambda: base64.b64encode(bytes(65)).decode(), "not a whole number of AES blocks"),
+    "nothing": (lambda: "", "not made of complete AES blocks"),
+    "blanks": (lambda: " \r\n", "not made of complete AES blocks"),
+    "a byte too few": (lambda: base64.b64encode(bytes(63)).decode(), "not made of complete AES blocks"),
+    "a byte too many": (lambda: base64.b64encode(bytes(65)).decode(), "not made of complete AES blocks"),
     "another key": (lambda: encrypt(pad(GOOD), "B" * 43), "wrong padding"),
     "padding of 0": (lambda: encrypt(GOOD.ljust(160, b"\x00")), "wrong padding"),
     "padding of 33": (lambda: encrypt(pad(b"x" * 31, 33)), "wrong padding"),
@@ -267,6 +331,32 @@ def test_envelope_open_refuses_for_a_reason_that_only_the_log_tells(
         Envelope(KEY, APP_ID).open(make())
     assert reason in str(refused.value)
     assert (refused.value.status, refused.value.public) == (403, "forbidden")
+
+
+@pytest.mark.parametrize("app_ids", [APP_ID, f"{APP_ID},other", f"other,{APP_ID}", f" other , {APP_ID} "])
+def test_envelope_open_takes_each_of_several_app_ids(cipher: Cipher, app_ids: str) -> None:
+    assert Envelope(KEY, app_ids).open(seal()) == BODY
+
+
+def test_envelope_seal_uses_the_first_of_several_app_ids(cipher: Cipher) -> None:
+    assert Envelope(KEY, APP_ID).open(Envelope(KEY, f" {APP_ID} , other").seal(BODY, RANDOM_HEAD)) == BODY
+
+
+@pytest.mark.parametrize("app_id", ["other,more", f"{APP_ID},other", "", ","])
+def test_envelope_open_takes_no_list_and_no_empty_id(cipher: Cipher, app_id: str) -> None:
+    with pytest.raises(ForbiddenPush, match="another app"):
+        Envelope(KEY, "other,more").open(encrypt(pad(plaintext(app_id=app_id))))
+
+
+@pytest.mark.parametrize("found, shown", [
+    ("17328232", "17328232"), ("a.b-c_d", "a.b-c_d"), ("", "not readable"), ("x" * 65, "not readable"),
+    ("a b", "not readable"), ("a\nERROR forged", "not readable"), ("你好", "not readable"),
+    ("\x1b[2J", "not readable")], ids=ascii)
+def test_envelope_open_tells_the_id_that_it_found(cipher: Cipher, found: str, shown: str) -> None:
+    with pytest.raises(ForbiddenPush) as refused:
+        Envelope(KEY, APP_ID).open(encrypt(pad(plaintext(app_id=found))))
+    assert str(refused.value) == f"sealed for another app, its id is {shown}"
+    assert "--app-id" in refused.value.advice
 
 
 # ---- Requests

@@ -6,28 +6,34 @@ import base64
 import json
 import logging
 import re
-from typing import Any, Callable, Dict, List, NamedTuple, Tuple
-from urllib.parse import quote_from_bytes, urlencode
+from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Tuple, Type
+from urllib.parse import parse_qsl, quote_from_bytes, urlencode
 
 import pytest
 from conftest import NOW, TOKEN, World, signed_query
-from support import PUBLISHED, PUSHES, push
+from support import PUBLISHED, PUSHES, push, receiver
+from support import post as http_post
 
+import kfserver
 from kfserver import (
     ADVICE_INTERVAL,
     MAX_DEPTH,
     MAX_HANDSHAKE,
+    BeingTaken,
     Busy,
     Endpoint,
     Envelope,
     HandlerRegistry,
     KfServer,
     MalformedPush,
+    Message,
     PushError,
     Request,
     Settings,
     decode_aes_key,
     dedup_key,
+    encode_json,
+    encode_xml,
     make_cipher,
     parse,
     sign,
@@ -79,6 +85,19 @@ def encrypt_raw(plaintext: bytes) -> str:
 def sealed(encrypt: str, **values: Any) -> Request:
     """An encrypted push with a valid message signature, but for what ``values`` of `sealed_query` change."""
     return post(json.dumps({"ToUserName": "app", "Encrypt": encrypt}).encode(), sealed_query(encrypt, **values))
+
+
+ENCRYPT = seal()
+
+
+@pytest.fixture
+def lines(caplog: pytest.LogCaptureFixture) -> Callable[[int], List[str]]:
+    """What was logged at a level, in order."""
+    caplog.set_level(logging.DEBUG, "kfserver")
+    return lambda level: [record.getMessage() for record in caplog.records if record.levelno == level]
+
+
+Lines = Callable[[int], List[str]]
 
 
 # ---- The answers table
@@ -274,11 +293,179 @@ def test_handle_answers_503_and_leaves_no_claim_so_that_a_retry_is_accepted(
     assert world.push(BODY).outcome == "accepted"
 
 
+def test_handle_answers_success_to_what_another_instance_has_had(world: World) -> None:
+    world.elsewhere = True
+    assert world.push(BODY)[:3] == (200, b"success", "repeat")
+    assert world.submitted == []
+
+
+# ---- Errors that nobody foresaw
+
+
+FAILED = (500, b"an error inside kfserver\n", "refused 500: an error inside kfserver", ())
+
+
 @pytest.mark.parametrize("when", ["full", "unsafe"])
-def test_handle_leaves_no_claim_when_a_bug_stops_it(world: World, when: str) -> None:
-    setattr(world, when, ZeroDivisionError())
-    assert world.push(BODY).status == 503
+@pytest.mark.parametrize("error", [ZeroDivisionError, MemoryError, RecursionError, SystemExit, GeneratorExit])
+def test_handle_answers_500_when_a_bug_stops_it_and_leaves_no_claim(
+        lines: Lines, world: World, when: str, error: Type[BaseException]) -> None:
+    setattr(world, when, error("s3cret"))
+    assert world.push(BODY) == FAILED
     assert len(world.claims) == 0
+    told, = lines(logging.ERROR)
+    assert "s3cret" not in told
+    setattr(world, when, None)
+    assert world.push(BODY).outcome == "accepted"
+
+
+def fail_for(message: Message) -> str:
+    """A key for every message but the second."""
+    if message.msg_id == "2":
+        raise ZeroDivisionError
+    return dedup_key(message)
+
+
+def test_handle_all_answers_500_to_one_and_the_others_go_on(
+        lines: Lines, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("conftest.dedup_key", fail_for)
+    answers = world.endpoint.handle_all([post(push(number=number)) for number in (1, 2, 3, 2)])
+    assert [answer.status for answer in answers] == [200, 500, 200, 500]
+    assert [message.msg_id for message in world.submitted] == ["1", "3"]
+    assert len(world.claims) == 2
+    assert len(lines(logging.ERROR)) == 2
+
+
+def test_handle_all_answers_500_to_all_whose_delivery_fails_and_logs_it_once(lines: Lines, world: World) -> None:
+    world.unsafe = ZeroDivisionError()
+    requests = [post(), post(push(number=2)), Request("GET", "/"), post(b""), post(b"", "echoStr=1")]
+    assert [answer.status for answer in world.endpoint.handle_all(requests)] == [500, 500, 200, 400, 200]
+    assert len(lines(logging.ERROR)) == 1
+
+
+def test_handle_all_refuses_each_of_a_round_for_a_reason_of_its_own(world: World) -> None:
+    outcomes = [True, Busy("the journal cannot be written"), False, BeingTaken("elsewhere"), True]
+    world.deliver = lambda taken: outcomes  # type: ignore
+    answers = world.endpoint.handle_all([post(push(number=number)) for number in range(1, 6)])
+    assert [answer.outcome for answer in answers] == [
+        "accepted", "refused 503: the journal cannot be written", "repeat", "refused 503: elsewhere", "accepted"]
+
+
+@pytest.mark.parametrize("request_, outcome", [
+    (post(), "accepted"), (post(b""), "refused 400: the body is empty"), (post(b"", "echoStr=1"), "handshake")],
+    ids=["push", "refusal", "handshake"])
+def test_handle_keeps_its_answer_when_it_cannot_be_counted(
+        lines: Lines, world: World, request_: Request, outcome: str) -> None:
+    world.observe = lambda *told: 1 // 0  # type: ignore
+    assert [answer.outcome for answer in world.endpoint.handle_all([request_, Request("PUT", "/")])] == [
+        outcome, "refused 405: pushes come by POST"]
+    assert len(lines(logging.ERROR)) == 2
+
+
+def test_handle_keeps_its_answer_when_it_cannot_be_logged(world: World) -> None:
+    def fail(record: logging.LogRecord) -> bool:
+        raise ZeroDivisionError
+    log = logging.getLogger("kfserver")
+    log.addFilter(fail)
+    try:
+        answers = world.endpoint.handle_all([post(), Request("PUT", "/"), post(b"", "echoStr=1"), sealed(ENCRYPT)])
+        world.unsafe = ZeroDivisionError()
+        answers.append(world.push(push(number=2)))
+    finally:
+        log.removeFilter(fail)
+    assert [answer.status for answer in answers] == [200, 405, 200, 403, 500]
+
+
+def test_handle_all_gives_back_what_it_took_when_it_is_interrupted(world: World) -> None:
+    world.endpoint.handle(post(push(number=1)))
+
+    def take(message: Message) -> bool:
+        if message.msg_id == "3":
+            raise KeyboardInterrupt
+        return World.take(world, message)
+    world.take = take  # type: ignore
+    with pytest.raises(KeyboardInterrupt):
+        world.endpoint.handle_all([post(push(number=number)) for number in (1, 2, 3)])
+    assert len(world.claims) == 1
+
+
+def test_push_server_answers_500_over_http_and_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kfserver, "parse", lambda payload: fail_for(parse(payload)) and parse(payload))
+    with receiver() as running:
+        client = running.connect()
+        assert [client.ask(http_post(push(number=number))).status for number in (1, 2, 3)] == [200, 500, 200]
+
+
+# ---- Characters
+
+
+ODD_TEXTS: Dict[str, Tuple[bytes, str]] = {
+    "half a surrogate pair": (b'{"MsgId": 1, "Content": "a\\ud83d"}', "a\ufffd"),
+    "bytes that are not UTF-8, JSON": (b'{"MsgId": 1, "Content": "\xff\xfe"}', "\ufffd\ufffd"),
+    "bytes that are not UTF-8, XML": (b"<xml><MsgId>1</MsgId><Content>a\xe4\xbd</Content></xml>", "a\ufffd"),
+}
+
+
+@pytest.mark.parametrize("body, content", ODD_TEXTS.values(), ids=ODD_TEXTS.keys())
+@pytest.mark.parametrize("settings, wrap", [
+    (SIGNED, signed), (SAFE, lambda body: sealed(seal(body))), (PLAIN_TOO, lambda body: sealed(seal(body))),
+    (PLAIN_TOO, lambda body: signed(body, token=SAFE["token"])), ({**SIGNED, "allow_unsigned": True}, signed)],
+    ids=["signed", "safe", "compatible, sealed", "compatible, plain", "signed, though it need not be"])
+def test_handle_refuses_no_proven_message_for_a_character(
+        settings: Dict[str, Any], wrap: Callable[[bytes], Request], body: bytes, content: str) -> None:
+    world, payloads = World(**settings), []
+    deliver = world.deliver
+    world.deliver = lambda taken: [payloads.append(payload) for _, payload in taken] and deliver(taken)  # type: ignore
+    assert world.ask(wrap(body)).outcome == "accepted"
+    assert [message.content for message in world.submitted] == [content]
+    assert [parse(payload) for payload in payloads] == world.submitted, "what the journal gets must be readable"
+
+
+@pytest.mark.parametrize("body", [body for body, _ in ODD_TEXTS.values()], ids=ODD_TEXTS.keys())
+@pytest.mark.parametrize("settings, query", [
+    ({}, ""), ({}, signed_query(TOKEN)), ({**SIGNED, "allow_unsigned": True}, "")],
+    ids=["open", "no token", "unsigned"])
+def test_handle_wants_every_character_of_what_is_not_proven(settings: Dict[str, Any], query: str, body: bytes) -> None:
+    world = World(**settings)
+    assert world.push(body, query).status == 400
+    assert world.unreadable == []
+
+
+@pytest.mark.parametrize("encrypt", [ENCRYPT + "\udcff", ENCRYPT[:-4] + "\udcff\udcff" + ENCRYPT[-2:]],
+    ids=["after", "inside"])
+def test_handle_wants_every_character_of_an_envelope(encrypt: str) -> None:
+    body = b'{"Encrypt": "%s"}' % encrypt.encode("utf-8", "surrogateescape")
+    for signed_text in (encrypt.replace("\udcff", "\ufffd"), encrypt.replace("\udcff", "")):
+        assert World(**SAFE).push(body, sealed_query(signed_text)).status == 403
+
+
+# ---- Proven, and unreadable
+
+
+@pytest.mark.parametrize("payload, reason", [
+    (b"<xml><Content>cut o", "not XML"), (b'{"Content": "cut o', "not JSON"), (b"hello", "neither"),
+    (b"\xff", "neither"),
+    (b"<xml><Content><![CDATA[a]]>b]]></Content></xml>", "has not escaped ]]>"), (b'{"a":' * 40, "nested")], ids=ascii)
+@pytest.mark.parametrize("settings, wrap", [
+    (SIGNED, signed), (SAFE, lambda body: sealed(seal(body)))], ids=["signed", "sealed"])
+def test_handle_keeps_what_is_proven_and_cannot_be_read(
+        settings: Dict[str, Any], wrap: Callable[[bytes], Request], payload: bytes, reason: str) -> None:
+    world = World(**settings)
+    answer = world.ask(wrap(payload))
+    assert answer.status == 400
+    (kept, why), = world.unreadable
+    assert kept == payload
+    assert reason in why
+    assert why.encode() + b"\n" == answer.body
+
+
+@pytest.mark.parametrize("settings, request_", [
+    ({}, post(b"hello")), ({**SIGNED, "allow_unsigned": True}, post(b"hello")), (SIGNED, post(b"hello")),
+    (SIGNED, signed(b"hello", token="other")), (SIGNED, signed(b"")), (SIGNED, signed()), (SAFE, sealed("AAAA"))],
+    ids=["open", "unsigned", "no signature", "wrong signature", "empty", "good", "no envelope"])
+def test_handle_keeps_nothing_else(settings: Dict[str, Any], request_: Request) -> None:
+    world = World(**settings)
+    world.ask(request_)
+    assert world.unreadable == []
 
 
 # ---- Several at once
@@ -301,7 +488,7 @@ def test_handle_all_runs_a_message_once_that_comes_twice(world: World) -> None:
 def test_handle_all_hands_everything_over_before_it_waits_for_any() -> None:
     world, counts = World(), []
     deliver = world.deliver
-    world.deliver = lambda taken: (counts.append(len(taken)), deliver(taken))  # type: ignore
+    world.deliver = lambda taken: counts.append(len(taken)) or deliver(taken)  # type: ignore
     world.endpoint.handle_all([post(push(number=number)) for number in (1, 2, 3)])
     assert counts == [3]
 
@@ -312,7 +499,7 @@ def test_handle_all_of_nothing_is_nothing(world: World) -> None:
 
 def test_handle_hands_over_the_bytes_of_the_message_decrypted() -> None:
     world, payloads = World(**SAFE), []
-    world.deliver = lambda taken: payloads.extend(payload for _, payload in taken)  # type: ignore
+    world.deliver = lambda taken: payloads.extend(payload for _, payload in taken) or [True]  # type: ignore
     assert world.ask(sealed(seal())).status == 200
     assert payloads == [BODY]
 
@@ -323,6 +510,13 @@ def test_handle_hands_over_the_bytes_of_the_message_decrypted() -> None:
 VECTOR = PUBLISHED["signatures"][0]
 PROOF = {name: VECTOR[name] for name in ("signature", "timestamp", "nonce")}
 ECHO = {"echoStr": VECTOR["echostr"]}
+
+def multipart(values: Mapping[str, str], header: str = "") -> bytes:
+    """The values as multipart/form-data, as browsers and HTTP libraries write it."""
+    parts = "".join(f'--X1\r\nContent-Disposition: form-data; name="{name}"{header}\r\n\r\n{value}\r\n'
+                    for name, value in values.items())
+    return f"{parts}--X1--\r\n".encode()
+
 
 HANDSHAKES: Dict[str, Request] = {
     "POST, query": Request("POST", "/", urlencode({**PROOF, **ECHO})),
@@ -336,6 +530,24 @@ HANDSHAKES: Dict[str, Request] = {
     "POST, query and form": Request("POST", "/", urlencode(PROOF), urlencode(ECHO).encode()),
     "POST, other values beside": Request("POST", "/", urlencode({"a": "", **PROOF, **ECHO, "b": "é"})),
     "POST, query, with a push for a body": Request("POST", "/", urlencode({**PROOF, **ECHO}), BODY),
+    "POST, signature in upper case": Request(
+        "POST", "/", urlencode({**PROOF, **ECHO, "signature": PROOF["signature"].upper()})),
+    "POST, JSON": post(json.dumps({**PROOF, **ECHO}).encode()),
+    "POST, JSON, numbers": post(re.sub(r'"(\d+)"', r"\1", json.dumps({**PROOF, **ECHO})).encode()),
+    "POST, JSON, small name": post(json.dumps({**PROOF, "echostr": VECTOR["echostr"]}).encode()),
+    "POST, JSON after a BOM": post(b"\xef\xbb\xbf" + json.dumps({**PROOF, **ECHO}).encode()),
+    "POST, JSON, other values beside": post(json.dumps({**PROOF, **ECHO, "appId": 1, "more": {"a": []}}).encode()),
+    "POST, query and JSON": Request("POST", "/", urlencode(PROOF), json.dumps(ECHO).encode()),
+    "POST, XML": post(encode_xml({**PROOF, **ECHO})),
+    "POST, XML, numbers, with a declaration": post(b'<?xml version="1.0" encoding="UTF-8"?>' + encode_xml(
+        {name: int(value) if value.isdecimal() else value for name, value in {**PROOF, **ECHO}.items()})),
+    "POST, query and XML": Request("POST", "/", urlencode(PROOF), encode_xml(ECHO)),
+    "POST, multipart": post(multipart({**PROOF, **ECHO})),
+    "POST, multipart, headers beside": post(
+        multipart({**PROOF, **ECHO}, "\r\nContent-Type: text/plain; charset=UTF-8")),
+    "POST, multipart, newline before it": post(b"\r\n" + multipart({**PROOF, **ECHO})),
+    "POST, multipart without an end": post(multipart({**PROOF, **ECHO, "more": ""})[:-8]),
+    "POST, query and multipart": Request("POST", "/", urlencode(PROOF), multipart(ECHO)),
 }
 
 
@@ -346,10 +558,73 @@ def test_handle_handshake_comes_in_many_ways(request_: Request) -> None:
     assert world.submitted == []
 
 
+@pytest.mark.parametrize("request_", HANDSHAKES.values(), ids=HANDSHAKES.keys())
+def test_handle_handshake_must_be_proven_wherever_it_comes(request_: Request) -> None:
+    assert World(token="other").ask(request_)[:2] == (403, b"forbidden\n")
+
+
+SAFE_PROOF = dict(parse_qsl(signed_query(SAFE["token"])))
+
+
 @pytest.mark.parametrize("settings", [SAFE, PLAIN_TOO], ids=["safe mode", "compatible mode"])
-def test_handle_handshake_is_plain_in_every_mode(settings: Dict[str, Any]) -> None:
-    query = signed_query(SAFE["token"], echoStr="123")
-    assert World(**settings).ask(post(b"", query))[:2] == (200, b"123")
+@pytest.mark.parametrize("write", [
+    lambda values: post(b"", urlencode(values)), lambda values: post(urlencode(values).encode()),
+    lambda values: post(json.dumps(values).encode()), lambda values: post(encode_xml(values)),
+    lambda values: post(multipart(values))], ids=["query", "form", "JSON", "XML", "multipart"])
+def test_handle_handshake_is_plain_in_every_mode(
+        settings: Dict[str, Any], write: Callable[[Dict[str, str]], Request]) -> None:
+    world = World(**settings)
+    assert world.ask(write({**SAFE_PROOF, "echoStr": "123"}))[:2] == (200, b"123")
+    assert world.ask(write({**SAFE_PROOF, "signature": sign("other", "1", "2"), "echoStr": "123"})).status == 403
+
+
+@pytest.mark.parametrize("name", ["echoStr", "echostr", "signature", "timestamp"])
+def test_handle_never_takes_a_sealed_push_for_a_handshake(name: str) -> None:
+    world = World(**SAFE)
+    assert world.ask(sealed(ENCRYPT)._replace(body=json.dumps({"Encrypt": ENCRYPT, name: "1"}).encode())).status == 200
+    assert world.submitted == [parse(BODY)]
+    body = json.dumps({"Encrypt": ENCRYPT, **SAFE_PROOF, "echoStr": "1"}).encode()
+    assert World(**SAFE).push(body).status == 403, "a handshake's signature proves no envelope"
+
+
+MESSAGES = [{"MsgType": "text"}, {"MsgType": ""}, {"event": "AUTHORIZED"}, {"Event": "x"}, {"MsgId": 1, "Content": "x"},
+            {"FromUserName": "user"}, {"MsgType": {"a": "b"}}]
+
+
+@pytest.mark.parametrize("fields", MESSAGES, ids=str)
+def test_handle_never_takes_a_message_for_a_handshake(world: World, fields: Dict[str, Any]) -> None:
+    assert world.push(json.dumps({**fields, "echoStr": "1"}).encode()).outcome == "accepted"
+    assert len(world.submitted) == 1
+
+
+@pytest.mark.parametrize("content", ["echoStr", "&echoStr=1&", '"echoStr": "1"', "<echoStr>1</echoStr>",
+                                     '--X1\n\nContent-Disposition: form-data; name="echoStr"\n\n1'])
+@pytest.mark.parametrize("write", [encode_xml, encode_json])
+def test_handle_lets_users_write_of_handshakes(
+        world: World, write: Callable[[Dict[str, str]], bytes], content: str) -> None:
+    assert world.push(write({"MsgType": "text", "Content": content})).outcome == "accepted"
+    assert [message.content for message in world.submitted] == [content]
+
+
+@pytest.mark.parametrize("value", ["", " a b ", "\n1\n", "é你", "<&>]]>", "0", "\x1d"], ids=ascii)
+@pytest.mark.parametrize("write", [encode_xml, encode_json, multipart])
+def test_handle_handshake_in_a_body_echoes_to_the_letter(
+        world: World, write: Callable[[Dict[str, str]], bytes], value: str) -> None:
+    assert world.push(write({"echoStr": value}))[:3] == (200, value.encode(), "handshake")
+
+
+@pytest.mark.parametrize("number", ["4375120948345356249", "1.0", "-0", "1e5", "99999999999999999999"])
+def test_handle_handshake_echoes_a_number_to_the_digit(world: World, number: str) -> None:
+    assert world.push(b'{"echoStr": %s}' % number.encode())[:2] == (200, number.encode())
+
+
+@pytest.mark.parametrize("body", [
+    b'{"echoStr": ["1"]}', b'{"echoStr": {"a": "1"}}', b"<xml><echoStr>1</echoStr><echoStr>2</echoStr></xml>",
+    b'{"a": {"echoStr": "1"}}', b"<xml><a><echoStr>1</echoStr></a></xml>", b'{"echoStr": "1"', b'{"echoStr": "\xff"}',
+    b"--X1\r\nContent-Disposition: form-data; filename=\"name=echoStr\"\r\n\r\n1\r\n--X1--\r\n", b"--echoStr", b"--",
+    b"--X1\r\nX-Content-Disposition: form-data; name=echoStr\r\n\r\n1\r\n--X1--\r\n"], ids=ascii)
+def test_handle_takes_no_other_shape_for_a_handshake(world: World, body: bytes) -> None:
+    assert world.push(body).outcome != "handshake"
 
 
 ECHOES = [b"", b"0", b" a b ", b"a+b", b"a&b=c%41", b"<xml>", "é你".encode(), b"\xff\xfe\x80", b"\r\nX: y", b"\x00",
@@ -374,14 +649,14 @@ def test_handle_handshake_echoes_bytes_that_were_not_escaped(world: World, value
 
 
 NO_HANDSHAKES: Dict[str, Tuple[bytes, int]] = {
-    "JSON with the name": (b'{"echoStr": "1"}', 200),
-    "XML with the name": (b"<xml><echoStr>1</echoStr></xml>", 200),
     "JSON that quotes one": (b'{"Content": "&echoStr=1&"}', 200),
     "JSON that quotes one behind a BOM": (b'\xef\xbb\xbf{"Content": "&echoStr=1&"}', 200),
     "JSON that quotes one behind blanks": (b' \r\n{"Content": "&echoStr=1&"}', 200),
     "another name": (b"echo=1", 400),
     "name in capitals": (b"ECHOSTR=1", 400),
     "longer than a handshake": (b"echoStr=" + b"1" * MAX_HANDSHAKE, 400),
+    "JSON, longer than a handshake": (b'{"echoStr": "' + b"1" * MAX_HANDSHAKE + b'"}', 200),
+    "multipart, longer than a handshake": (multipart({"echoStr": "1" * MAX_HANDSHAKE}), 400),
 }
 
 
@@ -459,9 +734,9 @@ def test_handle_opens_the_published_encrypted_push() -> None:
     assert world.submitted[0].fields["debug_str"] == "hello world"
 
 
-ENCRYPT = seal()
 IN_BODY = {"Encrypt": ENCRYPT, "MsgSignature": sign(SAFE["token"], str(NOW), "nonce", ENCRYPT), "TimeStamp": str(NOW),
            "Nonce": "nonce"}
+HALF_IN_BODY = json.dumps({"Encrypt": ENCRYPT, "MsgSignature": IN_BODY["MsgSignature"]}).encode()
 XML_BODY = "<xml>" + "".join(f"<{name}><![CDATA[{value}]]></{name}>" for name, value in IN_BODY.items()) + "</xml>"
 
 ENVELOPES: Dict[str, Request] = {
@@ -477,6 +752,14 @@ ENVELOPES: Dict[str, Request] = {
     "blanks around it": post(f"<xml><Encrypt>\n {ENCRYPT} \n</Encrypt></xml>".encode(), sealed_query(ENCRYPT)),
     "blanks around it, signed with it": sealed(f"\n {ENCRYPT} \n"),
     "newlines inside it, signed with it": sealed("\r\n".join([ENCRYPT[:76], ENCRYPT[76:]])),
+    "signature in upper case": post(sealed(ENCRYPT).body, re.sub(
+        "(?<=msg_signature=)[0-9a-f]+", lambda found: found.group().upper(), sealed_query(ENCRYPT))),
+    "signature in the body, timestamp and nonce in the query": post(HALF_IN_BODY, f"timestamp={NOW}&nonce=nonce"),
+    "signature in the body, and a plain one in the query": post(HALF_IN_BODY, signed_query(SAFE["token"])),
+    "signature in the query, timestamp and nonce in the body": post(
+        json.dumps({**IN_BODY, "MsgSignature": ""}).encode(), f"msg_signature={IN_BODY['MsgSignature']}"),
+    "processing instructions and a namespace": post(
+        f'<?x?><xml xmlns="urn:x"><?y?><Encrypt>{ENCRYPT}</Encrypt></xml>'.encode(), sealed_query(ENCRYPT)),
     "a BOM before it": post(b"\xef\xbb\xbf" + sealed(ENCRYPT).body, sealed_query(ENCRYPT)),
 }
 
@@ -493,6 +776,31 @@ def test_handle_opens_a_message_of_either_kind(body: bytes) -> None:
     world = World(**SAFE)
     world.ask(sealed(seal(body)))
     assert world.submitted == [parse(body)]
+
+
+@pytest.mark.parametrize("body, query", [
+    ({**IN_BODY, "TimeStamp": "1"}, f"timestamp={NOW}&nonce=nonce"),
+    ({"Encrypt": ENCRYPT}, f"timestamp={NOW}&nonce=nonce&signature={IN_BODY['MsgSignature']}"),
+    ({"Encrypt": ENCRYPT, "MsgSignature": "0" * 40}, sealed_query(ENCRYPT).replace("msg_signature", "MsgSignature")),
+    (IN_BODY, "msg_signature=&timestamp=1"), ({**IN_BODY, "MsgSignature": [IN_BODY["MsgSignature"]]}, "")],
+    ids=["another timestamp in the query", "another name", "another name in the query", "empty in the query", "a list"])
+def test_handle_takes_a_message_signature_from_one_place(body: Dict[str, Any], query: str) -> None:
+    assert World(**SAFE).push(json.dumps(body).encode(), query).status == 403
+
+
+@pytest.mark.parametrize("prefix", ["n:", "xml:"])
+@pytest.mark.parametrize("settings", [SAFE, PLAIN_TOO], ids=["safe", "compatible"])
+def test_handle_takes_no_prefixed_field_for_the_envelope(settings: Dict[str, Any], prefix: str) -> None:
+    body = f'<xml xmlns:n="urn:x"><{prefix}Encrypt>{ENCRYPT}</{prefix}Encrypt></xml>'.encode()
+    assert World(**settings).push(body, sealed_query(ENCRYPT)).status == 403
+
+
+@pytest.mark.parametrize("app_id, status", [
+    ("17328232", 403), (f"17328232,{SAFE['app_id']}", 200), (f"{SAFE['app_id']}, 17328232", 200)])
+def test_handle_takes_pushes_for_each_of_several_app_ids(lines: Lines, app_id: str, status: int) -> None:
+    assert World(**{**SAFE, "app_id": app_id}).ask(sealed(ENCRYPT)).status == status
+    assert all(SAFE["app_id"] in line and "--app-id" in line for line in lines(logging.WARNING))
+    assert len(lines(logging.WARNING)) == (status == 403)
 
 
 @pytest.mark.parametrize("body", [b"", b"hello", b"[]", b"<!DOCTYPE xml><xml/>"], ids=ascii)
@@ -521,16 +829,6 @@ def test_handle_takes_no_harm_from_an_envelope_of_another_shape(settings: Dict[s
 
 
 # ---- Logs
-
-
-@pytest.fixture
-def lines(caplog: pytest.LogCaptureFixture) -> Callable[[int], List[str]]:
-    """What was logged at a level, in order."""
-    caplog.set_level(logging.DEBUG, "kfserver")
-    return lambda level: [record.getMessage() for record in caplog.records if record.levelno == level]
-
-
-Lines = Callable[[int], List[str]]
 
 
 @pytest.mark.parametrize("row", TABLE.values(), ids=TABLE.keys())

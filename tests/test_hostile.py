@@ -6,15 +6,16 @@ itself is the sender's, and is there before. No test here asks for time: a machi
 
 from __future__ import annotations
 
-import json
+import subprocess
+import sys
 import tracemalloc
 from typing import Callable, Dict, Tuple
 
 import pytest
-from conftest import World
-from support import PUBLISHED
+from conftest import World, signed_query
+from support import PUBLISHED, ROOT
 
-from kfserver import Response, Settings
+from kfserver import MAX_DEPTH, Response, Settings
 
 LIMIT = Settings().max_body
 MOST_MEMORY = 10 * 1024 * 1024
@@ -72,25 +73,20 @@ XML: Dict[str, bytes] = {
     "unfinished": b"<xml><Content>hi", "unfinished tag": b"<xml", "mismatched": b"<xml></lmx>",
     "two roots": b"<xml/><xml/>", "text behind the root": b"<xml/>hi", "text before the root": b"hi<xml/>",
     "no name": b"<>", "only a mark": b"<", "only a declaration": b'<?xml version="1.0"?>',
-    "only a comment": b"<!-- -->", "comment first": b"<!-- --><xml/>", "CDATA for a root": b"<![CDATA[x]]>",
+    "only a comment": b"<!-- -->", "CDATA for a root": b"<![CDATA[x]]>",
     "unfinished CDATA": b"<xml><![CDATA[x</xml>", "CDATA end in text": b"<xml><A>]]></A></xml>",
     "HTML": b"<html><body><p>Hello<br></body></html>", "entity that is not declared": b"<xml><A>&a;</A></xml>",
-    "bare ampersand": b"<xml><A>a & b</A></xml>", "reference to a control character": b"<xml><A>&#29;</A></xml>",
-    "reference to NUL": b"<xml><A>&#0;</A></xml>", "reference to half a character": b"<xml><A>&#xD800;</A></xml>",
+    "bare ampersand": b"<xml><A>a & b</A></xml>",
     "reference beyond Unicode": b"<xml><A>&#x110000;</A></xml>",
     "reference of many digits": b"<xml><A>&#" + b"9" * 5000 + b";</A></xml>",
     "attribute twice": b'<xml a="1" a="2"/>', "attribute without quotes": b"<xml a=1/>",
-    "control character in a name": b"<x\x1dml/>", "processing instruction first": b"<?x y?><xml/>",
-    "processing instruction inside": b"<xml><?x y?><A>1</A></xml>",
-    "processing instruction behind": b"<xml><A>1</A></xml><?x y?>",
-    "style sheet": b'<?xml-stylesheet href="x"?><xml/>', "declaration inside": b'<xml><?xml version="1.0"?></xml>',
-    "namespace": b'<xml xmlns="urn:x"><A>1</A></xml>',
-    "namespace of a field": b'<xml xmlns:n="urn:x"><n:A>1</n:A></xml>',
-    "namespace of the root": b'<n:xml xmlns:n="urn:x"><A>1</A></n:xml>',
-    "namespace of an attribute": b'<xml xmlns:n="urn:x"><A n:b="1">1</A></xml>',
-    "namespace inside": b'<xml><A xmlns="urn:x">1</A></xml>',
-    "prefix that is not declared": b"<xml><n:A>1</n:A></xml>", "prefix that needs none": b"<xml><xml:A>1</xml:A></xml>",
-    "attribute's prefix that needs none": b'<xml><A xml:lang="zh">1</A></xml>',
+    "control character in a name": b"<x\x1dml/>",
+    "instruction without a name": b"<??><xml/>", "unfinished instruction": b"<?x <xml/>",
+    "unfinished comment": b"<!-- <xml/>", "comment that only looks finished": b"<!--><xml/>",
+    "DOCTYPE after what only looks like a comment": b"<!--><xml>--><!DOCTYPE xml><xml/>",
+    "DOCTYPE after instructions": b"<?a?>\n<!-- <xml> --><?b <xml>?><!DOCTYPE xml><xml/>",
+    "declaration inside": b'<xml><?xml version="1.0"?></xml>',
+    "CDATA end in text that is marked up": b"<xml><A><![CDATA[a]]>b]]></A></xml>",
 }
 
 ENCODINGS: Dict[str, bytes] = {
@@ -114,8 +110,7 @@ ENCODINGS: Dict[str, bytes] = {
     **{f"XML, {name}": b"<xml><A>" + octets + b"</A></xml>" for name, octets in {
         "cut character": b"\xe4\xbd", "overlong": b"\xc0\xbc", "overlong NUL": b"\xc0\x80", "no lead": b"\x80",
         "half a character": b"\xed\xa0\x80", "half a character beside a control character": b"\x1d\xed\xa0\x80",
-        "beyond Unicode": b"\xf4\x90\x80\x80", "FF": b"\xff", "FF beside a control character": b"\x1d\xff",
-        "FFFF": b"\xef\xbf\xbf"}.items()},
+        "beyond Unicode": b"\xf4\x90\x80\x80", "FF": b"\xff", "FF beside a control character": b"\x1d\xff"}.items()},
     **{f"JSON, {name}": b'{"A": "' + octets + b'"}' for name, octets in {
         "cut character": b"\xe4\xbd", "overlong": b"\xc0\xa2", "half a character": b"\xed\xa0\x80",
         "beyond Unicode": b"\xf4\x90\x80\x80", "no lead": b"\x80", "FF": b"\xff"}.items()},
@@ -185,8 +180,10 @@ LARGE: Dict[str, Callable[[], bytes]] = {
     "XML: megabyte declaration": fill(b'<?xml version="1.0"', b" x", b"?><xml/>"),
     "XML: megabyte declaration, unfinished": fill(b"<?xml ", b" encoding="),
     "XML: megabyte encoding": fill(b'<?xml version="1.0" encoding="', b"a", b'"?><xml/>'),
-    "XML: megabyte instruction": fill(b"<xml><?a ", b"a", b"?></xml>"),
     "XML: megabyte instruction first": fill(b"<?a ", b"<a>", b"?><xml/>"),
+    "XML: megabyte of instructions first": fill(b"", b"<?a?>", b"<xml/>"),
+    "XML: megabyte of comments first": fill(b"", b"<!---->", b"<xml/>"),
+    "XML: megabyte of references to control characters": fill(b"<xml><A>", b"ab&#29;", b"</A></xml>"),
     "XML: megabyte DOCTYPE": fill(b"<!DOCTYPE xml [", b'<!ENTITY a "&a;">', b"]><xml/>"),
     "XML: megabyte comment, unfinished": fill(b"<xml><!--", b"- -\n"),
     "XML: megabyte CDATA, unfinished": fill(b"<xml><Content><![CDATA[", b"]]\n"),
@@ -254,6 +251,11 @@ HEAVY: Dict[str, Callable[[], bytes]] = {
     "XML sender": fill(b"<xml><FromUserName>", "你".encode(), b"</FromUserName></xml>"),
     "XML layout": fill(b"<xml>", b" \n", b"</xml>"),
     "XML comment": fill(b"<xml><!--", b"a\n", b"--></xml>"),
+    "XML instruction": fill(b"<xml><?a ", b"a", b"?></xml>"),
+    "XML instruction first": fill(b"<?a ", b"a", b"?><xml/>"),
+    "XML of instructions first": lambda: b"<?a?>" * 19990 + b"<xml/>",
+    "XML namespace": fill(b'<xml xmlns="', b"a", b'"><b/></xml>'),
+    "XML text of U+FFFF": fill(TEXT, b"\xef\xbf\xbf", TEXT_END),
     "XML attribute": fill(b'<xml a="', b"a\n", b'"/>'),
     "XML attribute of references": fill(b'<xml a="', b"&amp;", b'"/>'),
     "XML of many names": lambda: b"<xml>" + b"".join(b"<n%042d/>" % number for number in range(19990)) + b"</xml>",
@@ -303,33 +305,81 @@ def test_handle_refuses_a_large_envelope_that_is_not_signed_in_little_memory(mak
     assert memory < MOST_MEMORY
 
 
-# ---- As deep as the parser goes
+NO_TEXTS = [fill(b'{"Content":"' + head, unit, b'"}')
+            for head in (b"", EMOJI, b"\\ud800") for unit in (b"\xff", b"a\xff", b"a")]
 
 
-def can_decode(body: bytes) -> bool:
-    """Whether the standard library's decoder gets to the bottom of ``body`` from here."""
+@pytest.mark.parametrize("make", [*LARGE.values(), *HEAVY.values(), *NO_TEXTS])
+def test_handle_reads_what_is_proven_in_little_memory_too(make: Callable[[], bytes]) -> None:
+    world, body = World(token="token"), make()
+    tracemalloc.start()
     try:
-        json.loads(body.decode())
-    except RecursionError:
-        return False
-    return True
+        response = world.push(body, signed_query("token"))
+        assert tracemalloc.get_traced_memory()[1] < MOST_MEMORY
+    finally:
+        tracemalloc.stop()
+    assert response.status in (200, 400)
 
 
-def deepest(make: Callable[[int], bytes]) -> int:
-    """The deepest nesting that the decoder takes; Python's versions and settings differ in it."""
-    low, high = 1, 1_000_000
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if can_decode(make(middle)) else (low, middle)
-    return low
+# ---- Deep
+
+DEEP: Dict[str, Tuple[str, str]] = {
+    "arrays": ("[", "]"), "objects": ('{"a":', "}"), "arrays and objects": ('[{"a":', "}]"),
+    "arrays after texts": ('["\\"[",', "]"), "elements": ("<a>", "</a>"),
+    "elements with texts": ("<a>b<![CDATA[</a>]]>", "</a>"), "elements and instructions": ("<a><?b?>", "</a>"),
+    "elements with control characters": ("<a>\x1d&#29;", "</a>")}
+# What threads get on some systems is 256 KiB or less; each of these runs recursive code out of that.
+LEVELS = 60_000
+IN_SMALL_THREADS = """
+import sys, threading
+sys.path[:0] = sys.argv[1:3]
+from conftest import World, signed_query
+from support import PUBLISHED
+from test_hostile import DEEP, LEVELS
+
+SEALED = PUBLISHED["encrypted"][0]
+SAFE = {"token": SEALED["token"], "aes_key": SEALED["encoding_aes_key"], "app_id": SEALED["app_id"]}
+
+def ask():
+    for opening, closing in DEEP.values():
+        for count in (LEVELS // len(opening), LEVELS):
+            for ending in ("1" + closing * count, ""):
+                deep = opening * count + ending
+                xml = [deep, f"<xml><Encrypt>{deep}</Encrypt></xml>", f"<xml><echoStr>{deep}</echoStr></xml>"]
+                json = ['{"a":' + deep + "}", '{"Encrypt":' + deep + "}", '{"echoStr":1,"a":' + deep]
+                for body in xml if opening.startswith("<") else json:
+                    for settings in ({}, {"token": SAFE["token"]}, SAFE, {**SAFE, "compatible": True}):
+                        query = signed_query(SAFE["token"]) if settings else ""
+                        statuses.add(World(max_body=2 ** 24, **settings).push(body.encode(), query).status)
+
+statuses = set()
+threading.stack_size(256 * 1024)
+thread = threading.Thread(target=ask)
+thread.start()
+thread.join()
+print(sorted(statuses))
+"""
 
 
-@pytest.mark.parametrize("escape", ["x", "\\ud83d\\ude00"], ids=["plain", "emoji"])
-@pytest.mark.parametrize("opening, closing", [("[", "]"), ('{"a":', "}")], ids=["arrays", "objects"])
-def test_handle_refuses_every_depth_around_the_limit_of_recursion(world: World, opening: str, closing: str,
-    escape: str) -> None:
-    def nest(depth: int) -> bytes:
-        return f'{{"x":"{escape}","a":{opening * depth}1{closing * depth}}}'.encode()
-    # Code that walks what was decoded runs out of stack a few levels away from where the decoder does.
-    limit = deepest(nest)
-    assert {world.push(nest(depth)).status for depth in range(limit - 25, limit + 5)} == {400}
+def test_handle_refuses_any_depth_on_a_small_stack() -> None:
+    # A process of its own: what does not hold kills it.
+    run = subprocess.run([sys.executable, "-c", IN_SMALL_THREADS, str(ROOT), str(ROOT / "tests")],
+                         capture_output=True, timeout=300)
+    assert (run.returncode, run.stdout.decode()) == (0, "[400, 403]\n"), run.stderr.decode()[-2000:]
+
+
+@pytest.mark.parametrize("shape", DEEP.keys())
+@pytest.mark.parametrize("levels, status", [(MAX_DEPTH - 1, 200), (MAX_DEPTH + 3, 400), (1000, 400)])
+def test_handle_takes_what_is_not_too_deep(world: World, shape: str, levels: int, status: int) -> None:
+    opening, closing = DEEP[shape]
+    levels = levels // 2 if "and objects" in shape and status == 200 else levels
+    deep = opening * levels + "1" + closing * levels
+    body = f"<xml>{deep}</xml>" if opening.startswith("<") else f'{{"a":{deep}}}'
+    assert world.push(body.encode()).status == status
+
+
+@pytest.mark.parametrize("text", ["[" * 1000, '\\"' + "{" * 1000, "\\\\" + "[" * 1000, '\\\\\\"[' * 1000, "<a>" * 1000],
+    ids=lambda text: text[:8])
+def test_handle_does_not_count_brackets_in_texts(world: World, text: str) -> None:
+    assert world.push(b'{"a":"' + text.encode() + b'","b":[[1]]}').status == 200
+    assert world.push(f"<xml><a><![CDATA[{text}]]></a></xml>".encode()).status == 200

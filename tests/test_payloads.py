@@ -8,7 +8,7 @@ from typing import Any, Dict, List
 import pytest
 from support import PUSHES
 
-from kfserver import MAX_DEPTH, MalformedPush, Message, parse, parse_fields
+from kfserver import MAX_DEPTH, MalformedPush, Message, parse, parse_fields, replace_unreadable
 
 
 def xml(fields: str) -> bytes:
@@ -58,7 +58,8 @@ def test_parse_published_ticket_keeps_its_type_beside_the_event() -> None:
 def test_parse_published_third_party_event_is_an_event_without_sender_or_id() -> None:
     message = parse(PUSHES["third-party event, decrypted: lower-case keys, no MsgType, sender or id"])
     assert (message.msg_type, message.event) == ("event", "ADVANCED_AUDIT_CHANGED")
-    assert (message.from_user_name, message.msg_id, message.create_time) == ("", None, 0)
+    assert (message.from_user_name, message.msg_id) == ("", None)
+    assert (message.to_user_name, message.create_time) == ("1452365", 1547441110)
     assert message.fields["appId"] == "1452365"
 
 
@@ -100,6 +101,33 @@ TWINS: Dict[str, Any] = {
         {"Content": "<!DOCTYPE x> & <Encrypt>y</Encrypt>"}),
     "CDATA split for its own end": (content("a]]]]><![CDATA[>b"), {"Content": "a]]>b"}),
     "references": (xml("<Content>&lt;b&gt; &amp; &#128512;</Content>"), {"Content": "<b> & \U0001f600"}),
+    "references that XML forbids": (
+        xml("<Content>&#29;&#x0;&#xFFFE;&#65535;&#00031;</Content>"), {"Content": "\x1d\x00\ufffe\uffff\x1f"}),
+    "characters that XML forbids": (content("\ufffe\uffff\x1d"), {"Content": "\ufffe\uffff\x1d"}),
+    "surrogates as references": (xml("<A>&#xD83D;&#xDE00;&#55357;&#56832;</A>"), {"A": "\U0001f600\U0001f600"}),
+    "half surrogates as references": (
+        xml("<A>&#xD83D;x&#xDE00;&#xDE00;&#xD83D;</A>"), {"A": "\ufffdx\ufffd\ufffd\ufffd"}),
+    "references that are none in CDATA": (content("&#29;&#xD83D;"), {"Content": "&#29;&#xD83D;"}),
+    "references that are none, beside one": (
+        xml("<!-- <![CDATA[ --><A><![CDATA[&#29;]]>&#29;<![CDATA[&#xFFFE;]]></A>"
+            "<?x &#1; <!-- ?><B>&#2;</B><!-- &#3;-->"),
+        {"A": "&#29;\x1d&#xFFFE;", "B": "\x02"}),
+    "references in attributes": (xml('<A b="&#29;&#xD83D;">&#29;</A>'), {"A": "\x1d"}),
+    "processing instructions": (
+        b'<?xml version="1.0"?><?x y?>\n<?z?><!-- <!DOCTYPE a> --><xml><?x <A>2</A>?><A>1<?x y?>2</A></xml><?x?>',
+        {"A": 12}),
+    "style sheet": (b'<?xml-stylesheet href="x"?><xml><A>1</A></xml>', {"A": 1}),
+    "namespace of all": (b'<xml xmlns="urn:x"><A>1</A></xml>', {"A": 1}),
+    "namespace inside": (xml('<A xmlns="urn:x"><B>1</B></A>'), {"A": {"B": 1}}),
+    "namespace of an attribute": (b'<xml xmlns:n="urn:x"><A n:b="1" xml:lang="zh">1</A></xml>', {"A": 1}),
+    "namespace of the root": (b'<n:xml xmlns:n="urn:x"><A>1</A></n:xml>', {"A": 1}),
+    # A prefix is a part of the name, declared or not: in no packet two names become one.
+    "prefix": (b'<xml xmlns:n="urn:x"><n:A>1</n:A></xml>', {"n:A": 1}),
+    "prefix that is not declared": (xml("<n:A>1</n:A><xml:A>2</xml:A>"), {"n:A": 1, "xml:A": 2}),
+    "prefix beside none": (b'<n:xml xmlns:n="urn:x"><n:Content>1</n:Content><Content>2</Content></n:xml>',
+                           {"n:Content": 1, "Content": 2}),
+    "prefixes of one namespace": (b'<xml xmlns:n="urn:x" xmlns:m="urn:x"><n:A>1</n:A><m:A>2</m:A></xml>',
+                                  {"n:A": 1, "m:A": 2}),
     "text around CDATA": (xml("<Content>a<![CDATA[b]]>c</Content>"), {"Content": "abc"}),
     "comment inside": (xml("<Content>a<!-- x -->b</Content>"), {"Content": "ab"}),
     "nested": (xml("<Info><City>X</City><Size>3</Size></Info>"), {"Info": {"City": "X", "Size": 3}}),
@@ -186,6 +214,31 @@ def test_parse_joins_surrogate_pairs_of_json() -> None:
     assert parse(b'{"Content": "\\ud83d\\uDE00"}').content == "\U0001f600"
 
 
+@pytest.mark.parametrize("payload, text", [
+    (b'{"Content": "\\ud800"}', "\ufffd"), (b'{"Content": "x\\uD83D\\ud83d\\ude00"}', "x\ufffd\U0001f600"),
+    (b'{"Content": "\\ude00\\ud83d"}', "\ufffd\ufffd"), (b'{"Content": "\\\\ud800"}', "\\ud800"),
+    (b'{"Content": "\\\\\\ud800\\n"}', "\\\ufffd\n"), (b'{"Content": "\\ud83d\xed\xb8\x80"}', "\ufffd" * 4),
+    (b'{"Content": "\xff\xe4\xbd"}', "\ufffd\ufffd"), (b'\xef\xbb\xbf {"Content": "\\udfff"}', "\ufffd"),
+    (content("\\ud800"), "\\ud800"), (b"<xml><Content>a\xff\xed\xa0\x80</Content></xml>", "a" + "\ufffd" * 4),
+    (b"<xml><Content>\x1d\xff</Content></xml>", "\x1d\ufffd"),
+    ("<xml><Content>你好</Content></xml>".encode("gbk"), "\ufffd\ufffd\ufffd")], ids=ascii)
+def test_replace_unreadable_leaves_a_message_that_can_be_read(payload: bytes, text: str) -> None:
+    assert parse(replace_unreadable(payload)).content == text
+
+
+@pytest.mark.parametrize("payload", [
+    *PUSHES.values(), b"", b"\xef\xbb\xbf{}", '{"Content": "你好\\ud83d\\ude00"}'.encode(),
+    b'{"a": "\\\\ud800 \\u0000 \\" \\ud83D\\uDe00"}', content("\ufffe\x1d")], ids=lambda payload: ascii(payload)[:24])
+def test_replace_unreadable_changes_nothing_that_can_be_read(payload: bytes) -> None:
+    assert replace_unreadable(payload) == payload
+
+
+@pytest.mark.parametrize("payload", [b'{"\\ud800": 1, "\\udfff": 2}', b'{"A\xff": 1, "A\xfe": 2}', b"<A\xff/>",
+                                     b"<xml><A\xff>1</A\xfe></xml>", b'{"A": "x\xff', b"\xff{}"], ids=ascii)
+def test_replace_unreadable_makes_no_message_of_what_is_malformed(payload: bytes) -> None:
+    assert not is_accepted(replace_unreadable(payload))
+
+
 def test_parse_keeps_a_backslash_that_only_looks_like_a_surrogate() -> None:
     assert parse(b'{"Content": "\\\\ud800"}').content == "\\ud800"
 
@@ -196,7 +249,7 @@ def test_parse_takes_a_missing_type_and_every_type_of_tomorrow() -> None:
 
 
 def test_parse_takes_any_name_in_json() -> None:
-    names: List[str] = ["", " ", "a b", "é", "\U0001f600", "__class__", "a/b", "\x00"]
+    names: List[str] = ["", " ", "a b", "é", "\U0001f600", "__class__", "a/b", "\x00", "n:a"]
     assert list(parse(json.dumps(dict.fromkeys(names, "x")).encode()).fields) == names
 
 
@@ -211,16 +264,20 @@ def test_parse_fields_is_what_a_message_holds() -> None:
     (b"", "empty"), (b" \n", "empty"), (b"hello", "neither an XML document nor a JSON object"),
     (b"[]", "neither an XML document nor a JSON object"), (b"<xml>", "not XML"), (b"<xml></lmx>", "not XML"),
     (b"{", "not JSON"), (b"{'a': 1}", "not JSON"), (b'{"a": "\xff"}', "not UTF-8"), (b'{"a": 1, "a": 2}', "twice"),
-    (b"<!DOCTYPE xml><xml/>", "DOCTYPE"), (b'<?xml version="1.0" encoding="gbk"?><xml/>', "UTF-8")], ids=ascii)
+    (b"<!DOCTYPE xml><xml/>", "DOCTYPE"), (b'<?xml version="1.0" encoding="gbk"?><xml/>', "UTF-8"),
+    *[(content(text), "the sender has not escaped ]]>") for text in ("a]]>b", "]]>", "\x1d]]>", "a]]>&#29;")],
+    (xml("<Content>a]]>b</Content>"), "the sender has not escaped ]]>"),
+    (content("a]]>&"), "invalid token"), (content("a]]><b"), "mismatched tag|invalid token")], ids=ascii)
 def test_parse_refusal_says_why(body: bytes, why: str) -> None:
     with pytest.raises(MalformedPush, match=why):
         parse(body)
 
 
 @pytest.mark.parametrize("body", [
-    b"s3cret", b"<xml><s3cret>", b"<xml>&s3cret;</xml>", b"<xml><A>s3cret</B></xml>", b"<s3cret:xml/>", b'{"s3cret" 1}',
-    b'{"A": s3cret}', b'{"A": "s3cret\\x"}', b'{"s3cret": 1, "s3cret": 2}', b'{"s3cret": NaN}', b'{"s3cret\\ud800": 1}',
-    b"<?s3cret?><xml/>", b'<?xml version="1.0" encoding="s3cret"?><xml/>', b"<!DOCTYPE s3cret><xml/>"], ids=ascii)
+    b"s3cret", b"<xml><s3cret>", b"<xml>&s3cret;</xml>", b"<xml><A>s3cret</B></xml>", b"<xml>s3cret]]></xml>",
+    b'{"s3cret" 1}', b'{"A": s3cret}', b'{"A": "s3cret\\x"}', b'{"s3cret": 1, "s3cret": 2}', b'{"s3cret": NaN}',
+    b'{"s3cret\\ud800": 1}',
+    b"<?s3cret?>", b'<?xml version="1.0" encoding="s3cret"?><xml/>', b"<!DOCTYPE s3cret><xml/>"], ids=ascii)
 def test_parse_refusal_never_repeats_the_text(body: bytes) -> None:
     with pytest.raises(MalformedPush) as error:
         parse(body)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 import traceback
 from typing import Any, Dict, List
 
@@ -81,6 +82,17 @@ def test_settings_error_says_what_the_setting_takes(values: Dict[str, Any], says
     assert str(error.value) == says
 
 
+@pytest.mark.parametrize("app_id", ["a", "a,b", " a , b "])
+def test_settings_app_id_may_name_several(app_id: str) -> None:
+    assert Settings(token="t", aes_key=AES_KEY, app_id=app_id).app_id == app_id
+
+
+@pytest.mark.parametrize("app_id", [",", "a,", ",a", "a,,b", "a, ,b", " "], ids=ascii)
+def test_settings_app_id_names_no_empty_one(app_id: str) -> None:
+    with pytest.raises(SettingsError, match="--app-id"):
+        Settings(token="t", aes_key=AES_KEY, app_id=app_id)
+
+
 @pytest.mark.parametrize("missing", ["token", "app_id"])
 def test_settings_aes_key_is_useless_without_what_proves_a_push(missing: str) -> None:
     given = {"aes_key": AES_KEY, "token": "t", "app_id": "a", missing: ""}
@@ -142,10 +154,44 @@ def test_message_attributes_keep_their_type_when_the_field_is_structured(attribu
 
 
 @pytest.mark.parametrize("text, seconds", [
-    ("1482048670", 1482048670), ("0", 0), ("", 0), ("-5", 0), ("1.5", 0), ("1e9", 0), ("soon", 0), ("²", 0),
-    ("0x10", 0), ("1_000", 0), ("9" * 5000, 0)], ids=lambda value: ascii(value)[:12])
+    ("1482048670", 1482048670), ("0", 0), ("", 0), ("-5", 0), ("1.5", 0), ("soon", 0), ("²", 0),
+    ("0x10", 0), ("1_000", 0), ("9" * 5000, 0),
+    ("1e9", 10 ** 9), ("1.482048670E9", 1482048670), ("1.48204867e+09", 1482048670), ("15e-1", 1), ("1e-99", 0),
+    ("1e18", 10 ** 18), ("1e19", 0), ("1e99", 0), ("1e999", 0), ("-1e9", 0), ("1e", 0), ("e9", 0), ("1e9e9", 0),
+    ("1" * 21 + "e9", 0), ("²e9", 0), ("1e" + "9" * 5000, 0)], ids=lambda value: ascii(value)[:16])
 def test_message_create_time_is_a_number_whatever_came(text: str, seconds: int) -> None:
     assert Message({"CreateTime": text}).create_time == seconds
+
+
+# What `date -u -d "2019-01-14 04:45:10" +%s` says: 12:45:10 in Beijing, which has no summer time.
+WRITTEN = 1547441110
+
+
+@pytest.mark.parametrize("fields, seconds", [
+    ({"eventTime": "2019-01-14 12:45:10"}, WRITTEN), ({"CreateTime": "2019-01-14 12:45:10"}, WRITTEN),
+    ({"eventTime": str(WRITTEN)}, WRITTEN), ({"CreateTime": "5", "eventTime": "2019-01-14 12:45:10"}, 5),
+    ({"CreateTime": "", "eventTime": "2019-01-14 12:45:10"}, WRITTEN), ({"eventTime": "1970-01-01 08:00:00"}, 0),
+    ({"eventTime": "1970-01-01 00:00:00"}, 0), ({"eventTime": "2019-02-30 12:45:10"}, 0),
+    ({"eventTime": "2019-01-14 25:45:10"}, 0), ({"eventTime": "2019-01-14"}, 0), ({"eventTime": "0000-01-14 1:1:1"}, 0),
+    ({"eventTime": "x" * 100000}, 0), ({"eventTime": {"a": "b"}}, 0)], ids=lambda value: ascii(value)[:60])
+@pytest.mark.parametrize("zone", ["UTC", "America/New_York"])
+def test_message_create_time_of_a_written_time_is_that_of_beijing(
+        fields: Dict[str, Any], seconds: int, zone: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TZ", zone)
+    time.tzset()
+    try:
+        assert Message(fields).create_time == seconds
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+
+
+@pytest.mark.parametrize("fields, app_id", [
+    ({"appId": "15263713"}, "15263713"), ({"ToUserName": "app", "appId": "15263713"}, "app"),
+    ({"ToUserName": "", "appId": "15263713"}, "15263713"), ({"tpAppId": "14242323"}, ""), ({"appId": ["1"]}, "")],
+    ids=str)
+def test_message_to_user_name_of_a_third_party_event_is_its_app_id(fields: Dict[str, Any], app_id: str) -> None:
+    assert Message(fields).to_user_name == app_id
 
 
 @pytest.mark.parametrize("fields, msg_type, event", [
