@@ -42,8 +42,8 @@ Sections, in the order of dependence; a name refers only to what stands above it
     20 Journal command
     21 Command line
 
-Sections 1 to 8 are pure: they touch no socket, file, clock or thread, and are given
-the clock, the claims and the queue as arguments.
+Sections 1 to 8 are pure: they touch no socket, file or clock, and are given the clock,
+the claims and the queue as arguments. Their one thread is that of async handlers.
 """
 
 from __future__ import annotations
@@ -82,8 +82,7 @@ import sys
 import threading
 import time
 import traceback
-import xml.etree.ElementTree as ElementTree
-import uuid
+import weakref
 from collections import Counter, OrderedDict, deque
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -91,12 +90,13 @@ from pathlib import PurePath
 from socketserver import TCPServer
 from types import MappingProxyType, ModuleType, TracebackType
 from typing import (TYPE_CHECKING, Any, Callable, Deque, Dict, Generator, Iterable, Iterator, List, Mapping, NamedTuple,
-                    NoReturn, Optional, Pattern, Sequence, Set, TextIO, Tuple, Type, TypeVar, Union)
+                    NoReturn, Optional, Sequence, Set, TextIO, Tuple, Type, TypeVar, Union)
 from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlencode, urlsplit
 from xml.parsers.expat import ErrorString, ExpatError, ParserCreate
 
 if TYPE_CHECKING:
     import sqlite3
+    from concurrent.futures import Future
 
 try:
     import fcntl
@@ -171,6 +171,10 @@ class SettingsError(KfError):
 
 class HandlerError(KfError):
     """The fault of who wrote the handlers: a registration or a return value that cannot work."""
+
+
+class PatternError(KfError):
+    """A function that is a pattern raised an error: the try has failed, as if the handler had raised it."""
 
 
 class ReplyError(KfError):
@@ -413,13 +417,16 @@ class Message:
     ``key`` is the deduplication key: the same after a restart, so a handler can use it to know a message again.
     """
 
-    __slots__ = ("fields", "key", "outbox")
+    __slots__ = ("fields", "key", "kept_session", "outbox")
 
-    def __init__(self, fields: Mapping[str, Any], outbox: Optional[Callable[[Answers], None]] = None) -> None:
-        """``outbox`` takes what `reply` is given: in a test, the ``append`` of a list."""
+    def __init__(self, fields: Mapping[str, Any], outbox: Optional[Callable[[Answers], None]] = None,
+                 session: Union[None, Dict[str, Any], Callable[[], Dict[str, Any]]] = None) -> None:
+        """``outbox`` takes what `reply` is given: in a test, the ``append`` of a list. ``session`` is a dict, or a
+        function that is called for one when `session` is used for the first time."""
         self.fields = MappingProxyType(fields) if isinstance(fields, dict) else fields
         self.key = ""
         self.outbox = outbox
+        self.kept_session = session
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Message) and self.fields == other.fields
@@ -429,6 +436,13 @@ class Message:
         return f"<Message {self.msg_type} {self.key}>"
 
     __hash__ = None  # type: ignore[assignment]
+
+    @property
+    def session(self) -> Dict[str, Any]:
+        """What the dialogue with this sender must remember: a dict of what JSON has, saved when the handler returns."""
+        if not isinstance(self.kept_session, dict):
+            self.kept_session = self.kept_session() if self.kept_session else {}
+        return self.kept_session
 
     def reply(self, answers: Answers) -> None:
         """Send answers to the user now, from inside a handler that goes on; returning them sends them at its end.
@@ -1142,21 +1156,208 @@ class ClaimCache:
 
 
 # ---- 7 Handlers -----------------------------------------------------------------------------------------------------
-# Law: which function takes which message. Knows nothing of threads, retries or where messages come from.
+# Law: which function takes which message, and how it is called, plain or async. Knows nothing of retries or where
+# messages come from. Its one thread is that of the event loop, which exists only if a function is async.
 
-Handler = Callable[..., Answers]
+Handler = Callable[..., Any]  # returns Answers, or an awaitable of them
 ErrorHandler = Callable[[Message, BaseException], object]
 HandlerT = TypeVar("HandlerT", bound=Callable[..., Any])
+# What narrows a type down: a text, an expression, or a function that is given the message.
+Pattern = Union[str, "re.Pattern[str]", Callable[[Message], object]]
 
-# The types whose messages carry a text that patterns can be held against, and where it is.
+# The types whose messages carry a text that patterns are compared with, and where it is.
 _SUBJECTS: Mapping[str, Callable[[Message], str]] = MappingProxyType(
     {"text": lambda message: message.content.strip(), "event": lambda message: message.event})
-# Kinds of unhandled message that are told of; a sender that invents types shall not fill memory and log.
+# Kinds of unhandled message that are told of: bounds what a sender that invents types puts into memory and log.
 MAX_KINDS_TOLD = 100
+# Seconds after which a thread that waits for an async function looks whether the event loop still runs.
+LOOP_CHECK_SECONDS = 1.0
+
+
+def encode_session(session: Dict[str, Any]) -> str:
+    """The session as JSON text that decodes to an equal dict; empty for an empty one.
+
+    Raises `HandlerError` that names the key whose value JSON does not have.
+    """
+    text = _encode_exactly(session) if session else ""
+    if text is None:
+        wrong = next((key for key, value in session.items() if _encode_exactly({key: value}) is None), "")
+        raise HandlerError(f"session[{wrong!r:.64}] is not what JSON has: keep None, True, False, numbers, texts, "
+                           "lists, and dicts whose keys are texts")
+    return text
+
+
+def _encode_exactly(value: Any) -> Optional[str]:
+    """JSON text, or None if decoding it would not give an equal value: JSON turns tuples into lists, for example."""
+    try:
+        text = json.dumps(value, allow_nan=False, separators=(",", ":"))
+        return text if json.loads(text) == value else None
+    except (TypeError, ValueError, RecursionError):
+        return None
+
+
+def handler_name(function: object) -> str:
+    """The name of a handler: a function's own, or that of the function in a partial, or of an object's class."""
+    if isinstance(function, functools.partial):
+        return handler_name(function.func)
+    return str(getattr(function, "__name__", type(function).__name__))
+
+
+def describe_handler(function: object) -> str:
+    """A handler's name and where it stands, as in ``menu at handlers.py:12``; only the name if it is written in C."""
+    code = getattr(inspect.unwrap(_called(function)), "__code__", None)
+    place = f" at {PurePath(code.co_filename).name}:{code.co_firstlineno}" if code else ""
+    return handler_name(function) + place
+
+
+def _called(function: Any) -> Any:
+    """The function that runs when this is called: of a partial, a method or an object the one inside."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    if not inspect.isroutine(function) and not inspect.isclass(function):
+        function = inspect.getattr_static(type(function), "__call__", function)
+    return getattr(function, "__func__", function)
+
+
+class EventLoop:
+    """One asyncio loop in a daemon thread. Both are made at the first use, and made again in a forked process.
+
+    The thread ends when this object is garbage: then it cancels what is left on the loop, and closes it.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # guards the making of the two below
+        self._thread: Optional[threading.Thread] = None
+        self._loop: Any = None
+
+    def is_current(self) -> bool:
+        """Whether the caller runs on the loop, where waiting would stop everything else on it."""
+        return self._thread is not None and self._thread is threading.current_thread()
+
+    def is_alive(self) -> bool:
+        """Whether the thread of the loop runs: it does not before the first use and after a fork."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def submit(self, awaitable: Any) -> Future[Any]:
+        """Run ``awaitable`` on the loop, in the caller's context variables. To cancel the future cancels it there."""
+        import asyncio
+        with self._lock:
+            if not self.is_alive():
+                self._start(asyncio.new_event_loop())
+            loop = self._loop
+        return asyncio.run_coroutine_threadsafe(_await(awaitable), loop)
+
+    def _start(self, loop: Any) -> None:
+        ended = threading.Event()
+        # The thread must not refer to this object, or that would never be garbage.
+        thread = threading.Thread(target=_run_loop, args=(loop, ended), name="kfserver-async", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:  # the system has no thread to give
+            loop.close()
+            raise
+        # The loop of a parent process is left alone: to close it would take sockets from the parent's loop.
+        self._loop, self._thread = loop, thread
+        weakref.finalize(self, _end_loop, loop, thread, ended).atexit = False
+
+
+async def _await(awaitable: Any) -> Any:
+    return await awaitable
+
+
+def _run_loop(loop: Any, ended: threading.Event) -> None:
+    """Run the loop until ``ended``. asyncio lets sys.exit() of a handler end the loop: it is begun again."""
+    while not (ended.is_set() or loop.is_closed()):
+        attempt(loop.run_forever)
+    attempt(loop.run_until_complete, _cancel_tasks())
+    loop.close()
+
+
+async def _cancel_tasks() -> None:
+    """Cancel everything else on the loop, and wait until it has ended."""
+    import asyncio
+    loop = asyncio.get_running_loop()
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    await loop.shutdown_asyncgens()
+
+
+def _end_loop(loop: Any, thread: threading.Thread, ended: threading.Event) -> None:
+    ended.set()
+    if thread.is_alive():  # not so in a forked process, where the loop is still the parent's
+        loop.call_soon_threadsafe(loop.stop)
+
+
+class Waiter:
+    """A thread that waits for async functions of one message, and meanwhile runs the plain functions that they call.
+
+    So a plain function always runs on the thread that handles the message, and an async one on the event loop.
+    """
+
+    def __init__(self, loop: EventLoop) -> None:
+        self._loop = loop
+        self._changed = threading.Condition()  # guards the jobs; notified when one comes and when a future is done
+        self._jobs: Deque[Callable[[], None]] = deque()
+        self._futures: List[Future[Any]] = []
+
+    def finish(self, result: Any) -> Any:
+        """What a function returned; if that can be awaited, its outcome: the thread waits for it."""
+        if not hasattr(result, "__await__"):
+            return result
+        outer, future = list(self._futures), self._loop.submit(result)
+        self._futures.append(future)
+        future.add_done_callback(self._notify)
+        try:
+            # When a function further out has ended already, by a timeout for example, nobody wants the result any more.
+            while not any(each.done() for each in (future, *outer)) and self._loop.is_alive():
+                self._run_next_job((future, *outer))
+        except BaseException:  # Ctrl-C
+            future.cancel()
+            raise
+        finally:
+            self._futures.remove(future)
+        future.cancel()  # does nothing to one that is done
+        return future.result()
+
+    def _run_next_job(self, futures: Sequence[Future[Any]]) -> None:
+        """Wait for a job and run it, or until one of ``futures`` is done; LOOP_CHECK_SECONDS at most."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._jobs or any(each.done() for each in futures), LOOP_CHECK_SECONDS)
+            job = self._jobs.popleft() if self._jobs and not any(each.done() for each in futures) else None
+        if job:
+            job()
+
+    def _notify(self, _: object = None) -> None:
+        with self._changed:
+            self._changed.notify_all()
+
+    async def lend(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """On the event loop: have the waiting thread call ``function``, in the caller's context variables; its result,
+        awaited if it can be."""
+        import asyncio
+        import concurrent.futures
+        import contextvars
+        outcome: Future[Optional[BaseException]] = concurrent.futures.Future()
+        context = contextvars.copy_context()
+        results: List[Any] = []
+
+        def job() -> None:
+            if outcome.set_running_or_notify_cancel():  # else the caller has stopped waiting
+                error = attempt(lambda: results.append(context.run(function, *arguments)))
+                outcome.set_result(error)
+        with self._changed:
+            self._jobs.append(job)
+            self._changed.notify_all()
+        error = await asyncio.wrap_future(outcome)
+        if error:
+            raise error
+        return await results[0] if hasattr(results[0], "__await__") else results[0]
 
 
 class Match(NamedTuple):
-    """The handler that takes a message, and what its expression's groups caught."""
+    """The handler that takes a message, and what the groups of its expression caught."""
 
     handler: Handler
     arguments: Tuple[Optional[str], ...] = ()
@@ -1165,17 +1366,22 @@ class Match(NamedTuple):
 class HandlerRegistry:
     """The functions that take messages, by type and pattern. Register all before the server starts.
 
-    The most specific kind wins (an equal text, then an expression, then the type, then ``"*"``); in a kind, the first
-    registered. Equal texts and types are found in one look-up however many there are; expressions are tried in turn.
+    The most specific kind wins (an equal text, then an expression or a function, then the type, then ``"*"``); in a
+    kind, the first registered. Equal texts and types are found in one look-up however many there are; expressions and
+    functions are tried in turn. ``key_of`` is the function of `dedup_key`, or None.
+
+    All functions but patterns may be ``async``: they run on one event loop, which all messages share.
     """
 
     def __init__(self) -> None:
-        self._equal: Dict[Tuple[str, str], Handler] = {}
-        self._expressions: Dict[str, List[Tuple[Pattern[str], Handler]]] = {}
-        self._types: Dict[str, Handler] = {}
+        self.key_of: Optional[Callable[[Message], str]] = None
+        self._handlers: Dict[Tuple[str, Any], Handler] = {}  # by type and pattern; None: the whole type
+        self._tried: Dict[str, List[Tuple[Any, Handler]]] = {}  # expressions and functions, by type
+        self._arounds: List[Callable[..., Any]] = []
         self._error_handlers: List[ErrorHandler] = []
         self._told: Set[str] = set()
         self._rules: List[Tuple[Handler, str]] = []
+        self._loop = EventLoop()
 
     def __len__(self) -> int:
         return len(self._rules)
@@ -1189,74 +1395,119 @@ class HandlerRegistry:
         """Those of the `rules` that registered this function: one for each of its decorators."""
         return tuple(rule for function, rule in self._rules if function is handler)
 
-    def on(self, msg_type: str, *patterns: Union[str, Pattern[str]]) -> Callable[[HandlerT], HandlerT]:
+    def on(self, msg_type: str, *patterns: Pattern) -> Callable[[HandlerT], HandlerT]:
         """Decorator: the function takes messages of ``msg_type`` (``"*"``: of every type that nothing else takes).
 
         Patterns narrow that down, for ``"text"`` by Content and for ``"event"`` by Event name: a str equals all of it,
-        blanks trimmed; a compiled expression is searched in it, and its groups become further arguments.
-        Returns the function unchanged. Raises `HandlerError` for what could never work.
+        blanks trimmed; a compiled expression is searched in it, and its groups become further arguments. For any type,
+        a pattern may be a function: it is called with the message, and says whether the handler takes it.
+        Returns the function unchanged. Raises `HandlerError` for what could never work. What another handler takes
+        already is told in the log, by both names.
         """
         if not isinstance(msg_type, str):
             raise HandlerError('on() takes the type first: write @registry.on("text") or @registry.on("*")')
-        if patterns and msg_type not in _SUBJECTS:
-            raise HandlerError(f'only "text" and "event" take patterns: write @registry.on({msg_type!r})')
-        shown = ", ".join([repr(msg_type), *map(_show_pattern, patterns)])
+        shown = ", ".join([repr(msg_type), *(_show_pattern(msg_type, pattern) for pattern in patterns)])
 
         def register(function: HandlerT) -> HandlerT:
             counts = {getattr(pattern, "groups", 0) for pattern in patterns} or {0}
-            _check_handler(function, f"@registry.on({msg_type!r})", counts)
-            for pattern in patterns:
-                if isinstance(pattern, str):
-                    self._equal.setdefault((msg_type, pattern.strip()), function)
-                else:
-                    self._expressions.setdefault(msg_type, []).append((pattern, function))
-            if not patterns:
-                self._types.setdefault(msg_type, function)
-            self._rules.append((function, f"@registry.on({shown}) -> {getattr(function, '__name__', repr(function))}"))
+            _check_function(function, f"@registry.on({msg_type!r})", counts, _suggest_expression(patterns))
+            for pattern in patterns or (None,):
+                self._register(msg_type, pattern, function)
+            self._rules.append((function, f"@registry.on({shown}) -> {handler_name(function)}"))
             return function
         return register
 
+    def _register(self, msg_type: str, pattern: Optional[Pattern], function: Handler) -> None:
+        key = pattern.strip() if isinstance(pattern, str) else id(pattern) if callable(pattern) else pattern
+        first = self._handlers.setdefault((msg_type, key), function)
+        if first is not function:
+            shown = "" if pattern is None else f", {_show_pattern(msg_type, pattern)}"
+            log.warning("%s is never called for @registry.on(%r%s): %s was registered for it first",
+                        describe_handler(function), msg_type, shown, describe_handler(first))
+        elif pattern is not None and not isinstance(pattern, str):
+            self._tried.setdefault(msg_type, []).append((pattern, function))
+
     def on_error(self, function: HandlerT) -> HandlerT:
         """Decorator: the function gets ``(message, error)`` when the last try of a message has failed."""
-        _check_handler(function, "@registry.on_error", {1})
+        _check_function(function, "@registry.on_error", {1})
         self._error_handlers.append(function)
         return function
 
-    def find(self, message: Message) -> Optional[Match]:
-        """The handler that takes the message, or None."""
-        msg_type = message.msg_type
-        if msg_type in _SUBJECTS:
-            match = self._find_by_pattern(msg_type, _SUBJECTS[msg_type](message))
-            if match:
-                return match
-        handler = self._types.get(msg_type, self._types.get("*"))
-        return None if handler is None else Match(handler)
+    def around(self, function: HandlerT) -> HandlerT:
+        """Decorator: the function gets ``(message, handle)`` in the place of each handler; the first registered is the
+        outermost. It returns what ``handle(message)`` returns, or something else; without that call no handler runs.
 
-    def _find_by_pattern(self, msg_type: str, subject: str) -> Optional[Match]:
-        handler = self._equal.get((msg_type, subject))
+        In an async function, write ``await handle(message)``. Does not run for a message that no handler takes.
+        """
+        _check_function(function, "@registry.around", {1})
+        self._arounds.append(function)
+        return function
+
+    def dedup_key(self, function: HandlerT) -> HandlerT:
+        """Decorator: the function makes the deduplication key of a message, a text: equal texts are one message."""
+        _check_plain(function, "@registry.dedup_key")
+        if self.key_of not in (None, function):
+            raise HandlerError(f"{describe_handler(self.key_of)} makes the deduplication keys already: remove one")
+        self.key_of = function
+        return function
+
+    def find(self, message: Message) -> Optional[Match]:
+        """The handler that takes the message, or None. Raises `PatternError` when a function that is a pattern does."""
+        return self._find_among(message.msg_type, message) or self._find_among("*", message)
+
+    def _find_among(self, kind: str, message: Message) -> Optional[Match]:
+        subject = _SUBJECTS[kind](message) if kind in _SUBJECTS else ""
+        handler = self._handlers.get((kind, subject))
         if handler is not None:
             return Match(handler)
-        for expression, function in self._expressions.get(msg_type, ()):
-            found = expression.search(subject)
+        for pattern, function in self._tried.get(kind, ()):
+            if callable(pattern):
+                if _takes(pattern, message):
+                    return Match(function)
+                continue
+            found = pattern.search(subject)
             if found:
                 return Match(function, found.groups())
-        return None
+        handler = self._handlers.get((kind, None))
+        return None if handler is None else Match(handler)
 
     def handle(self, message: Message) -> Answers:
-        """Run the handler that takes the message, here and now: returns what it returns and raises what it raises.
+        """Run the handler that takes the message, here and now: returns what it returns and raises what it raises."""
+        return self.run(self.find(message), message)
+
+    def run(self, match: Optional[Match], message: Message) -> Answers:
+        """Run the handler that `find` found, inside the functions of `around`; waits for what is async.
 
         A message that nobody takes is told of in the log, once a kind, with the decorator that would take it.
         """
-        match = self.find(message)
+        if self._loop.is_current():
+            raise HandlerError("an async function cannot wait for registry.handle(): await the other handler itself")
         if match is None:
             self._tell_unhandled(message)
             return None
-        return match.handler(message, *match.arguments)
+        if self._arounds:
+            return self._pass_on(Waiter(self._loop), match, 0, message)
+        result = match.handler(message, *match.arguments)
+        return Waiter(self._loop).finish(result) if hasattr(result, "__await__") else result
+
+    def _pass_on(self, waiter: Waiter, match: Match, depth: int, message: Message) -> Any:
+        """The ``handle`` of around-functions: what stands further in. On the event loop it is an awaitable."""
+        if self._loop.is_current():
+            return waiter.lend(self._call, waiter, match, depth, message)
+        return waiter.finish(self._call(waiter, match, depth, message))
+
+    def _call(self, waiter: Waiter, match: Match, depth: int, message: Message) -> Any:
+        if depth == len(self._arounds):
+            return match.handler(message, *match.arguments)
+        return self._arounds[depth](message, functools.partial(self._pass_on, waiter, match, depth + 1))
 
     def handle_error(self, message: Message, error: BaseException) -> List[BaseException]:
         """Run all functions of `on_error`; the errors that they raised."""
-        failed = [attempt(function, message, error) for function in self._error_handlers]
+        failed = [attempt(self._run_error_handler, function, message, error) for function in self._error_handlers]
         return [each for each in failed if each]
+
+    def _run_error_handler(self, function: ErrorHandler, message: Message, error: BaseException) -> None:
+        Waiter(self._loop).finish(function(message, error))
 
     def _tell_unhandled(self, message: Message) -> None:
         decorator = decorator_for(message)
@@ -1271,34 +1522,64 @@ def decorator_for(message: Message) -> str:
     return ascii(f'@registry.on("{message.msg_type[:64] or "*"}"{patterns})')[1:-1]
 
 
-def _show_pattern(pattern: object) -> str:
-    """How a pattern is written. Raises `HandlerError` for what is none."""
+def _takes(pattern: Callable[[Message], object], message: Message) -> bool:
+    """Whether a function that is a pattern takes the message. Raises `PatternError` if it raises or cannot be used."""
+    results: List[Any] = []
+    error = attempt(lambda: results.append(pattern(message)) or bool(results[0]))  # type: ignore[func-returns-value]
+    if error is None and hasattr(results[0], "__await__"):
+        error = HandlerError("it returns what must be awaited: a pattern cannot be async")
+    if error:
+        raise PatternError(f"the pattern {describe_handler(pattern)} failed: {describe_error(error)}") from error
+    return bool(results[0])
+
+
+def _show_pattern(msg_type: str, pattern: object) -> str:
+    """How a pattern is written, or described. Raises `HandlerError` for what cannot be one for this type."""
+    if callable(pattern):
+        _check_plain(pattern, "a pattern")
+        name = handler_name(pattern)
+        return name if name.isidentifier() else describe_handler(pattern)
+    if msg_type not in _SUBJECTS:
+        raise HandlerError('only "text" and "event" take patterns that are texts or expressions: write '
+                           f"@registry.on({msg_type!r}), or give a function that takes the message")
     if isinstance(pattern, str):
         return repr(pattern)
     if isinstance(pattern, re.Pattern) and isinstance(pattern.pattern, str):
         return f're.compile(r"{pattern.pattern}")'
-    raise HandlerError('a pattern is a text or an expression: write @registry.on("text", "menu") or '
+    raise HandlerError('a pattern is a text, an expression or a function: write @registry.on("text", "menu") or '
                        f'@registry.on("text", re.compile(r"order (\\d+)")), not {type(pattern).__name__}')
 
 
-def _check_handler(function: object, decorator: str, further: Iterable[int]) -> None:
-    """Raise `HandlerError` unless this is a plain function that takes a message and so many arguments behind it."""
-    name = getattr(function, "__name__", "answer")
+def _suggest_expression(patterns: Sequence[object]) -> str:
+    """What to write when a text was given that looks like an expression with groups; empty if none was."""
+    near = next((each for each in patterns if isinstance(each, str) and re.search(r"\(.*\)", each)), None)
+    return "" if near is None else f'; or, if {near!r} is an expression, write re.compile(r"{near}")'
+
+
+def _check_function(function: object, decorator: str, further: Iterable[int], advice: str = "") -> None:
+    """Raise `HandlerError` unless this can be called with a message and ``further`` more arguments."""
+    name = handler_name(function)
     if not callable(function):
         raise HandlerError(f"{decorator} stands above a function: write it on the line before 'def answer(message):'")
-    called = function
-    if not inspect.isroutine(function):  # a partial, or an object that can be called
-        called = getattr(function, "func", inspect.getattr_static(type(function), "__call__"))
-    if inspect.iscoroutinefunction(called) or inspect.isasyncgenfunction(called):
-        raise HandlerError(f"handlers are plain functions: write 'def {name}(message):' without async")
+    if inspect.isgeneratorfunction(_called(function)) or inspect.isasyncgenfunction(_called(function)):
+        raise HandlerError(f"{name} has a yield, so that calling it does nothing: return a list of answers, or send "
+                           "each with message.reply()")
     for count in further:
         try:
             inspect.signature(function).bind(*range(1 + count))
         except TypeError:
             raise HandlerError(f"{name} is called with the message and {count} more: one for each group of the "
-                               "expression, the error for on_error; give it as many parameters") from None
+                               "expression, the error for on_error, handle for around; give it as many parameters"
+                               + advice) from None
         except ValueError:
             return  # some functions written in C do not tell
+
+
+def _check_plain(function: object, use: str) -> None:
+    """Raise `HandlerError` unless this can be called with a message, and is not async."""
+    _check_function(function, use, {0})
+    if inspect.iscoroutinefunction(_called(function)):
+        raise HandlerError(f"{use} cannot be async: write 'def {handler_name(function)}(message):' without async")
 
 
 # ---- 8 Endpoint -----------------------------------------------------------------------------------------------------
@@ -3665,7 +3946,7 @@ class Inbox:
                 self._journal.finish(message.key)
             self._claims.finish(message.key)
             return None
-        if tries + 1 >= self._settings.tries or isinstance(error, KfError):
+        if tries + 1 >= self._settings.tries or isinstance(error, KfError) and not isinstance(error, PatternError):
             self._give_up(message, error)
             return None
         seconds = 4.0 ** tries  # 1 s, 4 s, 16 s…: what failed by outage or overload needs time
