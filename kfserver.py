@@ -2584,8 +2584,11 @@ ACCEPT_BURST = 64
 BACKLOG_SECONDS = 0.005
 # Seconds between two looks at deadlines, certificates and the like, and the longest sleep of the loop.
 TICK_SECONDS = 1.0
-# Seconds until the loop tries again to accept when no descriptor was free.
-SHORT_OF_FILES_SECONDS = 0.05
+# Seconds until the loop accepts again when it could not: no descriptor was free, or nobody could be closed for it.
+PAUSE_SECONDS = 0.01
+# Seconds that a TLS client has for its handshake before it may be closed to make room for another: its path to us is
+# gone along three times. Accepted at full speed, those who say nothing would be past in a tenth of a second.
+HANDSHAKE_SECONDS = 0.2
 # Seconds without a turn after which the loop counts as stuck: it turns at least once in TICK_SECONDS.
 STUCK_SECONDS = 3.0
 # Seconds that `close` waits for the loop beyond the time that the connections get.
@@ -2833,7 +2836,8 @@ class Connection(BaseHTTPRequestHandler):
         if self.server.address_family != UNIX_FAMILY:
             self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
         self.asked: Optional[Request] = None
-        self.deadline = time.monotonic() + HEAD_SECONDS
+        self.since = time.monotonic()
+        self.deadline = self.since + HEAD_SECONDS
         # What the client is given time for; empty while it waits for us.
         self.phase = HANDSHAKE if self.server.tls else IDLE
         self.events = 0  # that the server's selector watches for
@@ -2888,8 +2892,7 @@ class Connection(BaseHTTPRequestHandler):
     def _shake_hands(self) -> None:
         self._step = self._put_off_handshake  # when there is more to read
         self.socket.do_handshake()  # type: ignore[attr-defined]
-        self._step = self._receive
-        self._give_time(IDLE)
+        self._step, self.phase = self._receive, IDLE
         self._receive()
 
     def _receive(self) -> None:
@@ -2916,6 +2919,10 @@ class Connection(BaseHTTPRequestHandler):
     def _give_time(self, phase: str) -> None:
         self.phase = phase
         self.deadline = time.monotonic() + PHASE_SECONDS[phase]
+
+    def is_new(self) -> bool:
+        """Whether this client must still be given time for its handshake."""
+        return self.phase == HANDSHAKE and time.monotonic() - self.since < HANDSHAKE_SECONDS
 
     def answer(self, response: Response) -> None:
         """Send the answer to the request that was handed in, and turn to the next one."""
@@ -3099,7 +3106,7 @@ class PushServer(Listener):
         """Wait for what comes, ``seconds`` at most, read it, and answer all that is complete."""
         paused = not self._accepting and not self.closing
         if paused:
-            seconds = SHORT_OF_FILES_SECONDS
+            seconds = PAUSE_SECONDS
         for key, _ in self._selector.select(0.0 if self._backlog else seconds):
             key.data()
         if paused:
@@ -3194,6 +3201,9 @@ class PushServer(Listener):
     def _accept(self) -> None:
         """Accept clients that wait, but not so many that the accepted must wait."""
         for accepted in range(ACCEPT_BURST):
+            if len(self.connections) >= self._limit and next(iter(self.connections)).is_new():
+                self._watch_listener(False)
+                return
             try:
                 request, client_address = self.get_request()
             except OSError as error:
