@@ -3200,6 +3200,9 @@ class PushServer(Listener):
 
     def _accept(self) -> None:
         """Accept clients that wait, but not so many that the accepted must wait."""
+        if self._backlog and next(iter(self._backlog)).phase == HANDSHAKE:  # left over from the last turn
+            self._watch_listener(False)
+            return
         for accepted in range(ACCEPT_BURST):
             if len(self.connections) >= self._limit and next(iter(self.connections)).is_new():
                 self._watch_listener(False)
