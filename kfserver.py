@@ -2861,10 +2861,10 @@ class Connection(BaseHTTPRequestHandler):
 
     def _go_on(self) -> None:
         """Do the next step, and watch for what the one after it needs."""
-        assert self._step
-        events = 0
+        step, events = self._step, 0
         try:
-            self._step()
+            if step:
+                step()
         except ssl.SSLWantReadError:
             events = selectors.EVENT_READ
         except ssl.SSLWantWriteError:
@@ -2987,7 +2987,8 @@ class Connection(BaseHTTPRequestHandler):
 
 
 class Listener(ThreadingHTTPServer):
-    """Listens on an address or a Unix socket. Raises OSError when it cannot, `SettingsError` for a bad certificate."""
+    """Holds what a server has from the system: an address or a Unix socket, a certificate, connections, and the selector
+    that watches them. Raises OSError when it cannot listen, `SettingsError` for a bad certificate."""
 
     # Connections that the system may hold for us before they are accepted; it cuts this down to what it allows.
     request_queue_size = 4096
@@ -3003,7 +3004,15 @@ class Listener(ThreadingHTTPServer):
             self.address_family = UNIX_FAMILY
         elif ":" in settings.host:
             self.address_family = socket.AF_INET6
-        super().__init__(self._unix or (settings.host, settings.port), Connection)  # type: ignore[arg-type]
+        self.connections: OrderedDict[Connection, None] = OrderedDict()  # who has waited longest comes first
+        self.backlog: OrderedDict[Connection, None] = OrderedDict()  # those with a step that can wait, in order
+        self.selector = selectors.DefaultSelector()
+        self.waker, self.woken = socket.socketpair()
+        try:
+            super().__init__(self._unix or (settings.host, settings.port), Connection)  # type: ignore[arg-type]
+        except BaseException:
+            self._close_selector()
+            raise
         self.socket.setblocking(False)
 
     def server_bind(self) -> None:
@@ -3043,6 +3052,51 @@ class Listener(ThreadingHTTPServer):
             log.error("%s; the certificate from before stays in service", self._certificate_problem)
             self._certificate_problem = ""
 
+    def put_off(self, connection: Connection) -> None:
+        """Let a connection do its next step when there is time, and not before."""
+        self.backlog[connection] = None
+
+    def watch(self, connection: Connection, events: int) -> None:
+        """Call the connection when its client sends, or takes, as ``events`` say; not while it is put off."""
+        if connection in self.backlog:
+            events = 0
+        if events == connection.events:
+            return
+        if not connection.events:
+            self.selector.register(connection.socket, events, connection.ready)
+        elif not events:
+            self.selector.unregister(connection.socket)
+        else:
+            self.selector.modify(connection.socket, events, connection.ready)
+        connection.events = events
+
+    def forget(self, connection: Connection) -> None:
+        """Watch a connection no more; to be called before it is closed."""
+        self.connections.pop(connection, None)
+        self.backlog.pop(connection, None)
+        if connection.events:
+            self.selector.unregister(connection.socket)
+
+    def abandon(self) -> None:
+        """Let go of the address and of everything else, also when it was never served."""
+        self.server_close()
+        self._close_selector()
+
+    def _close_selector(self) -> None:
+        self.selector.close()
+        self.waker.close()
+        self.woken.close()
+
+    def after_fork(self) -> None:
+        """In a forked child: let go of all that belongs to the parent. Descriptors are closed and nothing else is done:
+        to shut a connection down, or to take it out of the selector, would do so for the parent as well."""
+        self._socket_file = _UNKNOWN_FILE
+        for connection in self.connections:
+            connection.socket.close()
+        self.connections.clear()
+        self.backlog.clear()
+        self.abandon()
+
 
 class PushServer(Listener):
     """Accepts and serves. One thread watches all connections, reads what comes, and answers what is complete together:
@@ -3054,6 +3108,7 @@ class PushServer(Listener):
     """
 
     def __init__(self, settings: Settings, endpoint: Union[Endpoint, AdminEndpoint]) -> None:
+        super().__init__(settings)
         self.endpoint = endpoint
         self.max_body = settings.max_body
         self.each_second: Callable[[], None] = lambda: None
@@ -3063,36 +3118,27 @@ class PushServer(Listener):
         # Most answers differ in their date only, and that changes once a second.
         self.encode_answer = functools.lru_cache(maxsize=16)(encode_answer)
         self.closing = False
-        self.connections: OrderedDict[Connection, None] = OrderedDict()  # who has waited longest comes first
+        self._accepting = False  # whether the selector watches the address
         self.complete: List[Connection] = []  # to be answered in this turn
-        self._backlog: OrderedDict[Connection, None] = OrderedDict()  # with a step that can wait, in order
         self._limit = _connection_limit(settings.max_connections)
         self._next_tick = self._close_by = 0.0
         self._turned = time.monotonic()  # when the last turn ended
-        self._accepting = False  # whether the selector watches the listening socket
         self._closed = threading.Event()
-        self._selector = selectors.DefaultSelector()
-        self._waker, self._woken = socket.socketpair()
-        try:
-            super().__init__(settings)
-        except BaseException:
-            self._close_selector()
-            raise
 
     def serve_forever(self, poll_interval: float = TICK_SECONDS) -> None:
         """Serve until `close` is called from another thread."""
-        self._selector.register(self._woken, selectors.EVENT_READ, lambda: None)
-        self._watch_listener(True)
+        self.selector.register(self.woken, selectors.EVENT_READ, lambda: None)
+        self._watch_address(True)
         try:
             while not self.closing:
                 self.teller.guard(self._turn, poll_interval)
-            self._turn(0.0)  # clients that have come, and what has come from them, are still answered
-            self._selector.unregister(self._woken)
-            self._watch_listener(False)
+            self.teller.guard(self._turn, 0.0)  # clients that have come, and what has come from them, are still answered
+            self.selector.unregister(self.woken)
+            self._watch_address(False)
             self.server_close()
             while self.connections and time.monotonic() < self._close_by:
                 self._close_all(lambda connection: connection.phase in (IDLE, HANDSHAKE))
-                self._turn(0.01)
+                self.teller.guard(self._turn, 0.01)
             self._close_all(lambda connection: True)
         finally:
             self.abandon()
@@ -3107,10 +3153,10 @@ class PushServer(Listener):
         paused = not self._accepting and not self.closing
         if paused:
             seconds = PAUSE_SECONDS
-        for key, _ in self._selector.select(0.0 if self._backlog else seconds):
+        for key, _ in self.selector.select(0.0 if self.backlog else seconds):
             key.data()
         if paused:
-            self._watch_listener(True)
+            self._watch_address(True)
         self._work_off_backlog()
         self._answer_complete()
         self.service_actions()
@@ -3119,10 +3165,9 @@ class PushServer(Listener):
         """Do steps that were put off, in order, for as long as a turn has time for them. Those that are put off
         meanwhile have to wait for the next turn."""
         until = time.monotonic() + BACKLOG_SECONDS
-        for _ in range(len(self._backlog)):
-            connection, _none = self._backlog.popitem(last=False)
-            connection.ready()
-            if not self._backlog or time.monotonic() > until:
+        for _ in range(len(self.backlog)):
+            self.backlog.popitem(last=False)[0].ready()
+            if not self.backlog or time.monotonic() > until:
                 return
 
     def _answer_complete(self) -> None:
@@ -3158,7 +3203,7 @@ class PushServer(Listener):
             self._close_by = time.monotonic() + seconds
             self.closing = True
             with contextlib.suppress(OSError):  # closed, and so awake already
-                self._waker.send(b"\0")
+                self.waker.send(b"\0")
         if not self._closed.wait(seconds + CLOSE_SECONDS):
             log.error("the thread that answers does not come to an end; it is left alone")
             self.server_close()
@@ -3167,45 +3212,29 @@ class PushServer(Listener):
         """End `serve_forever` at once."""
         self.close(0.0)
 
-    def abandon(self) -> None:
-        """Let go of the address and of everything else, also when it was never served."""
-        self.server_close()
-        self._close_selector()
-
-    def _close_selector(self) -> None:
-        for each in (self._selector, self._waker, self._woken):
-            each.close()
-
     def after_fork(self) -> None:
-        """In a forked child: let go of all that belongs to the parent. Descriptors are closed and nothing else is done:
-        to shut a connection down, or to take it out of the selector, would do so for the parent as well."""
-        self.closing = True
-        self._closed = threading.Event()
-        self._closed.set()  # so `close` has nothing to wait for
-        self._socket_file = _UNKNOWN_FILE
-        for connection in self.connections:
-            connection.socket.close()
-        self.connections.clear()
-        self._backlog.clear()
+        """Let go of what belongs to the parent; there is nothing left to serve, or for `close` to wait for."""
+        self.closing, self._closed = True, threading.Event()
+        self._closed.set()
         self.complete.clear()
-        self.abandon()
+        super().after_fork()
 
-    def _watch_listener(self, accepting: bool) -> None:
-        """Have the selector tell of new clients, or not. It would tell in every turn of those that cannot come."""
+    def _watch_address(self, accepting: bool) -> None:
+        """Have the selector tell of new clients, or not: it would tell in every turn of those that cannot come in."""
         if accepting:
-            self._selector.register(self.socket, selectors.EVENT_READ, self._accept)
+            self.selector.register(self.socket, selectors.EVENT_READ, self._accept)
         elif self._accepting:
-            self._selector.unregister(self.socket)
+            self.selector.unregister(self.socket)
         self._accepting = accepting
 
     def _accept(self) -> None:
         """Accept clients that wait, but not so many that the accepted must wait."""
-        if self._backlog and next(iter(self._backlog)).phase == HANDSHAKE:  # left over from the last turn
-            self._watch_listener(False)
+        if self.backlog and next(iter(self.backlog)).phase == HANDSHAKE:  # left over from the last turn
+            self._watch_address(False)
             return
         for accepted in range(ACCEPT_BURST):
             if len(self.connections) >= self._limit and next(iter(self.connections)).is_new():
-                self._watch_listener(False)
+                self._watch_address(False)
                 return
             try:
                 request, client_address = self.get_request()
@@ -3213,7 +3242,7 @@ class PushServer(Listener):
                 # After the first perhaps nobody waits: the system looks for a descriptor before it looks for a client.
                 is_short = not accepted and error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
                 if is_short and not self._make_way():
-                    self._watch_listener(False)
+                    self._watch_address(False)
                 return
             while len(self.connections) >= self._limit and not self._make_way():
                 self._answer_complete()
@@ -3224,7 +3253,7 @@ class PushServer(Listener):
         for _ in range(len(self.connections)):
             connection = next(iter(self.connections))
             if connection.phase != HANDSHAKE:
-                self._backlog.pop(connection, None)
+                self.backlog.pop(connection, None)
                 connection.ready()  # what has come unseen may complete it
             if not connection.asked:
                 connection.close()
@@ -3239,31 +3268,6 @@ class PushServer(Listener):
             self.finish_request(request, client_address)
         except OSError:
             self.shutdown_request(request)  # gone before it was served
-
-    def put_off(self, connection: Connection) -> None:
-        """Let a connection do its next step when there is time, and not before."""
-        self._backlog[connection] = None
-
-    def watch(self, connection: Connection, events: int) -> None:
-        """Call the connection when its client sends, or takes, as ``events`` say; not while it is put off."""
-        if connection in self._backlog:
-            events = 0
-        if events == connection.events:
-            return
-        if not connection.events:
-            self._selector.register(connection.socket, events, connection.ready)
-        elif not events:
-            self._selector.unregister(connection.socket)
-        else:
-            self._selector.modify(connection.socket, events, connection.ready)
-        connection.events = events
-
-    def forget(self, connection: Connection) -> None:
-        """Watch a connection no more; to be called before it is closed."""
-        self.connections.pop(connection, None)
-        self._backlog.pop(connection, None)
-        if connection.events:
-            self._selector.unregister(connection.socket)
 
 
 # A file's device, number, size and time, which tell whether it is the same and unchanged.
