@@ -224,9 +224,59 @@ def guard(function: Callable[..., object], *arguments: Any) -> bool:
     return error is None
 
 
-def report_bug(error: BaseException) -> None:
-    """Tell of an error that should not be."""
-    log.error("an error inside kfserver; please report this", exc_info=exc_info_of(error))
+def report_bug(error: BaseException, more: str = "") -> None:
+    """Tell of an error that should not be; ``more`` ends the line."""
+    log.error("an error inside kfserver; please report this%s", more, exc_info=exc_info_of(error))
+
+
+# Seconds between two lines of one kind in the log: an attacker must not be able to fill it.
+TELL_SECONDS = 60.0
+# Kinds that are remembered; there are a few dozen, so that more would be a mistake of ours.
+MAX_KINDS = 1000
+
+
+class Teller:
+    """Tells the log about each kind of thing at most once a minute, and then how often it was left out before.
+
+    ``timer`` gives seconds from anywhere. There is no lock: when two threads tell of one kind at the same moment, both
+    lines may be written.
+    """
+
+    def __init__(self, timer: Callable[[], float]) -> None:
+        self._timer = timer
+        self._told: Dict[str, Tuple[float, int]] = {}  # of each kind: when it was told, how often it was left out since
+
+    def warn(self, kind: str, text: str, *arguments: object) -> None:
+        """Log a warning, unless one of this kind was logged in the last minute. The arguments are put into the text."""
+        more = self._count(kind)
+        if more is not None:
+            log.warning(text + "%s", *arguments, more)
+
+    def report_bug(self, error: BaseException) -> None:
+        """Tell of an error that should not be. Its kind is its type, and the line that raised it."""
+        more = self._count(type(error).__name__ if isinstance(error, KfError) else describe_error(error))
+        if more is not None:
+            report_bug(error, more)
+
+    def guard(self, function: Callable[..., object], *arguments: Any) -> bool:
+        """Call what must not end the thread it runs on; whether it went well. Not even telling of an error may raise."""
+        error = attempt(function, *arguments)
+        if error:
+            attempt(self.report_bug, error)
+            error.__traceback__ = None  # up to Python 3.10 it leads back to this frame, and only the collector frees both
+        return error is None
+
+    def _count(self, kind: str) -> Optional[str]:
+        """What to add to the line, if it is time for one; None if not."""
+        now = self._timer()
+        when, left_out = self._told.get(kind, (now - TELL_SECONDS, 0))
+        if now - when < TELL_SECONDS:
+            self._told[kind] = when, left_out + 1
+            return None
+        if len(self._told) >= MAX_KINDS:
+            self._told.clear()
+        self._told[kind] = now, 0
+        return f" ({left_out} more like this since the last such line)" if left_out else ""
 
 
 # ---- 2 Values -------------------------------------------------------------------------------------------------------
@@ -4028,8 +4078,21 @@ LINGER_SECONDS = 2.0
 # Bytes of a request line and its headers together; nginx takes 8 KiB for each.
 MAX_HEAD = 16 * 1024
 MAX_HEADERS = 100
-# Connections accepted in one go, before those that are open have their turn.
+# Connections accepted in one turn, before those that are open get their turn.
 ACCEPT_BURST = 64
+# Seconds of a turn for what can wait: handshakes, which cost up to a millisecond each, and pipelined requests.
+BACKLOG_SECONDS = 0.005
+# Seconds between two looks at deadlines, certificates and the like, and the longest sleep of the loop.
+TICK_SECONDS = 1.0
+# Seconds until the loop accepts again when it could not: no descriptor was free, or nobody could be closed for it.
+PAUSE_SECONDS = 0.01
+# Seconds that a TLS client has for its handshake before it may be closed to make room for another: its path to us is
+# gone along three times. Accepted at full speed, those who say nothing would be past in a tenth of a second.
+HANDSHAKE_SECONDS = 0.2
+# Seconds without a turn after which the loop counts as stuck: it turns at least once in TICK_SECONDS.
+STUCK_SECONDS = 3.0
+# Seconds that `close` waits for the loop beyond the time that the connections get.
+CLOSE_SECONDS = 3.0
 # Descriptors kept free for what is no client's connection: logs, handlers' files, the send API.
 RESERVED_FILES = 64
 # Pieces a chunked body may come in, and the bytes of a line between them: senders of tiny chunks only cost time.
@@ -4107,8 +4170,9 @@ def _origin_form(method: str, target: str) -> str:
 
 
 # What a connection waits for.
-IDLE, HEAD, BODY = "idle", "head", "body"
-PHASE_SECONDS: Mapping[str, float] = MappingProxyType({IDLE: IDLE_SECONDS, HEAD: HEAD_SECONDS, BODY: BODY_SECONDS})
+HANDSHAKE, IDLE, HEAD, BODY = "handshake", "idle", "head", "body"
+PHASE_SECONDS: Mapping[str, float] = MappingProxyType(
+    {HANDSHAKE: HEAD_SECONDS, IDLE: IDLE_SECONDS, HEAD: HEAD_SECONDS, BODY: BODY_SECONDS})
 
 
 class RequestReader:
@@ -4254,10 +4318,11 @@ def encode_answer(response: Response, second: int, connection: str) -> bytes:
 
 
 class Connection(BaseHTTPRequestHandler):
-    """One client's connection: takes requests in, and sends their answers. Nothing here ever waits.
+    """One client's connection: reads requests, and sends their answers. Nothing here ever waits.
 
-    ``_step`` is what is to be done when the socket is ready, None when the connection is over. ``asked`` is the request
-    that is complete and not yet answered, ``deadline`` when the client's time is up, by the monotonic clock.
+    ``_step`` is what to do when the socket is ready, None when the connection is over. ``asked`` is the request that is
+    complete and not yet answered. ``deadline`` is when the client's time is up, by the monotonic clock. Of one client
+    there is never more in memory than a request, what came with it in one read, and an answer.
 
     What http.server reads through the email package and several buffers is read here directly and strictly: that took
     two thirds of a request's time. The names that it gives are kept.
@@ -4271,8 +4336,10 @@ class Connection(BaseHTTPRequestHandler):
         if self.server.address_family != UNIX_FAMILY:
             self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
         self.asked: Optional[Request] = None
-        self.deadline = time.monotonic() + HEAD_SECONDS
-        self.phase = IDLE  # what the client is given time for; empty while it has its part behind it
+        self.since = time.monotonic()
+        self.deadline = self.since + HEAD_SECONDS
+        # What the client is given time for; empty while it waits for us.
+        self.phase = HANDSHAKE if self.server.tls else IDLE
         self.events = 0  # that the server's selector watches for
         self._reader = RequestReader(self.server.max_body, self.server.parse_framing)
         self._unsent = b""
@@ -4285,39 +4352,47 @@ class Connection(BaseHTTPRequestHandler):
         self.ready()
 
     def finish(self) -> None:
-        """Called by socketserver behind `handle`; the connection goes on."""
+        """Called by socketserver after `handle`; the connection goes on."""
 
     def ready(self) -> None:
-        """Do the next step, if it is the client's turn, and find out what the one behind it waits for."""
-        if self.asked or self._step is None:
-            return
-        events = 0
+        """Do the next step, unless an answer is due first. An error that nobody foresaw ends this connection alone."""
+        if self._step and not self.asked and not self.server.teller.guard(self._go_on):
+            self.close()
+
+    def _go_on(self) -> None:
+        """Do the next step, and watch for what the one after it needs."""
+        step, events = self._step, 0
         try:
-            self._step()
+            if step:
+                step()
         except ssl.SSLWantReadError:
             events = selectors.EVENT_READ
         except ssl.SSLWantWriteError:
             events = selectors.EVENT_WRITE
         except BlockingIOError:
             pass
-        except OSError:  # gone, or no TLS where that is spoken
+        except OSError:  # the client is gone, or does not speak TLS
             self.close()
-        if self._step is not None and not self.asked:
+        if self._step and not self.asked:
             self.server.watch(self, events or (selectors.EVENT_WRITE if self._unsent else selectors.EVENT_READ))
 
     def _begin_tls(self) -> None:
-        """Not before the client has sent something: a session takes 50 KiB, and the silent shall not cost that."""
+        """Begin a session when the client has sent something: it takes 50 KiB, which silent clients must not cost."""
         if not self.socket.recv(1, socket.MSG_PEEK):
             self.close()
             return
         assert self.server.tls
         self.socket = self.server.tls.wrap_socket(self.socket, server_side=True, do_handshake_on_connect=False)
+        self._put_off_handshake()
+
+    def _put_off_handshake(self) -> None:
         self._step = self._shake_hands
-        self._shake_hands()
+        self.server.put_off(self)
 
     def _shake_hands(self) -> None:
+        self._step = self._put_off_handshake  # when there is more to read
         self.socket.do_handshake()  # type: ignore[attr-defined]
-        self._step = self._receive
+        self._step, self.phase = self._receive, IDLE
         self._receive()
 
     def _receive(self) -> None:
@@ -4329,7 +4404,8 @@ class Connection(BaseHTTPRequestHandler):
             self.close()
 
     def _hand_in(self) -> None:
-        """Hand in the next request, or give the client time for its rest, counted from when it began."""
+        """Hand in the next request, or give the client time for the rest of it, counted from when it began."""
+        self._step = self._receive
         self.asked = self._reader.next_request()
         if self.asked:
             self.phase, self.deadline = "", float("inf")
@@ -4344,6 +4420,10 @@ class Connection(BaseHTTPRequestHandler):
         self.phase = phase
         self.deadline = time.monotonic() + PHASE_SECONDS[phase]
 
+    def is_new(self) -> bool:
+        """Whether this client must still be given time for its handshake."""
+        return self.phase == HANDSHAKE and time.monotonic() - self.since < HANDSHAKE_SECONDS
+
     def answer(self, response: Response) -> None:
         """Send the answer to the request that was handed in, and turn to the next one."""
         request, header = self.asked, self._reader.framing.connection
@@ -4357,7 +4437,7 @@ class Connection(BaseHTTPRequestHandler):
         self.asked = None
         self.deadline = time.monotonic() + WRITE_SECONDS
         self._to_send(data, then)  # in one piece: two would be two packets, and a wait for the first one's receipt
-        self.ready()
+        self._go_on()
 
     def _to_send(self, data: bytes, then: Callable[[], None]) -> None:
         """Let the next steps send the data, and do ``then`` when the client has taken all of it."""
@@ -4370,16 +4450,19 @@ class Connection(BaseHTTPRequestHandler):
             self._then()
 
     def _await_next(self) -> None:
+        """Wait for the next request. One that is here already is handed in when it is this client's turn again."""
         self.server.connections.move_to_end(self)
-        self._give_time(IDLE)
-        if self._reader.phase != IDLE:
-            self._hand_in()
+        if self._reader.phase == IDLE:
+            self._give_time(IDLE)
+        else:
+            self.deadline, self._step = float("inf"), self._hand_in
+            self.server.put_off(self)
 
     def _linger(self) -> None:
-        """Send no more, and read on for a while without understanding: closing with bytes unread would reset the
-        connection, and with it the answer under way (RFC 9112, section 9.6)."""
+        """Send no more, but read on for a while and drop it: closing with bytes unread would reset the connection, and
+        the client could lose the answer (RFC 9112, section 9.6)."""
         self.deadline = time.monotonic() + LINGER_SECONDS
-        self._say_goodbye()
+        self._end_session()
         socket.socket.shutdown(self.socket, socket.SHUT_WR)
         self._step = self._discard
 
@@ -4387,7 +4470,7 @@ class Connection(BaseHTTPRequestHandler):
         if not self.socket.recv(RECEIVE):
             self.close()
 
-    def _say_goodbye(self) -> None:
+    def _end_session(self) -> None:
         """Send what ends a TLS session (RFC 8446, section 6.1): without it the client must suspect an attacker."""
         if isinstance(self.socket, ssl.SSLSocket):
             with contextlib.suppress(OSError, ValueError):
@@ -4399,26 +4482,37 @@ class Connection(BaseHTTPRequestHandler):
             self._step = self._then = None  # or each would hold the connection, and it them
             self._reader.close()
             self.server.forget(self)
-            self._say_goodbye()
+            self._end_session()
             self.server.shutdown_request(self.socket)
 
 
 class Listener(ThreadingHTTPServer):
-    """Listens on an address or a Unix socket. Raises OSError when it cannot, `SettingsError` for a bad certificate."""
+    """Holds what a server has from the system: an address or a Unix socket, a certificate, connections, and the selector
+    that watches them. Raises OSError when it cannot listen, `SettingsError` for a bad certificate."""
 
     # Connections that the system may hold for us before they are accepted; it cuts this down to what it allows.
     request_queue_size = 4096
 
     def __init__(self, settings: Settings) -> None:
+        self._settings, self._unix = settings, settings.unix
+        self._certificate_stamps = _stamps(settings.tls_cert, settings.tls_key)
+        self._certificate_problem = ""  # not yet told
         self.tls = make_tls_context(settings) if settings.tls_cert else None
-        self._unix = settings.unix
-        self._owns_file = False
+        self._socket_file = _UNKNOWN_FILE  # the stamp of the Unix socket that we made
         self.server_port = 0
         if self._unix:
             self.address_family = UNIX_FAMILY
         elif ":" in settings.host:
             self.address_family = socket.AF_INET6
-        super().__init__(self._unix or (settings.host, settings.port), Connection)  # type: ignore[arg-type]
+        self.connections: OrderedDict[Connection, None] = OrderedDict()  # who has waited longest comes first
+        self.backlog: OrderedDict[Connection, None] = OrderedDict()  # those with a step that can wait, in order
+        self.selector = selectors.DefaultSelector()
+        self.waker, self.woken = socket.socketpair()
+        try:
+            super().__init__(self._unix or (settings.host, settings.port), Connection)  # type: ignore[arg-type]
+        except BaseException:
+            self._close_selector()
+            raise
         self.socket.setblocking(False)
 
     def server_bind(self) -> None:
@@ -4427,132 +4521,244 @@ class Listener(ThreadingHTTPServer):
             _remove_stale_socket(self._unix)
         TCPServer.server_bind(self)
         if self._unix:
-            self._owns_file = True
+            self._socket_file = _stamp(self._unix)
             os.chmod(self._unix, 0o666)  # the proxy runs as another user
         else:
             self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
 
     def server_close(self) -> None:
-        """Stop listening; a Unix socket's file goes too, if it is ours."""
-        if self._owns_file:  # before another server can bind, and make the file its own
+        """Stop listening. A Unix socket's file is removed, unless another server has put its own there."""
+        if self._socket_file != _UNKNOWN_FILE and _stamp(self._unix) == self._socket_file:
             with contextlib.suppress(OSError):
                 os.unlink(self._unix)
+        self._socket_file = _UNKNOWN_FILE
         super().server_close()
+
+    def renew_certificate(self) -> None:
+        """Serve the certificate anew if its files have changed.
+
+        The two are not replaced in one moment, so that one may not fit the other for a while: a certificate that cannot
+        be used is told of when its files have stayed the same from one call to the next. The old one stays in service.
+        """
+        stamps = _stamps(self._settings.tls_cert, self._settings.tls_key)
+        if stamps != self._certificate_stamps:
+            self._certificate_stamps, self._certificate_problem = stamps, ""
+            try:
+                self.tls = make_tls_context(self._settings)
+                log.info("the renewed certificate is in service")
+            except SettingsError as error:
+                self._certificate_problem = str(error)
+        elif self._certificate_problem:
+            log.error("%s; the certificate from before stays in service", self._certificate_problem)
+            self._certificate_problem = ""
+
+    def put_off(self, connection: Connection) -> None:
+        """Let a connection do its next step when there is time, and not before."""
+        self.backlog[connection] = None
+
+    def watch(self, connection: Connection, events: int) -> None:
+        """Call the connection when its client sends, or takes, as ``events`` say; not while it is put off."""
+        if connection in self.backlog:
+            events = 0
+        if events == connection.events:
+            return
+        if not connection.events:
+            self.selector.register(connection.socket, events, connection.ready)
+        elif not events:
+            self.selector.unregister(connection.socket)
+        else:
+            self.selector.modify(connection.socket, events, connection.ready)
+        connection.events = events
+
+    def forget(self, connection: Connection) -> None:
+        """Watch a connection no more; to be called before it is closed."""
+        self.connections.pop(connection, None)
+        self.backlog.pop(connection, None)
+        if connection.events:
+            self.selector.unregister(connection.socket)
+
+    def abandon(self) -> None:
+        """Let go of the address and of everything else, also when it was never served."""
+        self.server_close()
+        self._close_selector()
+
+    def _close_selector(self) -> None:
+        self.selector.close()
+        self.waker.close()
+        self.woken.close()
+
+    def after_fork(self) -> None:
+        """In a forked child: let go of all that belongs to the parent. Descriptors are closed and nothing else is done:
+        to shut a connection down, or to take it out of the selector, would do so for the parent as well."""
+        self._socket_file = _UNKNOWN_FILE
+        for connection in self.connections:
+            connection.socket.close()
+        self.connections.clear()
+        self.backlog.clear()
+        self.abandon()
 
 
 class PushServer(Listener):
-    """Accepts and serves. One thread watches all connections, takes in what comes, and answers together what is
-    complete: an answer takes microseconds, a change of threads as much again, and a slow client only waits."""
+    """Accepts and serves. One thread watches all connections, reads what comes, and answers what is complete together:
+    an answer takes microseconds, a change of threads as much again, and a slow client only waits.
+
+    The loop's turns are short whatever clients do: in one turn a connection gets one request answered, and what can
+    wait (handshakes, pipelined requests) gets a few milliseconds. ``each_second`` is called about once a second on the
+    loop's thread.
+    """
 
     def __init__(self, settings: Settings, endpoint: Union[Endpoint, AdminEndpoint]) -> None:
         super().__init__(settings)
         self.endpoint = endpoint
         self.max_body = settings.max_body
+        self.each_second: Callable[[], None] = lambda: None
+        self.teller = Teller(time.monotonic)
         # Heads differ in their first line only, as long as one client or proxy speaks: the rest is parsed once.
         self.parse_framing = functools.lru_cache(maxsize=256)(parse_framing)
         # Most answers differ in their date only, and that changes once a second.
         self.encode_answer = functools.lru_cache(maxsize=16)(encode_answer)
         self.closing = False
-        self.connections: OrderedDict[Connection, None] = OrderedDict()  # who has waited longest comes first
-        self.complete: List[Connection] = []  # who is to be answered in this turn
+        self._accepting = False  # whether the selector watches the address
+        self.complete: List[Connection] = []  # to be answered in this turn
         self._limit = _connection_limit(settings.max_connections)
-        self._next_reap = self._close_by = 0.0
+        self._next_tick = self._close_by = 0.0
+        self._turned = time.monotonic()  # when the last turn ended
         self._closed = threading.Event()
-        self._selector = selectors.DefaultSelector()
-        self._waker, self._woken = socket.socketpair()
 
-    def serve_forever(self, poll_interval: float = 0.5) -> None:
+    def serve_forever(self, poll_interval: float = TICK_SECONDS) -> None:
         """Serve until `close` is called from another thread."""
-        self._selector.register(self._woken, selectors.EVENT_READ, lambda: None)
-        self._selector.register(self.socket, selectors.EVENT_READ, self._accept)
+        self.selector.register(self.woken, selectors.EVENT_READ, lambda: None)
+        self._watch_address(True)
         try:
             while not self.closing:
-                self._turn(poll_interval)
-            self._turn(0.0)  # who has come, and what has come from them, is still answered
-            self._selector.unregister(self._woken)
-            self._selector.unregister(self.socket)
+                self.teller.guard(self._turn, poll_interval)
+            self.teller.guard(self._turn, 0.0)  # clients that have come, and what has come from them, are still answered
+            self.selector.unregister(self.woken)
+            self._watch_address(False)
             self.server_close()
             while self.connections and time.monotonic() < self._close_by:
-                self._close_all(lambda connection: connection.phase == IDLE)
-                self._turn(0.01)
+                self._close_all(lambda connection: connection.phase in (IDLE, HANDSHAKE))
+                self.teller.guard(self._turn, 0.01)
             self._close_all(lambda connection: True)
         finally:
             self.abandon()
             self._closed.set()
 
+    def alive(self) -> bool:
+        """Whether the loop has turned in the last seconds."""
+        return time.monotonic() - self._turned < STUCK_SECONDS
+
     def _turn(self, seconds: float) -> None:
-        """Wait for what comes, so many seconds at most, take it in, and answer all that is complete."""
-        for key, _ in self._selector.select(seconds):
-            guard(key.data)
+        """Wait for what comes, ``seconds`` at most, read it, and answer all that is complete."""
+        paused = not self._accepting and not self.closing
+        if paused:
+            seconds = PAUSE_SECONDS
+        for key, _ in self.selector.select(0.0 if self.backlog else seconds):
+            key.data()
+        if paused:
+            self._watch_address(True)
+        self._work_off_backlog()
         self._answer_complete()
         self.service_actions()
 
+    def _work_off_backlog(self) -> None:
+        """Do steps that were put off, in order, for as long as a turn has time for them. Those that are put off
+        meanwhile have to wait for the next turn."""
+        until = time.monotonic() + BACKLOG_SECONDS
+        for _ in range(len(self.backlog)):
+            self.backlog.popitem(last=False)[0].ready()
+            if not self.backlog or time.monotonic() > until:
+                return
+
     def _answer_complete(self) -> None:
         """Answer all that is complete, together: so their messages share a write to the disk."""
-        while self.complete:
-            asking, self.complete = self.complete, []
-            responses: List[Response] = []
-            requests = [connection.asked for connection in asking if connection.asked]
-            guard(lambda: responses.extend(self.endpoint.handle_all(requests)))  # noqa: B023
-            for connection, response in itertools.zip_longest(asking, responses):
-                if not (response and guard(connection.answer, response)):
-                    connection.close()  # without an answer the push comes again
+        asking, self.complete = self.complete, []
+        if not asking:
+            return
+        responses: List[Response] = []
+        requests = [connection.asked for connection in asking if connection.asked]
+        self.teller.guard(lambda: responses.extend(self.endpoint.handle_all(requests)))
+        for connection, response in itertools.zip_longest(asking, responses):
+            if not (response and self.teller.guard(connection.answer, response)):
+                connection.close()  # without an answer the push comes again
 
     def service_actions(self) -> None:
-        """Called in every turn: twice a second, send away who is too slow."""
-        now = time.monotonic()
-        if now >= self._next_reap:
-            self._next_reap = now + 0.5
+        """Called in every turn; does once a second what need not be done more often."""
+        self._turned = now = time.monotonic()
+        if now >= self._next_tick:
+            self._next_tick = now + TICK_SECONDS
             self._close_all(lambda connection: connection.deadline < now)
+            if self.tls:
+                self.teller.guard(self.renew_certificate)
+            self.teller.guard(self.each_second)
 
     def _close_all(self, condition: Callable[[Connection], bool]) -> None:
         for connection in list(filter(condition, self.connections)):
             connection.close()
 
     def close(self, seconds: float) -> None:
-        """Stop accepting, finish the requests in flight for so many seconds, close every connection."""
+        """Stop accepting, give the requests in flight ``seconds`` to finish, close every connection. A loop that is
+        stuck is waited for a few seconds longer, and then left alone."""
         if not self.closing:
             self._close_by = time.monotonic() + seconds
             self.closing = True
             with contextlib.suppress(OSError):  # closed, and so awake already
-                self._waker.send(b"\0")
-        self._closed.wait()
+                self.waker.send(b"\0")
+        if not self._closed.wait(seconds + CLOSE_SECONDS):
+            log.error("the thread that answers does not come to an end; it is left alone")
+            self.server_close()
 
     def shutdown(self) -> None:
         """End `serve_forever` at once."""
         self.close(0.0)
 
-    def abandon(self) -> None:
-        """Let go of everything."""
-        self.server_close()
-        self._selector.close()
-        self._waker.close()
-        self._woken.close()
+    def after_fork(self) -> None:
+        """Let go of what belongs to the parent; there is nothing left to serve, or for `close` to wait for."""
+        self.closing, self._closed = True, threading.Event()
+        self._closed.set()
+        self.complete.clear()
+        super().after_fork()
+
+    def _watch_address(self, accepting: bool) -> None:
+        """Have the selector tell of new clients, or not: it would tell in every turn of those that cannot come in."""
+        if accepting:
+            self.selector.register(self.socket, selectors.EVENT_READ, self._accept)
+        elif self._accepting:
+            self.selector.unregister(self.socket)
+        self._accepting = accepting
 
     def _accept(self) -> None:
-        """Accept what waits, but not for so long that the accepted must wait."""
+        """Accept clients that wait, but not so many that the accepted must wait."""
+        if self.backlog and next(iter(self.backlog)).phase == HANDSHAKE:  # left over from the last turn
+            self._watch_address(False)
+            return
         for accepted in range(ACCEPT_BURST):
+            if len(self.connections) >= self._limit and next(iter(self.connections)).is_new():
+                self._watch_address(False)
+                return
             try:
                 request, client_address = self.get_request()
             except OSError as error:
-                # Behind the first nobody may wait: the system looks for a descriptor before it looks for a client.
+                # After the first perhaps nobody waits: the system looks for a descriptor before it looks for a client.
                 is_short = not accepted and error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
                 if is_short and not self._make_way():
-                    time.sleep(0.05)  # or the loop would spin on the one that cannot come
+                    self._watch_address(False)
                 return
-            while len(self.connections) >= self._limit:
-                self._make_way()
+            while len(self.connections) >= self._limit and not self._make_way():
+                self._answer_complete()
             self.process_request(request, client_address)
 
     def _make_way(self) -> bool:
-        """Send away who has waited longest for its request to become complete; False if there is nobody."""
+        """Close the connection that has waited longest for its request to become complete; False if there is none."""
         for _ in range(len(self.connections)):
             connection = next(iter(self.connections))
-            connection.ready()  # what has come unseen may complete it
+            if connection.phase != HANDSHAKE:
+                self.backlog.pop(connection, None)
+                connection.ready()  # what has come unseen may complete it
             if not connection.asked:
                 connection.close()
                 return True
-            self._answer_complete()  # which sends it to the end of the row
+            self.connections.move_to_end(connection)  # it is answered in this turn
         return False
 
     def process_request(self, request: Any, client_address: Any) -> None:
@@ -4563,19 +4769,23 @@ class PushServer(Listener):
         except OSError:
             self.shutdown_request(request)  # gone before it was served
 
-    def watch(self, connection: Connection, events: int) -> None:
-        """Call the connection when its client sends, or takes, as ``events`` say."""
-        if not connection.events:
-            self._selector.register(connection.socket, events, connection.ready)
-        elif connection.events != events:
-            self._selector.modify(connection.socket, events, connection.ready)
-        connection.events = events
 
-    def forget(self, connection: Connection) -> None:
-        """Watch a connection no more; to be called before it is closed."""
-        self.connections.pop(connection, None)
-        if connection.events:
-            self._selector.unregister(connection.socket)
+# A file's device, number, size and time, which tell whether it is the same and unchanged.
+_Stamp = Tuple[int, int, int, int]
+_UNKNOWN_FILE: _Stamp = (0, 0, 0, 0)
+
+
+def _stamp(path: str) -> _Stamp:
+    """The stamp of a file that a link may lead to; that of no file if there is none."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return _UNKNOWN_FILE
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _stamps(*paths: str) -> List[_Stamp]:
+    return [_stamp(path) for path in paths]
 
 
 def make_tls_context(settings: Settings) -> ssl.SSLContext:

@@ -21,7 +21,7 @@ import pytest
 from support import PATIENCE, Client, Receiver, no_thread_left, post, push, receiver, wait_until
 
 import kfserver
-from kfserver import BODY, HEAD, IDLE, Connection, PushServer, Request, Response, parse_framing
+from kfserver import BODY, HEAD, IDLE, PAUSE_SECONDS, Connection, PushServer, Request, Response, parse_framing
 
 GET = b"GET / HTTP/1.1\r\nHost: kf\r\n\r\n"
 # What a smuggler hides behind a request that two readers understand differently.
@@ -48,7 +48,7 @@ def chunked(*pieces: bytes) -> bytes:
 # ---- Requests and answers
 
 
-def test_push_handler_answers_a_push(kf: Receiver) -> None:
+def test_connection_answers_a_push(kf: Receiver) -> None:
     answer = kf.connect().ask(post(push()))
     assert (answer.status, answer.body) == (200, b"success")
     assert answer.headers["content-type"] == "text/plain; charset=utf-8"
@@ -56,7 +56,7 @@ def test_push_handler_answers_a_push(kf: Receiver) -> None:
     assert answer.headers["date"].endswith(" GMT")
 
 
-def test_push_handler_gives_the_endpoint_what_was_sent(kf: Receiver) -> None:
+def test_connection_gives_the_endpoint_what_was_sent(kf: Receiver) -> None:
     kf.connect().ask(post(b"the body", target="/kf/push?nonce=%20a&nonce=b?c"))
     assert kf.requests == [Request("POST", "/kf/push", "nonce=%20a&nonce=b?c", b"the body")]
 
@@ -73,7 +73,7 @@ def test_push_handler_gives_the_endpoint_what_was_sent(kf: Receiver) -> None:
     ("1.0", "close", False),
     ("1.7", "", True),  # a version of tomorrow, which is understood as 1.1
 ])
-def test_push_handler_keeps_the_connection(kf: Receiver, version: str, connection: str, kept: bool) -> None:
+def test_connection_keeps_the_connection(kf: Receiver, version: str, connection: str, kept: bool) -> None:
     client = kf.connect()
     headers = [f"Connection: {connection}"] if connection else []
     answer = client.ask(post(push(), *headers, version=version))
@@ -86,11 +86,11 @@ def test_push_handler_keeps_the_connection(kf: Receiver, version: str, connectio
         assert client.at_end()
 
 
-def test_push_handler_serves_a_request_without_host_in_http_1_0(kf: Receiver) -> None:
+def test_connection_serves_a_request_without_host_in_http_1_0(kf: Receiver) -> None:
     assert kf.connect().ask(b"GET / HTTP/1.0\r\n\r\n").status == 200
 
 
-def test_push_handler_answers_head_as_get_without_the_body(kf: Receiver) -> None:
+def test_connection_answers_head_as_get_without_the_body(kf: Receiver) -> None:
     client = kf.connect()
     by_get = client.ask(GET)
     client.send(GET.replace(b"GET", b"HEAD"))
@@ -107,14 +107,14 @@ def test_push_handler_answers_head_as_get_without_the_body(kf: Receiver) -> None
     pytest.param(post(b""), 400, id="no body"),
     pytest.param(head(), 400, id="no length"),
 ])
-def test_push_handler_goes_on_after_a_refusal_by_the_endpoint(
+def test_connection_goes_on_after_a_refusal_by_the_endpoint(
         kf: Receiver, request_bytes: bytes, status: int) -> None:
     client = kf.connect()
     assert client.ask(request_bytes).status == status
     assert client.ask(post(push())).body == b"success"
 
 
-def test_push_handler_names_the_methods_that_it_serves(kf: Receiver) -> None:
+def test_connection_names_the_methods_that_it_serves(kf: Receiver) -> None:
     assert kf.connect().ask(b"PUT / HTTP/1.1\r\nHost: kf\r\n\r\n").headers["allow"] == "GET, HEAD, POST"
 
 
@@ -138,7 +138,7 @@ def test_push_handler_names_the_methods_that_it_serves(kf: Receiver) -> None:
     pytest.param(head("A: \xff", "Content-Length: 5") + b"hello", id="a header beyond ASCII"),
 ])
 @pytest.mark.parametrize("in_one", [True, False], ids=["in one piece", "byte by byte"])
-def test_wire_reads_a_body(kf: Receiver, request_bytes: bytes, in_one: bool) -> None:
+def test_request_reader_reads_a_body(kf: Receiver, request_bytes: bytes, in_one: bool) -> None:
     client = kf.connect()
     client.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
     for piece in [request_bytes] if in_one else [bytes([byte]) for byte in request_bytes]:
@@ -148,13 +148,13 @@ def test_wire_reads_a_body(kf: Receiver, request_bytes: bytes, in_one: bool) -> 
     assert client.ask(GET).status == 200  # not a byte of the body is left over
 
 
-def test_wire_reads_a_chunk_whose_size_is_in_letters(kf: Receiver) -> None:
+def test_request_reader_reads_a_chunk_whose_size_is_in_letters(kf: Receiver) -> None:
     body = bytes(range(256)) * 11
     kf.connect().ask(chunked(b"aFf\r\n", body[:0xAFF], b"\r\n1\r\n", body[0xAFF:], b"\r\n0\r\n\r\n"))
     assert kf.requests[0].body == body
 
 
-def test_wire_reads_a_body_of_the_largest_size() -> None:
+def test_request_reader_reads_a_body_of_the_largest_size() -> None:
     with receiver(max_body=100000) as kf:
         client = kf.connect()
         client.ask(post(b"x" * 100000))
@@ -166,7 +166,7 @@ def test_wire_reads_a_body_of_the_largest_size() -> None:
     pytest.param(["A:"] * 98, id="100 headers"),
     pytest.param(["A: " + "b" * 16000], id="a header of 16 kB"),
 ])
-def test_wire_reads_a_large_head(kf: Receiver, lines: List[str]) -> None:
+def test_request_reader_reads_a_large_head(kf: Receiver, lines: List[str]) -> None:
     assert kf.connect().ask(post(push(), *lines)).body == b"success"
 
 
@@ -176,7 +176,7 @@ def test_wire_reads_a_large_head(kf: Receiver, lines: List[str]) -> None:
     pytest.param(chunked(b"5\r\nhello\r\n0\r\n\r\n"), id="chunked"),
     pytest.param(GET, id="GET"),
 ])
-def test_wire_reads_requests_that_come_at_once(kf: Receiver, request_bytes: bytes, between: bytes) -> None:
+def test_request_reader_reads_requests_that_come_at_once(kf: Receiver, request_bytes: bytes, between: bytes) -> None:
     # Old clients send an empty line behind a body (RFC 9112, section 2.2).
     client = kf.connect()
     client.send(between.join([request_bytes] * 3) + between)
@@ -187,7 +187,7 @@ def test_wire_reads_requests_that_come_at_once(kf: Receiver, request_bytes: byte
     assert client.ask(post(push())).body == b"success"
 
 
-def test_push_handler_answers_in_the_order_of_the_requests(kf: Receiver) -> None:
+def test_connection_answers_in_the_order_of_the_requests(kf: Receiver) -> None:
     client = kf.connect()
     client.send(GET + post(push()) + post(b"?") + post(push()))
     assert [client.read_answer().status for _ in range(4)] == [200, 200, 400, 200]
@@ -196,13 +196,13 @@ def test_push_handler_answers_in_the_order_of_the_requests(kf: Receiver) -> None
 # ---- Expect: 100-continue
 
 
-def test_wire_tells_a_client_to_continue(kf: Receiver) -> None:
+def test_request_reader_tells_a_client_to_continue(kf: Receiver) -> None:
     client, body = kf.connect(), push()
     assert client.ask(head("Expect: 100-continue", f"Content-Length: {len(body)}")).status == 100
     assert client.ask(body).body == b"success"
 
 
-def test_wire_tells_a_client_to_continue_with_chunks(kf: Receiver) -> None:
+def test_request_reader_tells_a_client_to_continue_with_chunks(kf: Receiver) -> None:
     client = kf.connect()
     assert client.ask(head("Expect: 100-Continue", "Transfer-Encoding: chunked")).status == 100
     client.ask(b"5\r\nhello\r\n0\r\n\r\n")
@@ -214,7 +214,7 @@ def test_wire_tells_a_client_to_continue_with_chunks(kf: Receiver) -> None:
     pytest.param(post(b"", "Expect: 100-continue"), id="there is no body"),
     pytest.param(post(push(), "Expect: 100-continue", version="1.0"), id="HTTP/1.0 does not know it"),
 ])
-def test_wire_tells_nobody_to_continue_who_need_not_ask(kf: Receiver, request_bytes: bytes) -> None:
+def test_request_reader_tells_nobody_to_continue_who_need_not_ask(kf: Receiver, request_bytes: bytes) -> None:
     assert kf.connect().ask(request_bytes).status in (200, 400)
 
 
@@ -223,7 +223,7 @@ def test_wire_tells_nobody_to_continue_who_need_not_ask(kf: Receiver, request_by
     (["Expect: the-moon", "Content-Length: 5"], 417),
     (["Expect: 100-continue", "Content-Length: nonsense"], 400),
 ])
-def test_wire_refuses_before_the_body_is_sent(kf: Receiver, lines: List[str], status: int) -> None:
+def test_request_reader_refuses_before_the_body_is_sent(kf: Receiver, lines: List[str], status: int) -> None:
     client = kf.connect()
     assert client.ask(head(*lines)).status == status
 
@@ -241,7 +241,7 @@ def put_off(monkeypatch: pytest.MonkeyPatch, beginning: bytes) -> None:
     monkeypatch.setattr(Connection, "_send", send_later)
 
 
-def test_push_handler_says_continue_once_though_the_client_takes_it_late(
+def test_connection_says_continue_once_though_the_client_takes_it_late(
         kf: Receiver, monkeypatch: pytest.MonkeyPatch) -> None:
     put_off(monkeypatch, b"HTTP/1.1 100")
     client = kf.connect()
@@ -253,7 +253,7 @@ def test_push_handler_says_continue_once_though_the_client_takes_it_late(
     assert [client.read_answer().status for _ in range(2)] == [200, 200]
 
 
-def test_push_handler_refuses_aloud_though_the_client_takes_it_late(
+def test_connection_refuses_aloud_though_the_client_takes_it_late(
         kf: Receiver, monkeypatch: pytest.MonkeyPatch) -> None:
     put_off(monkeypatch, b"HTTP/1.1 400")
     client = kf.connect()
@@ -263,14 +263,14 @@ def test_push_handler_refuses_aloud_though_the_client_takes_it_late(
 
 
 @pytest.mark.parametrize("lines", [("Expect: much",), ("Content-Length: 99999999",), ("Content-Length: x",)])
-def test_push_handler_refuses_head_without_a_body(kf: Receiver, lines: Tuple[str, ...]) -> None:
+def test_connection_refuses_head_without_a_body(kf: Receiver, lines: Tuple[str, ...]) -> None:
     client = kf.connect()
     client.send(head(*lines).replace(b"POST", b"HEAD"))
     assert client.read_answer(bodiless=True).status in (400, 413, 417)
     assert client.at_end()
 
 
-def test_push_handler_refuses_with_a_body_what_follows_a_head_request(kf: Receiver) -> None:
+def test_connection_refuses_with_a_body_what_follows_a_head_request(kf: Receiver) -> None:
     client = kf.connect()
     client.send(GET.replace(b"GET", b"HEAD") + b"BAD\r\n\r\n")
     assert client.read_answer(bodiless=True).status == 200
@@ -282,7 +282,7 @@ def test_push_handler_refuses_with_a_body_what_follows_a_head_request(kf: Receiv
     pytest.param([b"GET / HTTP/1.1\r\nHost: kf", b"\0"], id="NUL in a later piece"),
     pytest.param([b"GET / HTTP/1.1\r\nHost: kf", b"\n"], id="bare LF in a later piece"),
 ])
-def test_push_handler_refuses_a_head_before_it_is_complete(kf: Receiver, pieces: List[bytes]) -> None:
+def test_connection_refuses_a_head_before_it_is_complete(kf: Receiver, pieces: List[bytes]) -> None:
     client = kf.connect()
     for piece in pieces[:-1]:
         client.send(piece)
@@ -407,7 +407,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("request_bytes", "status"), REFUSED)
-def test_push_handler_reads_nothing_behind_what_it_refuses(kf: Receiver, request_bytes: bytes, status: int) -> None:
+def test_connection_reads_nothing_behind_what_it_refuses(kf: Receiver, request_bytes: bytes, status: int) -> None:
     client = kf.connect()
     client.send(request_bytes + SMUGGLED * 3)
     answer = client.read_answer()
@@ -418,12 +418,12 @@ def test_push_handler_reads_nothing_behind_what_it_refuses(kf: Receiver, request
     assert kf.requests == []
 
 
-def test_push_handler_takes_the_path_of_an_absolute_target(kf: Receiver) -> None:
+def test_connection_takes_the_path_of_an_absolute_target(kf: Receiver) -> None:
     kf.connect().ask(post(b"", target="https://kf.example/kf?a=b"))
     assert kf.requests[0][:3] == ("POST", "/kf", "a=b")
 
 
-def test_push_handler_takes_the_query_of_an_absolute_target_without_a_path(kf: Receiver) -> None:
+def test_connection_takes_the_query_of_an_absolute_target_without_a_path(kf: Receiver) -> None:
     kf.connect().ask(post(b"", target="http://kf.example?a=b"))
     assert kf.requests[0][:3] == ("POST", "/", "a=b")
 
@@ -463,7 +463,7 @@ class NotingServer(PushServer):
         return self.accepted[-1], address
 
 
-def test_push_handler_sends_each_answer_by_one_call() -> None:
+def test_connection_sends_each_answer_by_one_call() -> None:
     with receiver(NotingServer) as kf:
         client = kf.connect()
         for request_bytes in (GET, post(push()), post(b"?"), b"garbage\r\n\r\n"):
@@ -474,7 +474,7 @@ def test_push_handler_sends_each_answer_by_one_call() -> None:
     assert all(data.partition(b"\r\n\r\n")[2] for data in sent)
 
 
-def test_push_handler_sends_without_delay() -> None:
+def test_connection_sends_without_delay() -> None:
     with receiver(NotingServer) as kf:
         kf.connect().ask(GET)
         accepted = kf.server.accepted[0]  # type: ignore[attr-defined]
@@ -529,7 +529,7 @@ class ImpatientServer(PushServer):
 
     def service_actions(self) -> None:
         """Send away who is too slow."""
-        self._next_reap = 0.0
+        self._next_tick = 0.0
         super().service_actions()
 
 
@@ -714,7 +714,7 @@ def test_push_server_out_of_descriptors_pauses_and_goes_on(kf: Receiver) -> None
             client.sendall(GET)
             wait_until(lambda: len(moments) >= 3)
         assert client.recv(12) == b"HTTP/1.1 200"
-    assert moments[2] - moments[0] >= 0.1  # or the loop would take all of a processor
+    assert moments[2] - moments[0] >= PAUSE_SECONDS  # or the loop would take all of a processor
 
 
 def test_push_server_survives_an_error_of_its_own(kf: Receiver, caplog: pytest.LogCaptureFixture) -> None:

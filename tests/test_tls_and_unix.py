@@ -130,7 +130,7 @@ def let_time_run_out(kf: Receiver) -> bool:
     """As if every limit of time was over; whether nobody is left. To be repeated: bytes under way begin a new limit."""
     for connection in list(kf.server.connections):
         connection.deadline = 0.0
-    kf.server._next_reap = 0.0
+    kf.server._next_tick = 0.0
     return not kf.server.connections
 
 
@@ -211,13 +211,13 @@ def test_kf_server_hangs_up_who_does_not_speak_tls(
 
 
 @needs_openssl
-def test_channel_keeps_a_connection(connect: Connect) -> None:
+def test_connection_keeps_a_connection(connect: Connect) -> None:
     client = connect()
     assert [client.ask(post(push(number=number))).body for number in range(5)] == [b"success"] * 5
 
 
 @needs_openssl
-def test_channel_answers_requests_that_come_at_once_in_order(kf: Receiver, connect: Connect) -> None:
+def test_connection_answers_requests_that_come_at_once_in_order(kf: Receiver, connect: Connect) -> None:
     client = connect()
     client.send(post(push()) + GET + post(b"?") + post(push()))
     assert [client.read_answer().status for _ in range(4)] == [200, 200, 400, 200]
@@ -225,21 +225,21 @@ def test_channel_answers_requests_that_come_at_once_in_order(kf: Receiver, conne
 
 
 @needs_openssl
-def test_channel_closes_the_connection_when_it_is_asked_to(connect: Connect) -> None:
+def test_connection_closes_the_connection_when_it_is_asked_to(connect: Connect) -> None:
     client = connect()
     assert client.ask(post(push(), "Connection: close")).headers["connection"] == "close"
     assert client.at_end()
 
 
 @needs_openssl
-def test_channel_reads_a_body_of_many_records(kf: Receiver, connect: Connect) -> None:
+def test_connection_reads_a_body_of_many_records(kf: Receiver, connect: Connect) -> None:
     body = bytes(range(256)) * 4000
     connect().ask(post(body))
     assert kf.requests[0].body == body
 
 
 @needs_openssl
-def test_channel_reads_a_request_of_tiny_records(kf: Receiver, connect: Connect) -> None:
+def test_connection_reads_a_request_of_tiny_records(kf: Receiver, connect: Connect) -> None:
     client, request_bytes = connect(), post(push())
     for place in range(len(request_bytes)):
         client.send(request_bytes[place:place + 1])
@@ -247,7 +247,7 @@ def test_channel_reads_a_request_of_tiny_records(kf: Receiver, connect: Connect)
 
 
 @needs_openssl
-def test_channel_tells_a_client_to_continue(connect: Connect) -> None:
+def test_connection_tells_a_client_to_continue(connect: Connect) -> None:
     client, request_bytes = connect(), post(push(), "Expect: 100-continue")
     head, blank, body = request_bytes.partition(b"\r\n\r\n")
     assert client.ask(head + blank).status == 100
@@ -255,7 +255,7 @@ def test_channel_tells_a_client_to_continue(connect: Connect) -> None:
 
 
 @needs_openssl
-def test_channel_answers_what_it_refuses_and_reads_nothing_behind_it(kf: Receiver, connect: Connect) -> None:
+def test_connection_answers_what_it_refuses_and_reads_nothing_behind_it(kf: Receiver, connect: Connect) -> None:
     client = connect()
     client.send(b"POST / HTTP/1.1\r\nNo-Host: kf\r\n\r\n" + post(push()) * 3)
     answer = client.read_answer()
