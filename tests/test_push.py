@@ -604,7 +604,8 @@ def test_push_says_that_the_scheme_is_wrong(spoken: str, wrong: str, count: int,
             push(url_of(running).replace("http", wrong), "--count", count)
 
 
-@pytest.mark.parametrize("spoken", [SUCCESS, b"HTTP/1.1 400 No\r\nContent-Length: 0\r\n\r\n", b"", b"nonsense"], ids=str)
+@pytest.mark.parametrize("spoken", [
+    SUCCESS, b"HTTP/1.1 400 No\r\nContent-Length: 0\r\n\r\n", b"", b"nonsense\r\n\r\n"], ids=str)
 def test_push_does_not_blame_a_scheme_that_is_right(spoken: bytes) -> None:
     with ScriptedReceiver(spoken) as other:
         assert push(other.url) == (0 if spoken == SUCCESS else 1)
