@@ -46,7 +46,7 @@ Sections 1 to 8 are pure: they touch no socket, file or clock, and are given the
 the claims and the queue as arguments. Their one thread is that of async handlers.
 """
 
-from __future__ import annotations
+from __future__ import annotations  # kfserver needs Python 3.7 or later
 
 import argparse
 import base64
@@ -111,7 +111,7 @@ except ImportError:  # Windows has no such limits
 __version__ = "1.0.0"
 __all__ = ["HandlerRegistry", "Image", "KfServer", "Message", "SendApi", "Settings", "Text"]
 
-log = logging.getLogger("kfserver")
+log: logging.Logger = logging.getLogger("kfserver")  # Python 2 stops here: kfserver needs Python 3.7 or later
 
 
 # ---- 1 Errors -------------------------------------------------------------------------------------------------------
@@ -200,7 +200,10 @@ def describe_error(error: BaseException) -> str:
 
 
 def exc_info_of(error: BaseException) -> Tuple[Type[BaseException], BaseException, Optional[TracebackType]]:
-    """The error's traceback for the log, with `describe_error` in place of its text, which may hold a user's words."""
+    """The error's traceback for the log, with `describe_error` in place of its text, which may hold a user's words.
+    At the level debug, which is meant for that, the text stays."""
+    if log.isEnabledFor(logging.DEBUG):
+        return type(error), error, error.__traceback__
     return KfError, KfError(describe_error(error)), error.__traceback__
 
 
@@ -3911,7 +3914,8 @@ def make_key(function: Callable[[Message], str], message: Message) -> str:
 class Inbox:
     """Takes messages from an `Endpoint`, has them handled, and settles what became of them."""
 
-    def __init__(self, registry: HandlerRegistry, settings: Settings, key_of: Callable[[Message], str]) -> None:
+    def __init__(self, registry: HandlerRegistry, settings: Settings, key_of: Callable[[Message], str],
+                 api: Any = None) -> None:
         alarm = Alarm()
         self.registry = registry
         self.metrics = Metrics()
@@ -3922,7 +3926,7 @@ class Inbox:
             self._key_of = dedup_key
         local = ClaimCache(settings.dedup_size)
         self._claims: Union[ClaimCache, SharedClaims] = SharedClaims(settings.redis, local) if settings.redis else local
-        self._api = SendApi(settings) if settings.app_key or settings.access_token else None
+        self._api = SendApi(settings) if settings.app_key or settings.access_token else api
         self._dispatcher = Dispatcher(settings, self._handle, self._flush, alarm.later)
         self._journal = Journal(settings, alarm.later) if settings.journal else None
         if self._journal:
@@ -4853,13 +4857,14 @@ class KfServer:
         with KfServer(registry, Settings(port=0)) as server:
             print(server.url)
 
-    `feed` and `wsgi` work without a start. ``dedup_key`` replaces `dedup_key`: equal texts are one message.
+    `feed` and `wsgi` work without a start. ``dedup_key`` replaces `dedup_key`: equal texts are one message. ``api``,
+    which works like a `SendApi`, takes the replies if the settings have no key for the platform's.
     """
 
     def __init__(self, registry: HandlerRegistry, settings: Settings = Settings(),
-                 dedup_key: Callable[[Message], str] = dedup_key) -> None:
+                 dedup_key: Callable[[Message], str] = dedup_key, api: Any = None) -> None:
         self.settings = settings
-        self._inbox = Inbox(registry, settings, dedup_key)
+        self._inbox = Inbox(registry, settings, dedup_key, api)
         self.endpoint = Endpoint(settings, self._inbox, time.time, time.monotonic)
         self._http: Optional[PushServer] = None
         self._admin: Optional[PushServer] = None
@@ -4962,20 +4967,25 @@ class KfServer:
 
 
 # ---- 17 Push --------------------------------------------------------------------------------------------------------
-# Law: plays the platform against any receiver, over real connections, and judges answers as the platform does. Knows
-# nothing of how a push is received and handled.
+# Law: plays the platform against any receiver, over a real connection, and judges answers as the platform does. Knows
+# nothing of how a push is received and handled. Made for development: one message after the other, never load.
 
 # Bodies that the platform takes for an answer, with status 200 (its page on customer-service messages).
 GOOD_ANSWERS = (b"success", b"")
+# Seconds for the answer to a request that only asks whether the other scheme is spoken.
+SCHEME_SECONDS = 1.0
 # Characters of a request or an answer that are shown.
 MAX_SHOWN = 4000
+# Of the client's errors (RFC 9110, section 15.5; RFC 8470; RFC 6585) these alone can go away by themselves. The others
+# cannot, nor can a redirection: the same push would get the same answer again.
+TEMPORARY_ERRORS = (408, 425, 429)
 
 
 class Patience(NamedTuple):
-    """How long the sender of a push waits for the answer, and how often it sends again what was not answered.
+    """How long the sender of a push waits for the answer, and how often it sends a push again that was not answered.
 
-    The platform's own, by default: 2 s for messages, and the three retries of its page on coupon events. How soon it
-    sends again is not documented; a second is what a receiver that is busy asks for.
+    The default is the platform's: 2 s for messages, and the three retries of its page on coupon events. How soon it
+    sends again is not documented; a receiver that is busy asks for one second.
     """
 
     answer_seconds: float = 2.0
@@ -4998,7 +5008,7 @@ def read_push_url(text: str) -> Tuple[str, str]:
 
 
 class Draft(NamedTuple):
-    """A push before it is sent: the message in the clear, what rides in the query, the body, and what answers it."""
+    """A push before it is sent: the plain message, the values of the query, the body, and the bodies that answer it."""
 
     message: bytes
     query: Mapping[str, str]
@@ -5006,15 +5016,15 @@ class Draft(NamedTuple):
     expected: Sequence[bytes] = GOOD_ANSWERS
 
 
-# The types of message that are written here, and the field that makes each.
+# The types of message that this section writes, and the main field of each.
 _MAIN_FIELDS: Mapping[str, str] = MappingProxyType({"text": "Content", "image": "PicUrl", "event": "Event"})
 
 
 class Drafter:
-    """Drafts the pushes that the arguments ask for. Raises `SettingsError` for what does not go together.
+    """Drafts the pushes that the arguments ask for. Raises `SettingsError` for options that do not go together.
 
-    Each message is one of its own, or a receiver would drop it as a repeat: its MsgId of 63 bits is no other's. Events
-    have none, and are known by their CreateTime: a sender's events lie a second apart, the last of them now.
+    A receiver drops repeats, so no two messages are the same: each has a MsgId of 63 bits of its own. Events have no
+    MsgId and are told apart by their CreateTime: they are one second apart, and the last of them happens now.
     """
 
     def __init__(self, arguments: argparse.Namespace, settings: Settings) -> None:
@@ -5024,7 +5034,7 @@ class Drafter:
                                 "or --handshake")
         self._platform = Platform(settings, time.time, os.urandom)
         self._encode = encode_json if arguments.form == "json" else encode_xml
-        self._app = arguments.to or settings.app_id or "app"
+        self._app = arguments.to or settings.app_id.split(",")[0] or "app"
         self._packet = read_packet(arguments.file) if self._kind == "file" else b""
         # Another start for each run, high enough that a receiver which reads ids as floating point shows it.
         self._first_id = 2 ** 62 + random.getrandbits(61)
@@ -5044,11 +5054,9 @@ class Drafter:
         wanted, now, content = self._arguments, int(time.time()), getattr(self._arguments, self._kind)
         fields: Dict[str, Union[str, int]] = {"ToUserName": self._app, "FromUserName": wanted.sender, "CreateTime": now,
                                               "MsgType": self._kind}
-        if wanted.senders > 1:
-            fields["FromUserName"] = f"{wanted.sender}-{number % wanted.senders + 1}"
         fields[_MAIN_FIELDS[self._kind]] = "hello" if content is None else content
         if self._kind == "event":
-            fields["CreateTime"] = now - (wanted.count - 1 - number) // wanted.senders
+            fields["CreateTime"] = now - (wanted.count - 1 - number)
         else:
             fields["MsgId"] = self._first_id + number
         return {**fields, **dict(wanted.field)}
@@ -5077,112 +5085,9 @@ def read_packet(path: str) -> bytes:
                             ) from None
 
 
-class Outcome(NamedTuple):
-    """What became of one try: an answer, or status 0 where none came. ``reason`` says why it does not count, and is
-    empty if it does. ``seconds`` went by since the try began."""
-
-    status: int
-    body: bytes
-    reason: str
-    seconds: float
-
-
-class PushRun:
-    """Pushes ``count`` messages on ``connections`` threads, each until it is answered or was tried as often as the
-    platform tries; counts what comes of it. ``told`` hears of each try, and whether another will follow."""
-
-    def __init__(self, arguments: argparse.Namespace, client: HttpClient, target: str, patience: Patience) -> None:
-        self._arguments, self._client, self._target, self._patience = arguments, client, target, patience
-        self._lock = threading.Lock()  # guards all below
-        self._numbers = iter(range(arguments.count))
-        self._started = time.monotonic()
-        self.counts: Counter[str] = Counter()  # messages answered; tries sent, retried and repeated
-        self.refused: Counter[str] = Counter()
-        self.failed: Counter[str] = Counter()
-        self.times: List[float] = []  # seconds to each answer that counts
-
-    def run(self, draft: Callable[[int], Draft], told: Callable[[Draft, Outcome, str], None]) -> None:
-        """Push them all, from threads; returns when all are through."""
-        threads = [threading.Thread(target=self._work, args=(draft, told), daemon=True)
-                   for _ in range(min(self._arguments.connections, self._arguments.count))]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-
-    def _work(self, draft: Callable[[int], Draft], told: Callable[[Draft, Outcome, str], None]) -> None:
-        while True:
-            with self._lock:
-                number = next(self._numbers, None)
-            if number is None:
-                return
-            if self._arguments.rate:
-                time.sleep(max(0.0, self._started + number / self._arguments.rate - time.monotonic()))
-            self._push(number, draft(number), told)
-
-    def _push(self, number: int, draft: Draft, told: Callable[[Draft, Outcome, str], None]) -> None:
-        """Send one message as often as the platform would; the same bytes each time, by which it is known again."""
-        lose_answer = is_lost(number, self._arguments.repeat)
-        for retries_left in range(self._patience.retries + lose_answer, -1, -1):
-            outcome = self._try(draft)
-            if not outcome.reason and not lose_answer:
-                next_step = ""
-            elif not outcome.reason:
-                next_step, lose_answer = "repeated", False
-            else:
-                next_step = "retried" if retries_left > lose_answer else ""
-            self._count(outcome, next_step)
-            told(draft, outcome, next_step)
-            if not next_step:
-                return
-            time.sleep(self._patience.pause_seconds if outcome.reason else 0.0)
-
-    def target_of(self, draft: Draft) -> str:
-        """The path of the URL, and the query."""
-        joint = "" if not draft.query else "&" if "?" in self._target else "?"
-        return f"{self._target}{joint}{urlencode(draft.query)}"
-
-    def _try(self, draft: Draft) -> Outcome:
-        started, status, body = time.monotonic(), 0, b""
-        try:
-            status, body = self._client.exchange("POST", self.target_of(draft), draft.body, _content_type(draft.body))
-            reason = judge(status, body, draft.expected)
-        except (OSError, http.client.HTTPException) as error:
-            reason = _explain_failure(error)
-        seconds = time.monotonic() - started
-        if seconds > self._patience.answer_seconds:
-            status, reason = 0, f"no answer in {self._patience.answer_seconds:g} s"
-        return Outcome(status, body, reason, seconds)
-
-    def _count(self, outcome: Outcome, next_step: str) -> None:
-        with self._lock:
-            self.counts.update(["sent", next_step or ("unanswered" if outcome.reason else "answered")])
-            if not outcome.reason:
-                self.times.append(outcome.seconds)
-            else:
-                (self.refused if outcome.status else self.failed)[outcome.reason] += 1
-
-    def state(self) -> str:
-        """How far it is, in a line."""
-        wrong = sum(self.refused.values()) + sum(self.failed.values())
-        rate = len(self.times) / max(time.monotonic() - self._started, 0.001)
-        return f"{self.counts['answered']}/{self._arguments.count}, {rate:.0f}/s" + (
-            f", {wrong} tries failed" if wrong else "")
-
-    def report(self) -> Dict[str, Any]:
-        """Everything in plain values, for JSON: times in milliseconds, None where there was no answer."""
-        times, seconds = sorted(self.times), time.monotonic() - self._started
-        return {"messages": self._arguments.count, "sent": self.counts["sent"], "answered": self.counts["answered"],
-                "unanswered": self._arguments.count - self.counts["answered"], "repeated": self.counts["repeated"],
-                "retried": self.counts["retried"], "refused": dict(self.refused), "failed": dict(self.failed),
-                "p50_ms": percentile_ms(times, 50), "p99_ms": percentile_ms(times, 99),
-                "max_ms": percentile_ms(times, 100), "seconds": round(seconds, 3),
-                "pushes_per_second": round(len(times) / seconds, 1)}
-
-
 def is_lost(number: int, percent: int) -> bool:
-    """Whether the first answer to the push of that number counts as lost: so many in a hundred, evenly spread and not
-    by chance, so that the figures of a run can be checked to the unit."""
+    """Whether the first answer to the push of that number counts as lost. ``percent`` of a hundred do, evenly spread
+    and not by chance, so that the sums of a run are known beforehand."""
     return (number + 1) * percent // 100 > number * percent // 100
 
 
@@ -5195,12 +5100,12 @@ def _content_type(body: bytes) -> str:
 def judge(status: int, body: bytes, expected: Sequence[bytes]) -> str:
     """Why the platform would not take this for an answer; empty if it would."""
     if status != 200:
-        return str(status)
+        return f"refused {status}"
     return "" if body in expected else "200 with a wrong body"
 
 
 def _explain_failure(error: Exception) -> str:
-    """Why no answer came, in the words of who can do something about it."""
+    """Why no answer came, and what can be done about it."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return f"certificate refused: {error.verify_message} (--insecure takes any)"
     if isinstance(error, ssl.SSLError):
@@ -5208,36 +5113,18 @@ def _explain_failure(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
-def percentile_ms(times: Sequence[float], percent: int) -> Optional[float]:
-    """The one of ``times``, seconds in order, that so many in a hundred do not exceed (the nearest rank), in
-    milliseconds; None if there are none."""
-    return round(times[max(0, -(-len(times) * percent // 100) - 1)] * 1000, 3) if times else None
-
-
-def format_table(report: Mapping[str, Any]) -> str:
-    """A report for people, one figure a line."""
-    rows = [(name, str(report[name])) for name in ("messages", "sent", "answered")]
-    rows.append(("never answered", str(report["unanswered"])))
-    rows += [(f"refused {reason}", str(number)) for reason, number in sorted(report["refused"].items())]
-    rows += [(reason, str(number)) for reason, number in sorted(report["failed"].items())]
-    rows += [(name, str(report[name])) for name in ("retried", "repeated")]
-    if report["max_ms"] is not None:
-        rows += [(name, f"{report[name + '_ms']:.2f} ms") for name in ("p50", "p99", "max")]
-    rows.append(("pushes a second", f"{report['pushes_per_second']:.0f}"))
-    return "\n".join(f"{name:<24} {figure:>12}" for name, figure in rows)
-
-
 _NOT_FOR_SCREENS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 # What can be done about an answer that does not count, by the reason of `judge`.
 _PUSH_ADVICE: Mapping[str, str] = MappingProxyType({
-    "200 with a wrong body": "a push is answered by success or nothing, a handshake by its echoStr, to the letter",
-    "403": "push with the receiver's own --token, and with its --aes-key and --app-id if it has them",
-    "404": "the receiver takes pushes at another path, its --path: put that into the URL",
-    "503": "the receiver's queue is full: see its log, or push slower with --rate"})
+    "200 with a wrong body": "the body must be exactly success or empty; for a handshake, exactly its echoStr",
+    "refused 403": "push with the receiver's own --token, and with its --aes-key and --app-id if it has them",
+    "refused 404": "the receiver takes pushes at another path, its --path: put that into the URL",
+    "refused 503": "the receiver cannot take messages now: its log says why"})
 
 
 def quote_bytes(mark: str, data: bytes) -> str:
-    """The bytes as lines behind a mark, fit for a terminal: neither broken UTF-8 nor control characters."""
+    """The bytes as lines, each after ``mark``. Broken UTF-8 and control characters are escaped: a terminal reads this.
+    """
     text = data.decode("utf-8", "backslashreplace").replace("\r\n", "\n")
     text = _NOT_FOR_SCREENS.sub(lambda found: f"\\x{ord(found.group()):02x}", text)
     shown = text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}… ({len(text) - MAX_SHOWN} more)"
@@ -5245,23 +5132,15 @@ def quote_bytes(mark: str, data: bytes) -> str:
 
 
 def _say(out: TextIO, text: str, end: str = "\n") -> None:
-    """Print also the characters that the screen does not know, as escapes."""
+    """Print the text; characters that the screen does not know are printed as escapes."""
     encoding = out.encoding or "utf-8"
     print(text.encode(encoding, "backslashreplace").decode(encoding), end=end, file=out, flush=True)
 
 
-def _number_option(option: str, kind: Callable[[str], float], low: int, high: int) -> Callable[[str], float]:
-    """What reads the value of an option; it raises `SettingsError`."""
-    def read(text: str) -> float:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = float("nan")
-        if not low <= value <= high:
-            noun = "a whole number" if kind is int else "a number"
-            raise SettingsError(f"{option} takes {noun} from {low} to {high}, not {text!r}")
-        return value
-    return read
+def _whole_number(option: str, low: int, high: int, text: str) -> int:
+    if not (re.fullmatch("[0-9]{1,9}", text) and low <= int(text) <= high):
+        raise SettingsError(f"{option} takes a whole number from {low} to {high}, not {text!r}")
+    return int(text)
 
 
 def _field_option(text: str) -> Tuple[str, str]:
@@ -5272,11 +5151,11 @@ def _field_option(text: str) -> Tuple[str, str]:
 
 
 def build_push_parser() -> argparse.ArgumentParser:
-    """The parser of the push command. Its numbers and fields are read already; a bad one raises `SettingsError`."""
+    """The parser of the push command. It reads numbers and fields; a bad one raises `SettingsError`."""
     parser = argparse.ArgumentParser(
         prog="kfserver.py push", allow_abbrev=False, usage="kfserver.py push [options] URL",
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=28, width=79),
-        description="Plays the platform: pushes messages to a receiver and judges its answers.",
+        description="Plays the platform: pushes messages to a receiver, one after the other, and judges its answers.",
         epilog="URL: http://host:port/path, https://…, unix:/path/of/socket or unix:/socket:/path.")
     add = parser.add_argument
     add("url", metavar="URL", help="where the receiver is")
@@ -5296,58 +5175,99 @@ def build_push_parser() -> argparse.ArgumentParser:
     add("--app-id", metavar="APP", help="the app that is sealed in (KF_APP_ID)")
     add("--in-body", action="store_true", help="signature in the body instead of the query")
     add("--insecure", action="store_true", help="accept any certificate")
-    for option, kind, low, high, default, text in (
-            ("--count", int, 1, 10 ** 7, 1, "messages to push (1)"),
-            ("--rate", float, 0, 10 ** 6, 0, "new ones a second; 0 (default): as fast as it goes"),
-            ("--senders", int, 1, 10 ** 7, 1, "senders that they come from in turn (1)"),
-            ("--repeat", int, 0, 100, 0, "of 100, so many sent again as after a lost answer"),
-            ("--connections", int, 1, 1000, 16, "connections to push on (16)")):
-        add(option, metavar="N", type=_number_option(option, kind, low, high), default=default, help=text)
-    add("--json-report", metavar="FILE", help="write the figures as JSON too; - for stdout")
+    add("--count", metavar="N", type=functools.partial(_whole_number, "--count", 1, 10 ** 6), default=1,
+        help="messages to push (1); more are summed up, not shown")
+    add("--repeat", metavar="P", type=functools.partial(_whole_number, "--repeat", 0, 100), default=0,
+        help="of 100, send P again as after a lost answer (0)")
     return parser
 
 
-PLATFORM_PATIENCE = Patience()
+class PushRun:
+    """Pushes messages one after the other to ``target`` on the receiver at ``base``.
 
-
-def push(arguments: argparse.Namespace, patience: Patience = PLATFORM_PATIENCE) -> int:
-    """Push as the arguments of `build_push_parser` ask, and show what comes of it; 0 if all was answered, 1 if not.
-
-    Raises `SettingsError` before anything is sent. A report on the standard output has that for itself.
+    ``counts`` says what became of them: messages answered; tries sent, repeated, and not answered by their reason.
+    ``show`` is called with each step, in words.
     """
-    base, target = read_push_url(arguments.url)
-    secrets = {name: getattr(arguments, name) or os.environ.get(f"KF_{name.upper()}", "")
-               for name in ("token", "aes_key", "app_id")}
-    drafter = Drafter(arguments, Settings(**secrets))  # type: ignore[arg-type]
-    client = HttpClient(base, patience.answer_seconds, _any_certificate() if arguments.insecure else None)
-    with contextlib.ExitStack() as opened:
-        report = _open_report(arguments.json_report, opened)  # before the run, lest that turn out to have been in vain
-        out = sys.stderr if report is sys.stdout else sys.stdout
-        run = PushRun(arguments, client, target, patience)
+
+    def __init__(self, base: str, target: str, patience: Patience, is_secure: bool = True) -> None:
+        self._base, self._target, self._patience = base, target, patience
+        self.client = HttpClient(base, patience.answer_seconds, None if is_secure else _any_certificate())
+        self.counts: Counter[str] = Counter()
+        self.failures: Counter[str] = Counter()
+        self.show: Callable[[str], None] = lambda text: None
+
+    def push(self, draft: Draft, is_lost: bool) -> None:
+        """Send one message until it is answered, at most as often as the platform does; if its answer ``is_lost``, once
+        more. Each time the same bytes are sent: by them the receiver knows it again."""
+        joint = "" if not draft.query else "&" if "?" in self._target else "?"
+        target = f"{self._target}{joint}{urlencode(draft.query)}"
+        self.show(quote_bytes(">", f"POST {target}\n\n".encode() + draft.body))
+        if draft.message not in draft.body:
+            self.show("sealed in it:\n" + quote_bytes("|", draft.message))
+        answered = self._deliver(target, draft)
+        if answered and is_lost:
+            self.counts["repeated"] += 1
+            self.show("sent again, as if that answer had been lost")
+            answered = self._deliver(target, draft)
+        self.counts["answered"] += answered
+
+    def _deliver(self, target: str, draft: Draft) -> bool:
+        for tries in range(1, self._patience.retries + 2):
+            status, reason = self._try(target, draft)
+            if not reason:
+                return True
+            if self.counts["sent"] == 1:
+                self._advise(status, reason)
+            self.failures[reason] += 1
+            if 300 <= status < 500 and status not in TEMPORARY_ERRORS:
+                self.show("not sent again: the answer would be the same")
+                return False
+            if tries <= self._patience.retries:
+                self.show(f"try {tries + 1} of {self._patience.retries + 1} in {self._patience.pause_seconds:g} s")
+                time.sleep(self._patience.pause_seconds)
+        return False
+
+    def _try(self, target: str, draft: Draft) -> Tuple[int, str]:
+        """Send it once: the status of the answer, 0 if there was none, and why it does not count, empty if it does."""
+        started, status = time.monotonic(), 0
+        self.counts["sent"] += 1
         try:
-            client.probe()
-        except ssl.SSLError:
-            pass  # somebody is there, and the push will show what is wrong
-        except OSError as error:
-            reason = error.strerror or str(error)
-            run.failed[reason] += 1
-            _say(sys.stderr, f"nobody listens at {arguments.url}: {reason}; start the receiver, or correct the URL")
-        if not run.failed:
-            with contextlib.suppress(KeyboardInterrupt):
-                (_push_one if arguments.count == 1 else _push_many)(run, drafter, patience, out)
-        client.close()
-        if report:
-            _say(report, json.dumps(run.report(), indent=2))
-    return 0 if run.counts["answered"] == arguments.count else 1
+            status, body = self.client.exchange("POST", target, draft.body, _content_type(draft.body))
+            reason = judge(status, body, draft.expected)
+            self.show(quote_bytes(f"< {status}", body.strip() or b"(nothing)"))
+        except (OSError, http.client.HTTPException) as error:
+            reason = _explain_failure(error)
+        seconds = time.monotonic() - started
+        if seconds > self._patience.answer_seconds:
+            status, reason = 0, f"no answer in {self._patience.answer_seconds:g} s"
+        self.show(f"{f'not answered: {reason}' if reason else 'answered'}, after {seconds * 1000:.2f} ms")
+        return status, reason
+
+    def _advise(self, status: int, reason: str) -> None:
+        """Tell what can be done about the first try's failure. Raises `SettingsError` for the wrong scheme."""
+        if status in (0, 400):
+            check_scheme(self._base)
+        if reason in _PUSH_ADVICE:
+            _say(sys.stdout, f"{reason}: {_PUSH_ADVICE[reason]}")
+
+    def sums(self, seconds: float) -> str:
+        """What became of all messages, in a line."""
+        figures = [f"{name} {self.counts[name]}" for name in ("sent", "answered", "repeated")]
+        figures += [f"{reason}: {number}" for reason, number in sorted(self.failures.items())]
+        return ", ".join([*figures, f"{seconds:.2f} s"])
 
 
-def _open_report(path: Optional[str], opened: contextlib.ExitStack) -> Optional[TextIO]:
-    if not path or path == "-":
-        return sys.stdout if path else None
-    try:
-        return opened.enter_context(open(path, "w", encoding="utf-8"))
-    except OSError as error:
-        raise SettingsError(f"cannot write {path}: {error.strerror}; let --json-report name another file") from None
+def check_scheme(base: str) -> None:
+    """Raise `SettingsError` if the receiver at ``base``, where a request failed, answers the other scheme: http on a
+    port for https, or the reverse. It is asked."""
+    scheme, _, rest = base.partition("://")
+    other = {"http": "https", "https": "http"}.get(scheme)
+    if not other:
+        return
+    client = HttpClient(f"{other}://{rest}", SCHEME_SECONDS, _any_certificate())
+    with contextlib.closing(client), contextlib.suppress(OSError, http.client.HTTPException):
+        if client.exchange("GET", "/")[0] != 400:  # with this, nginx answers http on its port for https
+            raise SettingsError(f"the receiver speaks {other} at this port, not {scheme}: push to {other}://…")
 
 
 def _any_certificate() -> ssl.SSLContext:
@@ -5357,39 +5277,46 @@ def _any_certificate() -> ssl.SSLContext:
     return context
 
 
-def _push_one(run: PushRun, drafter: Drafter, patience: Patience, out: TextIO) -> None:
-    """Show the push before it is sent, since the answer may take its time, and what becomes of each try."""
-    def tell(draft: Draft, outcome: Outcome, next_step: str) -> None:
-        if outcome.status:
-            _say(out, quote_bytes(f"< {outcome.status}", outcome.body.strip() or b"(nothing)"))
-        verdict = f"not answered: {outcome.reason}" if outcome.reason else "answered"
-        _say(out, f"{verdict}, after {outcome.seconds * 1000:.2f} ms")
-        if run.counts["sent"] == 1 and outcome.reason in _PUSH_ADVICE:
-            _say(out, _PUSH_ADVICE[outcome.reason])
-        if next_step:
-            _say(out, "sent again, as if that answer had been lost" if next_step == "repeated" else
-                 f"try {run.counts['sent'] + 1} of {patience.retries + 1} in {patience.pause_seconds:g} s")
-    draft = drafter.draft(0)
-    _say(out, quote_bytes(">", f"POST {run.target_of(draft)}\n\n".encode() + draft.body))
-    if draft.message not in draft.body:
-        _say(out, "sealed in it:\n" + quote_bytes("|", draft.message))
-    run.run(lambda number: draft, tell)
+PLATFORM_PATIENCE = Patience()
 
 
-def _push_many(run: PushRun, drafter: Drafter, patience: Patience, out: TextIO) -> None:
-    """Show a line of how it goes, now and then, and the figures at the end, be it an early one."""
-    due = [time.monotonic() + 1.0]
+def push(arguments: argparse.Namespace, patience: Patience = PLATFORM_PATIENCE) -> int:
+    """Push as the arguments of `build_push_parser` ask, and show what comes of it: one message in full, more in sums.
 
-    def tell(draft: Draft, outcome: Outcome, next_step: str) -> None:
-        if time.monotonic() >= due[0]:
-            due[0] = time.monotonic() + 1.0
-            _say(out, run.state())
+    Returns 0 if all was answered, 1 if not. Raises `SettingsError` before anything is sent, or for the wrong scheme.
+    """
+    base, target = read_push_url(arguments.url)
+    secrets = {name: getattr(arguments, name) or os.environ.get(f"KF_{name.upper()}", "")
+               for name in ("token", "aes_key", "app_id")}
+    drafter = Drafter(arguments, Settings(**secrets))  # type: ignore[arg-type]
+    run = PushRun(base, target, patience, not arguments.insecure)
+    with contextlib.closing(run.client):
+        if not _find_receiver(run.client, base):
+            return 1
+        if arguments.count == 1:
+            run.show = functools.partial(_say, sys.stdout)
+        started = time.monotonic()
+        try:
+            for number in range(arguments.count):
+                run.push(drafter.draft(number), is_lost(number, arguments.repeat))
+        finally:  # after Ctrl-C too
+            if arguments.count > 1:
+                _say(sys.stdout, run.sums(time.monotonic() - started))
+    return 0 if run.counts["answered"] == arguments.count else 1
+
+
+def _find_receiver(client: HttpClient, base: str) -> bool:
+    """Whether somebody listens at ``base``; if not, or if TLS fails there, say so."""
     try:
-        run.run(drafter.draft, tell)
-    finally:
-        _say(out, format_table(run.report()))
-        for reason in sorted(run.refused.keys() & _PUSH_ADVICE.keys()):
-            _say(out, f"{reason}: {_PUSH_ADVICE[reason]}")
+        client.probe()
+        return True
+    except OSError as error:
+        if base.startswith("https:") and not isinstance(error, ssl.SSLCertVerificationError):
+            check_scheme(base)
+        problem = (_explain_failure(error) if isinstance(error, ssl.SSLError) else
+                   f"nobody listens at {base}: {error.strerror or error}; start the receiver, or correct the URL")
+    _say(sys.stderr, problem)
+    return False
 
 
 # ---- 18 Handlers file -----------------------------------------------------------------------------------------------
@@ -5567,6 +5494,9 @@ class PrintedReplies:
         mark = "[image] " if isinstance(answer, Image) else ""
         # Further lines of a text stand deeper than the beginning of the next.
         _show(f"to {open_id}: {mark}{words}".replace("\n", "\n  "))
+
+    def close(self) -> None:
+        """There is nothing to close."""
 
 
 class Chat:
@@ -5810,12 +5740,30 @@ def _format_report(report: Report) -> str:
 
 
 # ---- 21 Command line ------------------------------------------------------------------------------------------------
-# Law: arguments and environment in, an exit status out. Knows all, and is known by none.
+# Law: arguments and environment in, an exit status out; the process's own logs and signals. Uses every section; no
+# section uses it.
+
+# Log records that wait to be written at most, about 200 KB: a stderr that nobody reads must not fill the memory.
+MAX_LOG_RECORDS = 1000
+# Seconds that the thread that writes logs sleeps before it writes, so that it is woken once for many records.
+LOG_PAUSE = 0.01
+# Seconds for the last records at the exit: maybe nobody reads them.
+LOG_EXIT_SECONDS = 2.0
+# The descriptor of stderr. Written to directly: the lock of sys.stderr would be held while a write is blocked, and
+# Python waits for that lock at its exit.
+STDERR = 2
+# Seconds in which different signals count as one: Ctrl-C reaches all of a process group, and then a supervisor there
+# sends SIGTERM.
+ONE_END_SECONDS = 1.0
+# Variables that Kubernetes makes for a service called kf, or kf-anything.
+_OF_KUBERNETES = re.compile(r"KF_(\w+_)?(SERVICE_HOST|SERVICE_PORT\w*|PORT(_\d+_(TCP|UDP|SCTP)(_[A-Z]+)?)?)")
 
 
 def read_setting(name: str, text: str) -> Any:
     """The value that a text on the command line or in the environment means for a setting. Raises `SettingsError`."""
     field = SETTING_FIELDS[name]
+    if field.metadata["choices"]:
+        text = text.strip().lower()
     words = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
     convert: Mapping[str, Callable[[str], Any]] = {"int": int, "float": float, "str": str, "AccessToken": str,
                                                    "bool": lambda word: words[word.strip().lower()]}
@@ -5829,29 +5777,54 @@ def read_setting(name: str, text: str) -> Any:
 
 def read_settings(arguments: Mapping[str, Any], environment: Mapping[str, str]) -> Settings:
     """The settings: an argument beats the environment, which beats the default. Raises `SettingsError`."""
-    given = {name: environment.get(f"KF_{name.upper()}") or None for name in SETTING_FIELDS}
+    variables = {name: f"KF_{name.upper()}" for name in SETTING_FIELDS}
+    given = {name: environment[variable] or None for name, variable in variables.items()
+             if variable in environment and not _is_of_kubernetes(variable, environment[variable])}
     given.update({name: text for name, text in arguments.items() if name in SETTING_FIELDS and text is not None})
     return Settings(**{name: read_setting(name, text) for name, text in given.items() if text is not None})
 
 
-def find_command(arguments: Sequence[str]) -> Tuple[str, Sequence[str]]:
-    """The command that the arguments begin with, and the rest of them; to serve, if they begin with none.
+def _is_of_kubernetes(name: str, value: str) -> bool:
+    """Whether a variable is not meant for us: KF_PORT=tcp://10.0.0.1:80 tells where the service kf is."""
+    return bool(_OF_KUBERNETES.fullmatch(name)) and (name != "KF_PORT" or "://" in value)
 
-    Raises `SettingsError` for a word that is no command, and suggests a near one.
+
+def find_command(arguments: Sequence[str]) -> Tuple[str, Sequence[str]]:
+    """The command that the arguments begin with, and the other arguments. Without a command it is ``serve``;
+    ``help push`` is ``push --help``. Raises `SettingsError` for an unknown word, with the command that is near it.
     """
     if not arguments or arguments[0].startswith("-"):
         return "serve", arguments
-    if arguments[0] in COMMANDS:
-        return arguments[0], arguments[1:]
-    near = difflib.get_close_matches(arguments[0], COMMANDS, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}"
-    raise SettingsError(f"no command {arguments[0]!r}: {hint}")
+    word = arguments[0].lower()
+    if word == "help":
+        return find_command(arguments[1:2])[0], ["--help"]
+    if word in COMMANDS:
+        return word, arguments[1:]
+    raise SettingsError(f"no command {arguments[0]!r}: {_suggest(word, [*COMMANDS, 'help'])}")
+
+
+def _suggest(word: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(word, known, n=1)
+    return f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+
+
+def parse_arguments(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argparse.Namespace:
+    """What the parser reads. Raises `SettingsError` for an unknown option, with the one that is near it and without its
+    value, which may be a secret."""
+    parsed, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        name = unknown[0].partition("=")[0]
+        near = difflib.get_close_matches(name.lower(), parser._option_string_actions, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"see {parser.prog} --help"
+        raise SettingsError(f"no option {name}: {hint}" if name.startswith("-") else
+                            f"an argument too much: {name!r}; see {parser.prog} --help")
+    return parsed
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of the serving command: an option for each setting, kept as text for `read_setting`."""
     parser = argparse.ArgumentParser(
-        prog="kfserver.py", allow_abbrev=False, usage="kfserver.py [serve|push|chat|journal] [options]",
+        prog="kfserver.py", allow_abbrev=False, usage="kfserver.py [serve|push|chat|journal|help] [options]",
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=24, width=110),
         description="Receives the customer-service messages of Baidu smart mini-programs.",
         epilog="Each option is also read from the environment: --max-body as KF_MAX_BODY. "
@@ -5869,54 +5842,202 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 class JsonFormatter(logging.Formatter):
-    """A log record as one JSON object: time (RFC 3339), level, message, and the push's values each by its name."""
+    """A log record as one JSON object: time (RFC 3339), level, message, and the record's values, each by its name."""
 
     def format(self, record: logging.LogRecord) -> str:
         """The object, on one line."""
         values = record.args if isinstance(record.args, dict) else {}
-        line = {str(name): value for name, value in values.items()}
-        line.update(time=datetime.datetime.fromtimestamp(record.created, datetime.timezone.utc).isoformat(),
-                    level=record.levelname.lower(), message=record.getMessage())
-        if record.exc_info:
+        line = {str(name): round(value, 3) if isinstance(value, float) else value for name, value in values.items()}
+        moment = datetime.datetime.fromtimestamp(record.created, datetime.timezone.utc)
+        line.update(time=moment.isoformat(timespec="milliseconds"), level=record.levelname.lower(),
+                    message=record.getMessage())
+        if record.exc_info and record.exc_info[1]:
+            line.setdefault("error", str(record.exc_info[1]))
             line["traceback"] = self.formatException(record.exc_info)
         return json.dumps(line, default=str)
 
 
+def make_record(level: int, text: str) -> logging.LogRecord:
+    """A log record with that text, for a formatter alone."""
+    return log.makeRecord(log.name, level, "", 0, text, (), None)
+
+
+class LogWriter(logging.Handler):
+    """Writes log records to stderr on a thread of its own: who logs never waits for who reads.
+
+    At most MAX_LOG_RECORDS wait; more are dropped and counted. A forked child has no such thread and writes by itself.
+    """
+
+    def __init__(self, formatter: logging.Formatter) -> None:
+        super().__init__()
+        self.setFormatter(formatter)
+        self._changed = threading.Condition()  # guards all below; told when lines come, and when they are written
+        self._lines: List[str] = []
+        self._in_hand = 0  # lines that are just being written
+        self._dropped = 0
+        self._is_running = False
+        self._is_direct = False  # whether there is no thread: in a forked child
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self._write_directly)
+
+    def _write_directly(self) -> None:
+        self._is_direct = True
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Take a record. It is formatted here: later, the values in it may have changed."""
+        if self._is_direct:  # the lock may be held for ever, by a thread that was not forked
+            write_log(self._format(record))
+            return
+        with self._changed:
+            if len(self._lines) + self._in_hand >= MAX_LOG_RECORDS:
+                self._dropped += 1
+                return
+            self._lines.append(self._format(record))
+            if len(self._lines) == 1:
+                self._start()
+                self._changed.notify_all()
+
+    def _format(self, record: logging.LogRecord) -> str:
+        """The record as a line. One that cannot be formatted is told of, and does not disturb who logs."""
+        lines: List[str] = []
+        error = attempt(lambda: lines.append(self.format(record) + "\n"))
+        return lines[0] if lines else self._warn(f"a log record of {record.name} cannot be formatted: {type(error)}")
+
+    def _warn(self, text: str) -> str:
+        return self.format(make_record(logging.WARNING, text)) + "\n"
+
+    def _start(self) -> None:
+        if not self._is_running:
+            with contextlib.suppress(RuntimeError):  # no thread to spare: the next record tries again
+                threading.Thread(target=self._work, name="kfserver-log", daemon=True).start()
+                self._is_running = True
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._lines)
+            time.sleep(LOG_PAUSE)
+            with self._changed:
+                lines, self._lines = self._lines, []
+                self._in_hand = len(lines)
+            is_written = write_log("".join(lines))
+            with self._changed:
+                self._dropped += 0 if is_written else self._in_hand
+                self._in_hand = 0
+                if self._dropped and is_written:
+                    self._lines.append(self._warn(f"{self._dropped} log records dropped"))
+                    self._dropped = 0
+                self._changed.notify_all()
+
+    def flush(self) -> None:
+        """Wait until all is written, LOG_EXIT_SECONDS at most; `logging.shutdown` calls this at the exit."""
+        if not self._is_direct:
+            with self._changed:
+                self._changed.wait_for(lambda: not (self._lines or self._in_hand), LOG_EXIT_SECONDS)
+
+
+def write_log(text: str) -> bool:
+    """Write to stderr, however long that takes; False if it cannot be written to."""
+    data = text.encode(getattr(sys.stderr, "encoding", None) or "utf-8", "backslashreplace")
+    while data:
+        try:
+            data = data[os.write(STDERR, data):]
+        except BlockingIOError:  # who shares it has made it so
+            time.sleep(LOG_PAUSE)
+        except OSError:
+            return False
+    return True
+
+
 def _set_up_logging(settings: Settings) -> None:
-    handler = logging.StreamHandler()
     text = logging.Formatter("%(asctime)s %(levelname)s %(message)s")
-    handler.setFormatter(JsonFormatter() if settings.log_format == "json" else text)
+    handler = LogWriter(JsonFormatter() if settings.log_format == "json" else text)
     logging.basicConfig(level=settings.log_level.upper(), handlers=[handler])
+
+
+class EndSignals:
+    """SIGTERM, SIGINT and, from a terminal that closes, SIGHUP. The first raises KeyboardInterrupt in the main thread,
+    which then ends in order; a second one ends the process at once. Different ones within ONE_END_SECONDS are one."""
+
+    def __init__(self) -> None:
+        self._came: Dict[int, float] = {}  # when each came, by the monotonic clock
+        self._before: Dict[int, Any] = {}  # what each did before
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self.restore)
+        for number in _signals_to_end():
+            self._before[number] = signal.signal(number, self._take)
+
+    def _take(self, number: int, frame: object) -> None:
+        now = time.monotonic()
+        if number in self._came or now - min(self._came.values(), default=now) > ONE_END_SECONDS:
+            os._exit(1)
+        self._came[number] = now
+        if len(self._came) == 1:
+            raise KeyboardInterrupt
+
+    def restore(self) -> None:
+        """Let signals do what they did before: a forked child ends as it would without us."""
+        for number, before in self._before.items():
+            signal.signal(number, before or signal.SIG_DFL)
 
 
 def serve(arguments: argparse.Namespace) -> int:
     """Run the server until a signal ends it; 0 if every message was handled, 1 if some were left undone."""
     settings = read_settings(vars(arguments), os.environ)
     _set_up_logging(settings)
-    handlers = ReloadingHandlers(settings.handlers)
-    if arguments.check:
+    try:
+        handlers = ReloadingHandlers(settings.handlers)
+        if not arguments.check:
+            return _serve(settings, handlers)
         check_parts(settings)
         print("\n".join(handlers.describe()))
         return 0
-    server = KfServer(handlers.registry, settings).start()
-    signals = _signals_to_end()
+    except SettingsError as error:
+        if settings.log_format != "json":
+            raise
+        log.error("%s", error)
+        return 2
+
+
+def _serve(settings: Settings, handlers: ReloadingHandlers) -> int:
+    has_terminal = sys.stdout.isatty()
+    server = KfServer(handlers.registry, settings, api=PrintedReplies() if has_terminal else None).start()
     with contextlib.suppress(KeyboardInterrupt):  # the first signal raises it here
-        for each in signals:
-            signal.signal(each, signal.default_int_handler)
-        # In one write: what handlers print must not come between.
-        print("\n".join([f"kfserver {__version__} listening on {server.url}", *handlers.describe(),
-                         *_advice(settings, os.environ)]), flush=True)
+        EndSignals()
+        _print_start(settings, [*_describe_start(server), *handlers.describe()],
+                     list(_advice(settings, os.environ, has_terminal)))
         if settings.reload:
             handlers.watch(server, Alarm().later)
         while True:
             time.sleep(1.0)  # not for ever: a signal in the moment before it is only noticed at its end
-    for each in signals:
-        signal.signal(each, lambda number, frame: os._exit(1))
     log.info("shutting down: %g s for the messages that wait; a second signal ends at once", settings.grace)
     undone = server.stop()
     for key in undone:
-        log.warning("left undone: key=%s", key)
+        log.warning("left undone: key=%(key)s", {"key": key})
+    release_stdout()
     return 1 if undone else 0
+
+
+def _describe_start(server: KfServer) -> Iterator[str]:
+    """Where the server listens, and where its other parts are."""
+    settings = server.settings
+    yield f"kfserver {__version__} listening on {server.url}"
+    if settings.admin:
+        host = settings.admin.rpartition(":")[0]
+        everywhere = "" if host else ", at all addresses of this machine"
+        yield f"admin on http://{host or '0.0.0.0'}:{server.admin_port}/{everywhere}"
+    if settings.journal:
+        yield f"journal in {os.path.abspath(settings.journal)}"
+
+
+def _print_start(settings: Settings, lines: Sequence[str], advice: Sequence[str]) -> None:
+    """Print what is to be known at the start, in one write: what handlers print must not come between."""
+    told = [(logging.INFO, line) for line in lines] + [(logging.WARNING, line) for line in advice]
+    form = JsonFormatter() if settings.log_format == "json" else logging.Formatter("%(message)s")
+    try:
+        print("\n".join(form.format(make_record(level, line)) for level, line in told), flush=True)
+    except OSError as error:  # a full disk, or who read it has left: the server is needed all the same
+        log.warning("cannot write to stdout: %s", error.strerror)
 
 
 def _signals_to_end() -> List[int]:
@@ -5927,29 +6048,67 @@ def _signals_to_end() -> List[int]:
 
 
 def check_parts(settings: Settings) -> None:
-    """Raise `SettingsError` for a part that could not be made, without touching the port or the journal."""
+    """Raise `SettingsError` for a part that could not be made. Tries what the start would use, but for the port and the
+    right to write the journal, which a server may have."""
     check_redis(settings)
     if settings.tls_cert:
         make_tls_context(settings)
+    if settings.aes_key:
+        Envelope(settings.aes_key, settings.app_id)
+    if settings.journal:
+        _check_journal_file(settings.journal)
 
 
-def _advice(settings: Settings, environment: Iterable[str]) -> Iterator[str]:
+def _check_journal_file(path: str) -> None:
+    import tempfile
+    _refuse_foreign_file(path)
+    try:
+        if os.path.exists(path):
+            open(path, "r+b").close()
+        with tempfile.TemporaryFile(dir=os.path.dirname(os.path.abspath(path))):
+            pass
+    except OSError as error:
+        raise SettingsError(f"cannot write the journal {path}: {error.strerror}; make its folder, and let this user "
+                            "write there, or name another --journal") from error
+
+
+def _advice(settings: Settings, environment: Mapping[str, str], has_terminal: bool) -> Iterator[str]:
     known = [f"KF_{name.upper()}" for name in SETTING_FIELDS]
-    for name in sorted(set(environment) - set(known)):
+    foreign = sorted(name for name, value in environment.items() if _is_of_kubernetes(name, value))
+    if foreign:
+        yield f"{foreign[0]} in the environment is of Kubernetes and no setting" + (
+            f", as are {len(foreign) - 1} more" if foreign[1:] else "")
+    for name in sorted(set(environment) - {*known, *foreign}):
         if name.startswith("KF_"):
             near = difflib.get_close_matches(name, known, n=1)
             yield f"{name} in the environment is no setting" + (f": did you mean {near[0]}?" if near else "")
     if not settings.token:
         yield "no token is set: anyone who reaches this port can push; set --token (KF_TOKEN)"
     if not (settings.app_key or settings.access_token):
-        yield "no --app-key is set: what handlers return is not sent to users"
+        yield "no --app-key is set: what handlers return is not sent to users" + (
+            ", but printed here" if has_terminal else "")
 
 
-def _accept_any_character() -> None:
-    """What the input's encoding does not know is read as U+FFFD, what the output's does not know is printed escaped."""
-    for stream, errors in ((sys.stdin, "replace"), (sys.stdout, "backslashreplace"), (sys.stderr, "backslashreplace")):
+def _prepare_streams() -> None:
+    """Make stdin, stdout and stderr fit for a server.
+
+    A closed one becomes /dev/null: else the next file or socket gets its number, and what is written to it. A printed
+    line appears at once, in a pipe or a file too. What an encoding does not know is read as U+FFFD or printed escaped.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode, closefd=False))
+        stream, is_output = getattr(sys, name), mode == "w"
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors=errors)
+            stream.reconfigure(errors="backslashreplace" if is_output else "replace", line_buffering=is_output)
+
+
+def release_stdout() -> None:
+    """Flush stdout, and if it cannot be written, forget what waits there, or Python would fail at its exit."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 # The parser of each command, and what runs it and gives the exit status.
@@ -5960,18 +6119,18 @@ COMMANDS: Mapping[str, Tuple[Callable[[], argparse.ArgumentParser], Callable[[ar
 
 def main(arguments: Optional[Sequence[str]] = None) -> int:
     """The whole program, with the command line's arguments or others; the exit status."""
-    _accept_any_character()
+    _prepare_streams()
     try:
         command, rest = find_command(sys.argv[1:] if arguments is None else arguments)
         build, run = COMMANDS[command]
-        return run(build().parse_args(rest))
+        return run(parse_arguments(build(), rest))
     except SettingsError as error:
         print(f"kfserver: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130  # as shells count it: 128 and the signal's number
     except BrokenPipeError:  # who read our output has left
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still to be flushed
+        release_stdout()
         return 141
 
 

@@ -22,7 +22,7 @@ import pytest
 from support import PATIENCE, ROOT, Client, post, push
 
 import kfserver
-from kfserver import SETTING_FIELDS, Settings, build_parser, main, read_settings
+from kfserver import SETTING_FIELDS, EndSignals, Settings, build_parser, main, read_settings
 
 # What is printed last before the first push; what comes later may stand between other threads' words.
 LAST_OF_THE_FIRST_LINES = "no --app-key is set: what handlers return is not sent to users"
@@ -65,6 +65,9 @@ def as_typed(value: Any) -> str:
     ([], {}, "port", 8080),
     ([], {"KF_PORT": "81"}, "port", 81),
     ([], {"KF_PORT": ""}, "port", 8080),
+    ([], {"KF_PORT": "tcp://10.0.0.1:80"}, "port", 8080),
+    (["--log-level", "WARNING"], {}, "log_level", "warning"),
+    ([], {"KF_LOG_FORMAT": "Json"}, "log_format", "json"),
     (["--port", "82"], {"KF_PORT": "81"}, "port", 82),
     (["--port=0"], {"KF_PORT": "81"}, "port", 0),
     ([], {"KF_TOKEN": "secret"}, "token", "secret"),
@@ -120,11 +123,34 @@ def test_main_names_a_bad_setting(arguments: List[str], environment: Dict[str, s
     assert printed.err.count("\n") == 1
 
 
-def test_main_refuses_an_unknown_option(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(("arguments", "told"), [
+    (["--prot", "secret"], "no option --prot: did you mean --port?"),
+    (["--tokn=secret"], "no option --tokn: did you mean --token?"),
+    (["push", "--jsno", "http://kf"], "no option --jsno: did you mean --json?"),
+    (["--zzzzzz"], "no option --zzzzzz: see kfserver.py --help"),
+    (["chat", "hi"], "an argument too much: 'hi'; see kfserver.py chat --help"),
+    (["pusch"], "no command 'pusch': did you mean push?"),
+    (["zzz"], "no command 'zzz': there are serve, push, chat, journal, help"),
+    (["help", "pusch"], "no command 'pusch': did you mean push?"),
+], ids=as_typed)
+def test_main_suggests_what_was_meant(
+        arguments: List[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 2
+    assert capsys.readouterr().err == f"kfserver: {told}\n"
+
+
+@pytest.mark.parametrize(("arguments", "usage"), [
+    (["help"], "usage: kfserver.py [serve|push|chat|journal|help] [options]\n"),
+    (["help", "serve"], "usage: kfserver.py [serve|push|chat|journal|help] [options]\n"),
+    (["help", "push"], "usage: kfserver.py push [options] URL\n"),
+    (["HELP", "Journal"], "usage: kfserver.py journal "),
+    (["Push", "--help"], "usage: kfserver.py push [options] URL\n"),
+], ids=as_typed)
+def test_main_helps(arguments: List[str], usage: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
-        main(["--prot", "80"])
-    assert caught.value.code == 2
-    assert "--prot" in capsys.readouterr().err
+        main(arguments)
+    assert caught.value.code == 0
+    assert capsys.readouterr().out.startswith(usage)
 
 
 def test_main_help_tells_of_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
@@ -454,18 +480,48 @@ def test_program_tells_what_it_leaves_undone() -> None:
     assert "Traceback" not in program.output
 
 
-@pytest.mark.parametrize(("first", "second"), [(signal.SIGTERM, signal.SIGTERM), (signal.SIGINT, signal.SIGTERM)],
-                         ids=["SIGTERM twice", "SIGINT, then SIGTERM"])
-def test_program_ends_at_once_at_a_second_signal(first: int, second: int) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
+def test_program_ends_at_once_at_the_same_signal_again(number: int) -> None:
     write("handlers.py", SLOW_HANDLERS)
     with running("--grace", str(10 * PATIENCE)) as program:
         program.push(1, "one")
         program.read_until("begins one")
-        program.signal(first)
+        program.signal(number)
         program.read_until("shutting down")
-        program.signal(second)
+        program.signal(number)
         assert program.read_to_end() == 1
     assert "Traceback" not in program.output
+
+
+class _Ended(BaseException):
+    """Stands for the end of the process."""
+
+
+@pytest.mark.parametrize(("came", "ends"), [
+    ([(signal.SIGINT, 0.0), (signal.SIGTERM, 0.5)], False),
+    ([(signal.SIGTERM, 0.0), (signal.SIGINT, 1.0)], False),
+    ([(signal.SIGINT, 0.0), (signal.SIGTERM, 1.1)], True),
+    ([(signal.SIGTERM, 0.0), (signal.SIGTERM, 0.1)], True),
+    ([(signal.SIGINT, 0.0), (signal.SIGTERM, 0.5), (signal.SIGINT, 0.6)], True),
+], ids=["both within a second", "a second apart", "later", "the same", "the same, after both"])
+def test_end_signals_count_different_ones_within_a_second_as_one(
+        came: Any, ends: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def end(status: int) -> None:
+        raise _Ended
+    monkeypatch.setattr(os, "register_at_fork", lambda **hooks: None)
+    monkeypatch.setattr(os, "_exit", end)
+    (first, _), *later = came
+    signals = EndSignals()
+    try:
+        now = [0.0]
+        monkeypatch.setattr(kfserver.time, "monotonic", lambda: now[0])
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(first) if hasattr(signal, "raise_signal") else os.kill(os.getpid(), first)
+        with pytest.raises(_Ended) if ends else contextlib.nullcontext():
+            for number, now[0] in later:
+                signal.raise_signal(number) if hasattr(signal, "raise_signal") else os.kill(os.getpid(), number)
+    finally:
+        signals.restore()
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="this system's terminals do not hang up")
@@ -488,10 +544,231 @@ def test_program_finishes_what_waits_when_its_terminal_closes(ignored: bool) -> 
         signal.signal(signal.SIGHUP, before)
 
 
-def test_main_tells_of_a_misspelt_variable() -> None:
-    told = list(kfserver._advice(Settings(token="t", access_token="a"), ["KF_TOKN", "KF_TOKEN", "KF_ZZZZ", "HOME"]))
-    assert told == ["KF_TOKN in the environment is no setting: did you mean KF_TOKEN?",
-                    "KF_ZZZZ in the environment is no setting"]
+@pytest.mark.parametrize(("environment", "told"), [
+    ({"KF_TOKN": "", "KF_TOKEN": "", "KF_ZZZZ": "", "HOME": ""},
+     ["KF_TOKN in the environment is no setting: did you mean KF_TOKEN?", "KF_ZZZZ in the environment is no setting"]),
+    ({"KF_PORT": "8080"}, []),
+    ({"KF_PORT": "tcp://10.0.0.1:80"}, ["KF_PORT in the environment is of Kubernetes and no setting"]),
+    ({"KF_PORT": "tcp://10.0.0.1:80", "KF_SERVICE_HOST": "10.0.0.1", "KF_SERVICE_PORT_HTTP": "80", "KF_PORT_80_TCP": "",
+      "KF_PORT_80_TCP_ADDR": "", "KF_REDIS_PORT": "", "KF_REDIS_SERVICE_HOST": ""},
+     ["KF_PORT in the environment is of Kubernetes and no setting, as are 6 more"]),
+], ids=["misspelt", "a port", "Kubernetes' port", "all of Kubernetes"])
+def test_program_tells_of_variables_that_are_no_settings(environment: Dict[str, str], told: List[str]) -> None:
+    assert list(kfserver._advice(Settings(token="t", access_token="a"), environment, False)) == told
+
+
+def test_program_tells_where_its_parts_are(tmp_path: pathlib.Path) -> None:
+    with running("--admin", ":0", "--journal", "kf.db") as program:
+        pass
+    assert re.search(r"\nadmin on http://0\.0\.0\.0:\d+/, at all addresses of this machine\n", program.output)
+    assert f"\njournal in {tmp_path / 'kf.db'}\n" in program.output
+
+
+# ---- Nobody reads
+
+
+@contextlib.contextmanager
+def started(*arguments: str, **options: Any) -> Iterator[subprocess.Popen[bytes]]:
+    """kfserver as a process of its own, without this machine's PYTHONUNBUFFERED; ended with the block."""
+    command = [sys.executable, str(ROOT / "kfserver.py"), "--host", "127.0.0.1", "--port", "0", *arguments]
+    variables = environment()
+    variables.pop("PYTHONUNBUFFERED", None)
+    process = subprocess.Popen(command, env=variables, **options)
+    watchdog = threading.Timer(3 * PATIENCE, process.kill)
+    watchdog.start()
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+        watchdog.cancel()
+        watchdog.join()
+        for stream in filter(None, (process.stdout, process.stderr)):
+            stream.close()
+
+
+def port_of(line: bytes) -> int:
+    """The port that the first line of the start tells."""
+    return int(line.strip().rstrip(b"/").rpartition(b":")[2])
+
+
+def test_program_answers_and_ends_though_nobody_reads_its_log() -> None:
+    write("handlers.py", GOOD_HANDLERS)
+    read, written = os.pipe()
+    try:
+        with started("--grace", "0", "--log-level", "info", stdout=subprocess.PIPE, stderr=written) as process:
+            os.close(written)
+            assert process.stdout
+            with Client(port_of(process.stdout.readline())) as client:
+                for number in range(2500):
+                    assert client.ask(post(push("user", number))).status == 200
+            process.terminate()
+            assert process.wait(PATIENCE) in (0, 1)
+    finally:
+        os.close(read)
+
+
+def test_program_tells_how_many_log_records_were_dropped() -> None:
+    write("handlers.py", GOOD_HANDLERS)
+    read, written = os.pipe()
+    with started("--grace", str(PATIENCE), stdout=subprocess.PIPE, stderr=written) as process, open(read, "rb") as log:
+        os.close(written)
+        assert process.stdout
+        with Client(port_of(process.stdout.readline())) as client:
+            for number in range(2500):
+                assert client.ask(post(push("user", number))).status == 200
+        lines = [log.readline()]
+        while b" log records dropped" not in lines[-1]:
+            lines.append(log.readline())
+        process.terminate()
+        lines += log.readlines()
+        assert process.wait(PATIENCE) == 0
+    dropped = [int(line.split()[-4]) for line in lines if b" WARNING " in line and line.endswith(b"records dropped\n")]
+    pushes = sum(b"outcome=" in line for line in lines)
+    assert pushes + sum(dropped) >= 2500 > pushes
+    assert lines[-1].endswith(b"a second signal ends at once\n")  # the last records are written at the end
+
+
+def test_program_writes_the_last_records_before_it_ends() -> None:
+    write("handlers.py", SLOW_HANDLERS)
+    with running("--grace", "0", "--workers", "1") as program:
+        for number in range(200):
+            program.push(number, "one")
+        program.signal(signal.SIGTERM)
+        assert program.read_to_end() == 1
+    assert program.output.count("outcome=accepted") == program.output.count("left undone") == 200
+
+
+def test_program_prints_at_once_into_a_pipe() -> None:
+    write("handlers.py", """
+        from kfserver import HandlerRegistry
+        registry = HandlerRegistry()
+        registry.on("text")(lambda message: print("handled", message.content))
+    """)
+    with started(stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        assert process.stdout
+        with Client(port_of(process.stdout.readline())) as client:
+            assert client.ask(post(push(content="this"))).status == 200
+        while process.stdout.readline() not in (b"handled this\n", b""):
+            pass
+        process.terminate()
+        assert process.wait(PATIENCE) == 0
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full")
+def test_program_starts_though_the_disk_under_stdout_is_full() -> None:
+    with open("/dev/full", "wb") as full, started(stdout=full, stderr=subprocess.PIPE) as process:
+        assert process.stderr
+        assert b"cannot write to stdout: No space left on device" in process.stderr.readline()
+        process.terminate()
+        assert process.wait(PATIENCE) == 0
+        assert b"Exception" not in process.stderr.read()
+
+
+def test_program_prints_what_would_be_sent_on_a_terminal() -> None:
+    pty = pytest.importorskip("pty")
+    write("handlers.py", """
+        from kfserver import HandlerRegistry, Image
+        registry = HandlerRegistry()
+        registry.on("text")(lambda message: ["you said " + message.content, Image("https://kf/a.png")])
+    """)
+    ours, theirs = pty.openpty()
+    with started(stdout=theirs, stderr=subprocess.DEVNULL) as process, open(ours, "rb", buffering=0) as screen:
+        os.close(theirs)
+        shown = b""
+        while b"but printed here" not in shown:
+            shown += screen.read(4096)
+        with Client(port_of(shown.split(b"\n")[0])) as client:
+            assert client.ask(post(push(content="hi"))).status == 200
+        while b"a.png" not in shown:
+            shown += screen.read(4096)
+        process.terminate()
+        assert process.wait(PATIENCE) == 0
+    assert b"  to user: you said hi\r\n  to user: [image] https://kf/a.png" in shown
+
+
+# ---- Forks
+
+
+FORKING_HANDLERS = """
+    import logging, multiprocessing, os, signal
+    from kfserver import HandlerRegistry
+
+    registry = HandlerRegistry()
+
+    @registry.on("text", "pool")
+    def pool(message):
+        with multiprocessing.get_context("fork").Pool(2) as workers:  # whose end is a SIGTERM to each
+            print("pool", workers.map(abs, [-1, -2]))
+        workers.join()
+        print("pool has ended")
+
+    @registry.on("text", "fork")
+    def fork(message):
+        child = os.fork()
+        if not child:
+            logging.getLogger("bot").warning("the child logs")
+            as_before = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)]
+            print(as_before == [signal.SIG_DFL, signal.default_int_handler, signal.SIG_DFL])
+            os._exit(7)
+        print("child", os.waitpid(child, 0)[1] >> 8)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
+@pytest.mark.filterwarnings("ignore")
+def test_program_leaves_signals_and_logs_to_a_forked_child() -> None:
+    write("handlers.py", FORKING_HANDLERS)
+    both = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    with started("--workers", "1", **both) as process:
+        assert process.stdout
+        with Client(port_of(process.stdout.readline())) as client:
+            for number, content in enumerate(["fork", "pool"]):
+                assert client.ask(post(push("user", number, content))).status == 200
+        output = b""
+        while b"pool has ended" not in output:
+            line = process.stdout.readline()
+            assert line, output
+            output += line
+        process.terminate()
+        assert process.wait(PATIENCE) == 0
+    for line in (b" WARNING the child logs\n", b"True\n", b"child 7\n", b"pool [1, 2]\n"):
+        assert line in output
+
+
+# ---- --check tries what the start would use
+
+
+@pytest.mark.parametrize(("arguments", "told"), [
+    (["--journal", "missing/kf.db"], "cannot write the journal missing/kf.db: No such file or directory"),
+    (["--journal", "text"], "text is no journal of kfserver"),
+    (["--tls-cert", "text"], "cannot use the certificate text"),
+], ids=as_typed)
+def test_main_check_tries_the_parts(
+        arguments: List[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    write("text", "no journal, no certificate")
+    assert main(["--check", *arguments]) == 2
+    assert capsys.readouterr().err.startswith(f"kfserver: {told}")
+
+
+def test_main_check_makes_no_journal_and_disturbs_none(tmp_path: pathlib.Path) -> None:
+    assert main(["--check", "--journal", "kf.db"]) == 0
+    assert os.listdir(tmp_path) == []
+    with running("--journal", "kf.db"):
+        assert main(["--check", "--journal", "kf.db"]) == 0
+
+
+# ---- Where little is as usual
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize("command", ["--check", "chat", "push http://127.0.0.1:1/"])
+def test_program_runs_though_its_streams_are_closed(closed: str, command: str) -> None:
+    script = f'exec "{sys.executable}" "{ROOT / "kfserver.py"}" {command} {closed}'
+    run = subprocess.run(["sh", "-c", script], env=environment(), stdin=subprocess.DEVNULL, capture_output=True,
+                         timeout=PATIENCE)
+    assert run.returncode == (1 if command.startswith("push") else 0)
+    assert b"Traceback" not in run.stdout + run.stderr
 
 
 @pytest.mark.parametrize("arguments", [["--check"], ["push", "--help"], ["--help"]])

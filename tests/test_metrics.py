@@ -665,7 +665,7 @@ def read_line(line: str) -> Dict[str, Any]:
     pytest.param(record("hello"), {"level": "warning", "message": "hello"}, id="plain"),
     pytest.param(record("%s and %d", "a", 1), {"message": "a and 1"}, id="arguments"),
     pytest.param(record("type=%(type)s ms=%(ms).2f", {"type": "text", "ms": 1.2345}),
-                 {"message": "type=text ms=1.23", "type": "text", "ms": 1.2345}, id="values by name"),
+                 {"message": "type=text ms=1.23", "type": "text", "ms": 1.234}, id="values by name"),
     pytest.param(record('a"b\\c\nd\x1d\u2028'), {"message": 'a"b\\c\nd\x1d\u2028'}, id="odd characters"),
     pytest.param(record("你好\ud800"), {"message": "你好\ud800"}, id="beyond ASCII"),
     pytest.param(record({"a": 1}), {"message": "{'a': 1}"}, id="no text"),
@@ -689,6 +689,7 @@ def test_json_formatter_writes_a_traceback_on_the_same_line() -> None:
     assert line["message"] == "failed"
     assert line["traceback"].startswith("Traceback (most recent call last):\n")
     assert line["traceback"].endswith("ZeroDivisionError: the till is empty")
+    assert line["error"] == "the till is empty"
 
 
 HANDLERS = """
@@ -710,12 +711,15 @@ def test_program_logs_one_object_a_line(tmp_path: pathlib.Path) -> None:
     with subprocess.Popen(command, cwd=str(tmp_path), env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                           text=True) as process:
         assert process.stdout
-        port = int(process.stdout.readline().rstrip().rstrip("/").rpartition(":")[2])
+        first = read_line(process.stdout.readline()[:-1])
+        port = int(first["message"].rstrip("/").rpartition(":")[2])
         with Client(port) as client:
             for body in (push(), b"?", b"x" * 301):
                 client.ask(post(body))
         process.send_signal(signal.SIGTERM)
-        lines = [read_line(line[:-1]) for line in process.communicate(timeout=PATIENCE)[1].splitlines(keepends=True)]
+        start, logged = process.communicate(timeout=PATIENCE)
+    lines = [read_line(line[:-1]) for line in logged.splitlines(keepends=True)]
+    assert {line["level"] for line in map(read_line, start.splitlines())} == {"info", "warning"}
     pushes = [line for line in lines if "outcome" in line]
     assert {(line["type"], line["key"], line["outcome"].partition(":")[0]) for line in pushes} == {
         ("text", "app/user/text/1", "accepted"), ("-", "-", "refused 400"), ("-", "-", "refused 413")}

@@ -275,3 +275,9 @@ def test_exc_info_of_has_the_traceback_and_not_the_text() -> None:
     assert "secret" not in lines[-1]
     assert "ValueError at test_values.py:" in lines[-1]
     assert any("int(" in line for line in lines)
+
+
+def test_exc_info_of_keeps_the_text_at_the_level_debug(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("DEBUG", "kfserver")
+    error = ValueError("what the user wrote")
+    assert exc_info_of(error) == (ValueError, error, None)
