@@ -3552,8 +3552,12 @@ class Outbox:
 
     def __call__(self, answers: Answers) -> None:
         """Send the answers, one after the other, each in one try. Raises as `check` and `send` do."""
-        for answer in self.check(answers):
-            self.send(answer)
+        try:
+            for answer in self.check(answers):
+                self.send(answer)
+        except ReplyError:
+            self._count("replies_failed")
+            raise
 
     def check(self, answers: Answers) -> List[Answer]:
         """The answers as a list. Raises `HandlerError` for what cannot be sent, and then nothing is sent."""
@@ -3570,11 +3574,7 @@ class Outbox:
         if self._api is None:
             log.warning("reply not sent: key=%s; set --app-key and --app-secret, or --access-token", self._key)
             return
-        try:
-            self._api.send(self._openid, answer)
-        except ReplyError:
-            self._count("replies_failed")
-            raise
+        self._api.send(self._openid, answer)
         self._count("replies_sent")
 
 
@@ -3898,67 +3898,156 @@ class Dispatcher:
 
 
 # ---- 14 Inbox -------------------------------------------------------------------------------------------------------
-# Law: the way of a message from its push to the end of its handler, and what is remembered of it: claims, journal,
-# dispatcher, handlers, replies. Knows nothing of HTTP.
+# Law: the way of a message from its push until it is done, and what is remembered of it: claims, journal, dispatcher,
+# handlers, conversations, replies. Knows nothing of HTTP.
+
+# Seconds between two looks whether a journal that another process has, or that cannot be used, can be had.
+OPEN_AGAIN_SECONDS = 3.0
+# Seconds at most between two tries of a handler.
+LONGEST_PAUSE = 3600.0
+
 
 def make_key(function: Callable[[Message], str], message: Message) -> str:
-    """The key that an embedder's own function makes. Raises `Busy` if it fails, or makes what cannot be stored."""
+    """The key that a user's own function makes, fit for a log. Raises `Busy` if it fails, or if it makes no text."""
     keys: List[str] = []
-    error = attempt(lambda: keys.append(function(message).encode().decode()))
+    error = attempt(lambda: keys.append(safe_key(function(message).encode().decode())))
     if error:
-        log.error("dedup_key failed: the push is answered 503; mend the function", exc_info=exc_info_of(error))
+        log.error("dedup_key failed: the push is answered 503; correct the function", exc_info=exc_info_of(error))
         raise Busy("the message has no key")
     return keys[0]
 
 
-class Inbox:
-    """Takes messages from an `Endpoint`, has them handled, and settles what became of them."""
+class Conversations:
+    """What `Message.session` held at the end of each sender's last message, as JSON: in memory, for ``limit`` senders at
+    most; the one that was not touched for longest is forgotten first. Safe to use from any thread."""
 
-    def __init__(self, registry: HandlerRegistry, settings: Settings, key_of: Callable[[Message], str],
+    def __init__(self, limit: int, clock: Callable[[], float] = time.time) -> None:
+        self._limit, self._clock = limit, clock
+        self._lock = threading.Lock()  # guards the texts
+        self._texts: OrderedDict[str, Tuple[str, float]] = OrderedDict()  # and when each was touched; oldest first
+
+    def load_session(self, sender: str) -> str:
+        """The text of a sender; empty if there is none, or if it was not touched for SESSION_SECONDS."""
+        text, touched = self._texts.get(sender, ("", 0.0))
+        return text if self._clock() - touched < SESSION_SECONDS else ""
+
+    def save_session(self, sender: str, text: str, touched: float = 0.0) -> None:
+        """Keep a text, touched now or at that time; an empty one is forgotten."""
+        with self._lock:
+            self._texts.pop(sender, None)
+            if text:
+                self._texts[sender] = text, touched or self._clock()
+            if len(self._texts) > self._limit:
+                self._texts.popitem(last=False)
+
+
+class Inbox:
+    """Takes messages from an `Endpoint`, has them handled, and notes what became of them.
+
+    ``key_of`` makes deduplication keys; None: the registry's own, or `dedup_key`. ``api`` is a `SendApi` or what works
+    like one; None: what handlers return is not sent. Files and threads are opened by `open`, or at the first message.
+    """
+
+    def __init__(self, registry: HandlerRegistry, settings: Settings, key_of: Optional[Callable[[Message], str]] = None,
                  api: Any = None) -> None:
-        alarm = Alarm()
         self.registry = registry
         self.metrics = Metrics()
-        self.draining = False  # whether the end has begun, for monitors
-        self._settings = settings
-        self._key_of: Callable[[Message], str] = functools.partial(make_key, key_of)
-        if key_of is dedup_key:  # which makes every message a key
-            self._key_of = dedup_key
-        local = ClaimCache(settings.dedup_size)
-        self._claims: Union[ClaimCache, SharedClaims] = SharedClaims(settings.redis, local) if settings.redis else local
-        self._api = SendApi(settings) if settings.app_key or settings.access_token else api
-        self._dispatcher = Dispatcher(settings, self._handle, self._flush, alarm.later)
-        self._journal = Journal(settings, alarm.later) if settings.journal else None
-        if self._journal:
-            self._recover(self._journal, local)
+        self.is_draining = False  # whether the end has begun, for monitors
+        self._settings, self._key_of, self._api = settings, key_of, api
+        self._local = ClaimCache(settings.dedup_size)
+        self._conversations = Conversations(settings.sessions)
+        self._shared = SharedClaims(settings.redis, self._local) if settings.redis else None
+        self._claims: Union[ClaimCache, SharedClaims] = self._shared or self._local
+        self._dispatcher = Dispatcher(settings, self._handle, self._flush)
+        self._journal: Optional[Journal] = None
+        self._process = os.getpid()
+        self._opening = threading.Lock()  # guards the two below, and that only one thread opens
+        self._is_open = False
+        self._problem = ""  # why the journal could not be opened
 
-    def _recover(self, journal: Journal, local: ClaimCache) -> None:
+    # Opening
+
+    def open(self) -> None:
+        """Open the journal, if there is one, and begin what the last run left. Raises `SettingsError`."""
+        with self._opening:
+            if self._is_open or self.is_draining:
+                return
+            if self._settings.journal:
+                self._journal = Journal(self._settings, call_later)
+                self._recover(self._journal)
+                self._journal.in_hand = self._list_in_hand
+            self._claims.open()
+            self._is_open, self._problem = True, ""
+        self._dispatcher.wake()
+
+    def begin(self) -> None:
+        """Open at the first call, in the process that serves. Raises `Busy` while the journal cannot be used, which is
+        told once, and tried again every few seconds."""
+        if self._is_open:
+            return
+        if not self._problem:
+            try:
+                self.open()
+                return
+            except SettingsError as error:
+                self._problem = "the journal cannot be used"
+                log.error("%s; until then every push is answered 503", error)
+                call_later(OPEN_AGAIN_SECONDS, self._open_again)
+        raise Busy(self._problem, JournalError.advice)
+
+    def _open_again(self) -> None:
+        try:
+            self.open()
+            log.warning("the journal %s can be used now", self._settings.journal)
+        except SettingsError:
+            call_later(OPEN_AGAIN_SECONDS, self._open_again)
+
+    def _recover(self, journal: Journal) -> None:
         """Go on where the last process ended: remember what was finished, and queue what was not."""
         for key in journal.finished_keys():
-            local.finish(key)
-        left: List[Tuple[Message, int]] = []
-        for row in journal.waiting():
-            try:
-                message = parse(row.payload)
-            except PushError as error:
-                journal.fail(row.key, describe_error(error))
-                log.error("left by the last run, and cannot be read: key=%s", row.key)
-                continue
-            message.key = row.key
-            self._claims.restore(row.key)
-            left.append((message, row.tries))
+            self._local.finish(key)
+        for session in journal.sessions():
+            self._conversations.save_session(*session)
+        left = [job for job in (self._restore(journal, row) for row in journal.waiting()) if job]
+        # In hand was at most one message of a sender, and of as many senders as there are workers.
+        first: Dict[Tuple[str, str], Job] = {}
+        for job in left:
+            first.setdefault(job.sender, job)
+        for job in itertools.islice(first.values(), self._settings.workers):
+            job.is_suspect = job.replies is None
         if left:
             log.info("%d messages are left from the last run", len(left))
         self._dispatcher.restore(left)
 
-    def begin(self) -> None:
-        """Handle what is left from the last run; the first message that comes makes that begin too."""
-        self._claims.open()
-        self._dispatcher.wake()
+    def _restore(self, journal: Journal, row: Row) -> Optional[Job]:
+        """The job of a message that the last run left; None if it cannot be read."""
+        try:
+            job = Job(parse(row.payload), row.tries + row.begun)
+        except PushError as error:
+            journal.fail(row.key, describe_error(error))
+            log.error("left by the last run, and cannot be read: key=%s", row.key)
+            return None
+        job.message.key = row.key
+        self._claims.restore(row.key)
+        job.is_leftover = True
+        job.is_suspect = row.begun
+        if row.replies:
+            job.replies = deque(decode_replies(row.replies))
+        elif row.begun and job.tries >= self._settings.tries:
+            job.error = HandlerError(f"the process ended while this message was handled, at try {job.tries}; correct the "
+                                     "handler, then put the message back with 'journal --requeue'")
+        return job
+
+    def _list_in_hand(self) -> List[Tuple[str, bytes, int]]:
+        return [(job.message.key, encode_json(job.message.fields), job.tries) for job in self._dispatcher.jobs()]
+
+    # From a push to the queue, on the thread that answers
 
     def take(self, message: Message) -> bool:
-        """Claim a message, and keep a place for it; False for a repeat. Raises `Busy`."""
-        message.key = self._key_of(message)
+        """Claim a message here, and keep a place for it; False for a repeat. Raises `Busy`."""
+        self.begin()
+        key_of = self._key_of or self.registry.key_of
+        message.key = make_key(key_of, message) if key_of else dedup_key(message)
         if not self._claims.claim(message.key):
             return False
         try:
@@ -3968,104 +4057,237 @@ class Inbox:
             raise
         return True
 
+    def cancel(self, message: Message) -> None:
+        """Give back what `take` gave: the message is refused."""
+        self._dispatcher.cancel()
+        self._claims.release(message.key)
+
     def deliver(self, taken: Sequence[Tuple[Message, bytes]]) -> List[Union[bool, PushError]]:
-        """Make safe what was taken, and queue it: each message with its bytes. True for what is accepted, False for
-        what another instance has, an error for what is refused. Raises `Busy`, and gives all back."""
-        fates = self._claims.confirm([message.key for message, _ in taken])
-        ours = [each for each, fate in zip(taken, fates) if fate is True]
-        self._dispatcher.cancel(len(taken) - len(ours))
-        try:
-            if self._journal and ours:
-                self._journal.add([(message.key, payload) for message, payload in ours])
-        except BaseException:
-            self._dispatcher.cancel(len(ours))
-            for message, _ in ours:
-                self._claims.release(message.key)
-            raise
+        """Make safe what a round has taken, and queue it: each message with its bytes. One outcome each: True if it is
+        accepted, False if another instance has it already, or the error that refuses it."""
+        outcomes = self._claims.confirm([message.key for message, _ in taken])
+        ours = [push for push, outcome in zip(taken, outcomes) if outcome is True]
+        for _ in range(len(taken) - len(ours)):
+            self._dispatcher.cancel()
+        if self._journal and ours:
+            error = attempt(self._journal.add, [(message.key, payload) for message, payload in ours])
+            if error:
+                for message, _ in ours:
+                    self.cancel(message)
+                refusal = error if isinstance(error, PushError) else JournalError("the journal cannot be written")
+                return [refusal if outcome is True else outcome for outcome in outcomes]
         for message, _ in ours:
             self._claims.accept(message.key)
         self._dispatcher.post([message for message, _ in ours])
-        return fates
+        return outcomes
+
+    def keep_unreadable(self, payload: bytes, reason: str) -> None:
+        """Keep a push that is proven and cannot be read, for a person to look at, if there is a journal."""
+        if self._journal:
+            self._journal.keep_unreadable(payload, reason)
 
     def observe(self, response: Response, message: Optional[Message], seconds: float) -> None:
-        """A push was answered after so many seconds."""
+        """A push was answered after that time."""
         if self._settings.admin:
             self.metrics.push(response, message, seconds)
 
-    def _handle(self, message: Message, tries: int) -> Optional[float]:
-        """Run the handler; seconds until it is to be tried again, or None when the message is through."""
-        error = attempt(self._run, message)
+    # From the queue to the end, on a worker's thread
+
+    def _handle(self, job: Job) -> Optional[float]:
+        """Do what is next for a message; after how many seconds to go on with it, or None when it is done."""
+        if job.error:
+            self._give_up(job, job.error)
+            return None
+        if job.replies is None:
+            seconds = self._run(job)
+            if job.replies is None:
+                return seconds
+        return self._send_replies(job)
+
+    def _run(self, job: Job) -> Optional[float]:
+        """Run the handler. If it succeeds, the job has replies, maybe none, and is not done yet."""
+        if job.is_leftover and self._journal:
+            # Or a message that ends the process would be run at every start. A run alone counts as a try.
+            if attempt(self._journal.begin, job.message.key, job.tries + job.is_suspect):
+                return LOOK_AGAIN_SECONDS
+        started = time.monotonic()
+        error = attempt(self._call_handler, job)
+        self._leave_fork(error)
+        job.seconds = time.monotonic() - started
+        if self._settings.admin:
+            self.metrics.handler(job.seconds)
         if not error:
-            if self._journal:
-                self._journal.finish(message.key)
-            self._claims.finish(message.key)
             return None
-        if tries + 1 >= self._settings.tries or isinstance(error, KfError) and not isinstance(error, PatternError):
-            self._give_up(message, error)
+        job.is_suspect = False
+        job.tries += 1
+        is_final = isinstance(error, KfError) and not isinstance(error, PatternError)
+        if job.tries < self._settings.tries and not is_final:
+            return self._try_again(job, error)
+        self._give_up(job, error)
+        return None
+
+    def _call_handler(self, job: Job) -> None:
+        """Run the handler; keep in the job what is to be sent, and in the conversations what is to be remembered."""
+        message = job.message
+        outbox = self._outbox_of(message)
+        message.kept_session = functools.partial(self._load_session, job.sender)
+        job.match = self.registry.find(message)
+        answers = outbox.check(self.registry.run(job.match, message))
+        session = self._save_session(job)
+        if answers and self._journal:
+            # In one write with the mark that the handler has run: after a crash it is not run again.
+            self._journal.answered(message.key, encode_replies(answers), session)
+            self._journal.flush()
+            session = None
+        job.session, job.replies = session, deque(answers)
+
+    def _outbox_of(self, message: Message) -> Outbox:
+        if not isinstance(message.outbox, Outbox):
+            message.outbox = Outbox(self._api, message, self.metrics.count)
+        return message.outbox
+
+    def _load_session(self, sender: Tuple[str, str]) -> Dict[str, Any]:
+        text = (self._shared or self._conversations).load_session(json.dumps(sender))
+        session: Dict[str, Any] = json.loads(text) if text else {}
+        return session
+
+    def _save_session(self, job: Job) -> Optional[Session]:
+        """Save the session if the handler used it; what the journal must write of it."""
+        kept = job.message.kept_session
+        if not isinstance(kept, dict):
             return None
-        seconds = 4.0 ** tries  # 1 s, 4 s, 16 s…: what failed by outage or overload needs time
-        log.warning("handler failed: key=%s try=%d of %d, %s; again in %d s", message.key, tries + 1,
-                    self._settings.tries, describe_error(error), seconds)
+        session = json.dumps(job.sender), encode_session(kept)
+        (self._shared or self._conversations).save_session(*session)
+        return None if self._shared else session
+
+    def _leave_fork(self, error: Optional[BaseException]) -> None:
+        """End a process that a handler has forked and that came back here: the queue is its parent's."""
+        if os.getpid() == self._process:
+            return
+        status = 0
+        if isinstance(error, SystemExit) and (error.code is None or isinstance(error.code, int)):
+            status = error.code or 0
+        elif error:
+            traceback.print_exception(type(error), error, error.__traceback__)
+            status = 1
+        for stream in (sys.stdout, sys.stderr):
+            attempt(stream.flush)
+        os._exit(status)
+
+    def _send_replies(self, job: Job) -> Optional[float]:
+        """Send what the handler returned, one reply after the other. One that cannot be sent now waits, and no worker
+        with it, RETRY_REPLY_SECONDS at most."""
+        outbox, now = self._outbox_of(job.message), time.monotonic()
+        while job.replies:
+            if self._dispatcher.has_ended:
+                return None
+            error = attempt(outbox.send, job.replies[0])
+            if isinstance(error, NetworkError):
+                job.failing_since = job.failing_since or now
+                if self._api and now - job.failing_since < RETRY_REPLY_SECONDS:
+                    job.reply_tries += 1
+                    return max(self._api.pause(), retry_delay(job.reply_tries))
+            if error:
+                self.metrics.count("replies_failed")
+                self._give_up(job, error)
+                return None
+            job.failing_since, job.reply_tries = 0.0, 0
+            job.replies.popleft()
+            job.sent += 1
+            if job.replies and self._journal:
+                self._journal.replied(job.message.key, encode_replies(job.replies))
+        if self._dispatcher.settle(job, self._mark_done, job):
+            log.info("handled key=%(key)s handler=%(handler)s ms=%(ms).2f replies=%(replies)d", {
+                "key": job.message.key, "handler": handler_name(job.match.handler) if job.match else "-", "ms": job.seconds * 1000, "replies": job.sent})
+        return None
+
+    def _mark_done(self, job: Job) -> None:
+        if self._journal:
+            self._journal.finish(job.message.key, job.session)
+        self._claims.finish(job.message.key)
+
+    def _try_again(self, job: Job, error: BaseException) -> float:
+        seconds = min(4.0 ** (job.tries - 1), LONGEST_PAUSE)  # 1 s, 4 s, 16 s…: an outage or overload needs time to end
+        log.warning("handler failed: key=%(key)s handler=%(handler)s try=%(try)d of %(tries)d, %(error)s; again in "
+                    "%(seconds)d s", {**self._describe(job, error), "tries": self._settings.tries, "seconds": seconds})
         self.metrics.count("handler_retries")
         if self._journal:
-            self._journal.tried(message.key, tries + 1)
+            self._journal.tried(job.message.key, job.tries)
+            self._journal.flush()
         return seconds
 
-    def _run(self, message: Message) -> None:
-        if message.outbox is None:
-            message.outbox = Outbox(self._api, message, self.metrics.count)
-        started = time.monotonic()
-        try:
-            answers = self.registry.handle(message)
-        finally:
-            if self._settings.admin:
-                self.metrics.handler(time.monotonic() - started)
-        if answers is not None:
-            message.outbox(answers)
-
-    def _give_up(self, message: Message, error: BaseException) -> None:
+    def _give_up(self, job: Job, error: BaseException) -> None:
+        """The last try has failed, of the handler or of a reply: tell the functions of `on_error`."""
+        if not self._dispatcher.settle(job, self._mark_failed, job, error):
+            return
+        self._flush()  # before what follows can end the process
         self.metrics.count("messages_failed")
+        log.error("message failed for good: key=%(key)s handler=%(handler)s try=%(try)d, %(error)s; the platform will not "
+                  "send it again by itself", self._describe(job, error), exc_info=exc_info_of(error))
+        for failed in self.registry.handle_error(job.message, error):
+            log.error("on_error failed: key=%s", job.message.key, exc_info=exc_info_of(failed))
+
+    def _mark_failed(self, job: Job, error: BaseException) -> None:
         if self._journal:
-            self._journal.fail(message.key, describe_error(error))
-        self._claims.release(message.key)
-        log.error("message failed for good: key=%s; the platform will not send it again by itself", message.key,
-                  exc_info=exc_info_of(error))
-        for failed in self.registry.handle_error(message, error):
-            log.error("on_error failed: key=%s", message.key, exc_info=exc_info_of(failed))
+            self._journal.fail(job.message.key, describe_error(error))
+        if job.replies is None:
+            self._claims.release(job.message.key)
+        else:  # the handler is done: it must not run again, though a reply failed
+            self._claims.finish(job.message.key)
+
+    def _describe(self, job: Job, error: BaseException) -> Dict[str, Any]:
+        handler = describe_handler(job.match.handler) if job.match else "-"
+        return {"key": job.message.key, "handler": handler, "try": job.tries, "error": describe_error(error)}
 
     def _flush(self) -> None:
         if self._journal:
             self._journal.flush()
 
+    # The whole
+
+    def each_second(self) -> None:
+        """Begin what a shortage of threads held up, and notice a journal that was deleted though nothing is written."""
+        self._dispatcher.wake()
+        if self._journal:
+            self._journal.look()
+
     def trouble(self) -> str:
         """What keeps messages from being taken, in words; empty if nothing does."""
-        if self.draining:
+        if self.is_draining:
             return "draining"
-        return "the journal cannot be written" if self._journal and not self._journal.healthy else ""
+        return self._problem or (
+            "the journal cannot be written" if self._journal and not self._journal.healthy else "")
 
     def samples(self) -> List[Sample]:
         """The state of things, for the metrics."""
-        healthy = self._journal is None or self._journal.healthy
+        healthy = not self._problem and (self._journal is None or self._journal.healthy)
         return [*self._dispatcher.samples(),
                 Sample("kfserver_remembered_keys", "Messages known, to drop repeats of.", len(self._claims)),
                 Sample("kfserver_journal_healthy", "0 while the journal cannot be written.", healthy)]
 
     def join(self, seconds: Optional[float]) -> bool:
-        """Wait until every message is handled, for so many seconds at most; whether that was reached."""
+        """Wait until every message is handled, ``seconds`` at most; whether that was reached."""
         reached = self._dispatcher.join(seconds)
         self._flush()
         return reached
 
     def close(self) -> List[str]:
         """Take nothing more, and finish what waits within the settings' ``grace``; the keys of what was left undone."""
-        self.draining = True
+        self.is_draining = True
         undone = self._dispatcher.drain(self._settings.grace)
+        with self._opening:
+            if self._journal:
+                self._journal.close()
+        if self._shared:
+            self._shared.close()
         if self._api:
             self._api.close()
-        if self._journal:
-            self._journal.close()
-        self._claims.close()
         return undone
+
+    def after_fork(self) -> None:
+        """In a forked child: let go of the parent's files. This inbox must not be used any more."""
+        if self._journal:
+            self._journal.after_fork()
 
 
 # ---- 15 HTTP server -------------------------------------------------------------------------------------------------
@@ -4857,17 +5079,38 @@ class KfServer:
         with KfServer(registry, Settings(port=0)) as server:
             print(server.url)
 
-    `feed` and `wsgi` work without a start. ``dedup_key`` replaces `dedup_key`: equal texts are one message. ``api``,
-    which works like a `SendApi`, takes the replies if the settings have no key for the platform's.
+    `feed` and `wsgi` work without a start. ``dedup_key`` replaces `dedup_key`: equal texts are one message. ``api`` takes
+    the place of a `SendApi`. Raises `SettingsError` for what is known to be wrong at once; files and threads are opened
+    at first use, so what is made before a fork works in every process that serves.
     """
 
     def __init__(self, registry: HandlerRegistry, settings: Settings = Settings(),
-                 dedup_key: Callable[[Message], str] = dedup_key, api: Any = None) -> None:
+                 dedup_key: Optional[Callable[[Message], str]] = None, api: Any = None) -> None:
+        refuse_uwsgi_without_threads(sys.modules.get("uwsgi"))
         self.settings = settings
-        self._inbox = Inbox(registry, settings, dedup_key, api)
-        self.endpoint = Endpoint(settings, self._inbox, time.time, time.monotonic)
+        self._registry, self._key_of, self._api = registry, dedup_key, api
         self._http: Optional[PushServer] = None
         self._admin: Optional[PushServer] = None
+        self._told_processes = False
+        self._make_inbox()
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=functools.partial(_let_go_in_child, weakref.ref(self)))
+
+    def _make_inbox(self) -> None:
+        settings, api = self.settings, self._api
+        if api is None and (settings.app_key or settings.access_token):
+            api = SendApi(settings)
+        self._inbox = Inbox(self._registry, settings, self._key_of, api)
+        self.endpoint = Endpoint(settings, self._inbox, time.time, time.monotonic)
+
+    def _after_fork(self) -> None:
+        """In a forked child: what the parent opened is the parent's. What is done here from now on begins anew."""
+        for server in filter(None, (self._http, self._admin)):
+            server.after_fork()
+        self._http = self._admin = None
+        self._inbox.after_fork()
+        self._forked_from = self._inbox  # kept: SQLite must not close the parent's files
+        self._make_inbox()
 
     @property
     def registry(self) -> HandlerRegistry:
@@ -4877,32 +5120,42 @@ class KfServer:
     @registry.setter
     def registry(self, registry: HandlerRegistry) -> None:
         """Put other handlers in service."""
-        self._inbox.registry = registry
+        self._registry = self._inbox.registry = registry
 
     def start(self) -> KfServer:
-        """Listen, and serve from a thread of its own. Raises `SettingsError` when an address cannot be had."""
-        http = bind(self.settings, self.endpoint, "--host, --port or --unix")
-        try:
-            self._admin = self._bind_admin() if self.settings.admin else None
-        except SettingsError:
-            http.abandon()
-            raise
-        self._http = http
-        for server in filter(None, (self._http, self._admin)):
+        """Listen, and serve from a thread of its own. Raises `SettingsError` when an address or a file cannot be had, and
+        then nothing stays open; `KfError` if the server was started or stopped before."""
+        if self._http or self._inbox.is_draining:
+            raise KfError("a KfServer starts once: make another for each start")
+        with contextlib.ExitStack() as opened:
+            http = bind(self.settings, self.endpoint, "--host, --port or --unix")
+            opened.callback(http.abandon)
+            admin = self._bind_admin() if self.settings.admin else None
+            if admin:
+                opened.callback(admin.abandon)
+            self._inbox.open()
+            opened.pop_all()
+        http.each_second = self._inbox.each_second
+        self._http, self._admin = http, admin
+        for server in filter(None, (http, admin)):
             threading.Thread(target=server.serve_forever, name="kfserver-accept", daemon=True).start()
-        self._inbox.begin()
         return self
 
     def _bind_admin(self) -> PushServer:
         host, _, port = self.settings.admin.rpartition(":")
         address = {"host": host.strip("[]"), "port": int(port), "unix": "", "tls_cert": "", "tls_key": ""}
         return bind(dataclasses.replace(self.settings, **address),
-                    AdminEndpoint(self._render_metrics, self._inbox.trouble), "--admin")
+                    AdminEndpoint(self._render_metrics, self._trouble), "--admin")
 
     def _render_metrics(self) -> str:
         connections = len(self._http.connections) if self._http else 0
         return self._inbox.metrics.render([
             *self._inbox.samples(), Sample("kfserver_connections", "Open connections of clients.", connections)])
+
+    def _trouble(self) -> str:
+        if self._http and not self._http.alive():
+            return "no push is answered: the thread that answers hangs"
+        return self._inbox.trouble()
 
     @property
     def admin_port(self) -> int:
@@ -4925,9 +5178,9 @@ class KfServer:
     def stop(self) -> List[str]:
         """Stop listening, finish requests in flight and, within ``grace`` seconds, messages; the keys of the others.
 
-        What a handler finishes after that is not written down any more: a journal brings its message again.
+        After that nothing is begun. What a handler still finishes is not written down: a journal brings its message again.
         """
-        self._inbox.draining = True
+        self._inbox.is_draining = True
         if self._http:
             self._http.close(FINISH_SECONDS)
         undone = self._inbox.close()
@@ -4947,23 +5200,68 @@ class KfServer:
         return self.endpoint.handle(Request("POST", self.settings.path or "/", urlencode(query), body))
 
     def join(self, seconds: Optional[float] = None) -> bool:
-        """Wait until every message is handled, for so many seconds at most; whether that was reached."""
+        """Wait until every message is handled, ``seconds`` at most; whether that was reached."""
         return self._inbox.join(seconds)
 
     def wsgi(self, environ: Dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         """A WSGI application (PEP 3333) with the same endpoint, for an existing site."""
-        method, length = environ["REQUEST_METHOD"], environ.get("CONTENT_LENGTH") or "0"
-        path, body = environ.get("SCRIPT_NAME", "") + environ.get("PATH_INFO", "") or "/", b""
-        problem: Optional[PushError] = None
-        if not length.isdecimal() or len(length) > 18:
-            problem = MalformedPush("Content-Length must be one number")
-        elif int(length) > self.settings.max_body:
-            problem = PushError(f"more than {self.settings.max_body} bytes", TOO_LARGE, 413)
-        else:
-            body = environ["wsgi.input"].read(int(length))
+        self._begin_wsgi(environ)
+        # The server has decoded the path; a setting and a request line are percent-encoded.
+        path = quote((environ.get("SCRIPT_NAME", "") + environ.get("PATH_INFO", "") or "/").encode("latin-1"))
+        body, problem = b"", None
+        try:
+            body = read_wsgi_body(environ, self.settings.max_body)
+        except PushError as error:
+            problem = error
+        method = environ["REQUEST_METHOD"]
         response = self.endpoint.handle(Request(method, path, environ.get("QUERY_STRING", ""), body, problem))
         start_response(f"{response.status} {http.client.responses[response.status]}", list_headers(response))
         return [b"" if method == "HEAD" else response.body]
+
+    def _begin_wsgi(self, environ: Mapping[str, Any]) -> None:
+        """Begin with what the last run left at the first request of any kind."""
+        if environ.get("wsgi.multiprocess") and not self.settings.redis and not self._told_processes:
+            self._told_processes = True
+            log.warning("there are several processes, and each knows only the repeats that it has seen itself: run one "
+                        "process with threads, or set redis=")
+        with contextlib.suppress(Busy):  # told, and a push is answered by it
+            self._inbox.begin()
+
+
+def _let_go_in_child(server: weakref.ReferenceType[KfServer]) -> None:
+    """Called in each forked child."""
+    made = server()
+    if made:
+        made._after_fork()
+
+
+def refuse_uwsgi_without_threads(uwsgi: Optional[ModuleType]) -> None:
+    """Raise `SettingsError` under a uWSGI that has Python's threads switched off: no handler would ever run."""
+    options = {str(name, "ascii") if isinstance(name, bytes) else name for name in getattr(uwsgi, "opt", ())}
+    if uwsgi and not options & {"enable-threads", "threads"}:
+        raise SettingsError("uWSGI runs Python without threads, so no handler would ever run: start it with "
+                            "--enable-threads")
+
+
+def read_wsgi_body(environ: Mapping[str, Any], limit: int) -> bytes:
+    """The body of a request to a WSGI application. Raises `PushError` for one that is longer than ``limit`` bytes.
+
+    A chunked one has no length, but an end where the server says so (``wsgi.input_terminated``, as gunicorn does).
+    """
+    length = environ.get("CONTENT_LENGTH") or ("" if environ.get("wsgi.input_terminated") else "0")
+    if length and not (length.isdecimal() and len(length) <= 18):
+        raise MalformedPush("Content-Length must be one number")
+    body, left = b"", min(int(length), limit + 1) if length else limit + 1
+    if length and int(length) > limit:
+        raise PushError(f"more than {limit} bytes", TOO_LARGE, 413)
+    while left > 0:
+        data = environ["wsgi.input"].read(left)
+        if not data:
+            break
+        body, left = body + data, left - len(data)
+    if len(body) > limit:
+        raise PushError(f"more than {limit} bytes", TOO_LARGE, 413)
+    return body
 
 
 # ---- 17 Push --------------------------------------------------------------------------------------------------------
@@ -6007,7 +6305,7 @@ def _serve(settings: Settings, handlers: ReloadingHandlers) -> int:
         _print_start(settings, [*_describe_start(server), *handlers.describe()],
                      list(_advice(settings, os.environ, has_terminal)))
         if settings.reload:
-            handlers.watch(server, Alarm().later)
+            handlers.watch(server, call_later)
         while True:
             time.sleep(1.0)  # not for ever: a signal in the moment before it is only noticed at its end
     log.info("shutting down: %g s for the messages that wait; a second signal ends at once", settings.grace)

@@ -180,50 +180,56 @@ class Bot:
         self.server = KfServer(registry, Settings(
             api_base=api.base, app_key=APP_KEY, app_secret=APP_SECRET, **settings))
 
+    def __enter__(self) -> Bot:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.server.stop()
+
 
 def test_inbox_keeps_no_worker_for_a_reply_that_must_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     with SendApiServer() as api:
         api.send_troubles.extend([busy] * 1000)
-        bot = Bot(api, workers=2)
-        for number in range(20):
-            bot.server.feed(push(f"user{number}", number, "reply"))
-        bot.server.feed(push("other", 100, "plain"))
-        bot.server.feed(push("user0", 101, "plain later"))
-        wait_until(lambda: "plain" in bot.handled)
-        assert "plain later" not in bot.handled  # the sender's own messages wait
-        api.send_troubles.clear()
-        wait_until(lambda: "plain later" in bot.handled)
-        assert bot.server.join(4 * PATIENCE)
-        assert (len(api.sent), bot.failed) == (20, [])
+        with Bot(api, workers=2) as bot:
+            for number in range(20):
+                bot.server.feed(push(f"user{number}", number, "reply"))
+            bot.server.feed(push("other", 100, "plain"))
+            bot.server.feed(push("user0", 101, "plain later"))
+            wait_until(lambda: "plain" in bot.handled)
+            assert "plain later" not in bot.handled  # the sender's own messages wait
+            api.send_troubles.clear()
+            wait_until(lambda: "plain later" in bot.handled)
+            assert bot.server.join(4 * PATIENCE)
+            assert (len(api.sent), bot.failed) == (20, [])
 
 
 def test_inbox_gives_up_a_reply_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kfserver, "RETRY_REPLY_SECONDS", 0.5)
     with SendApiServer() as api:
         api.send_troubles.extend([busy] * 1000)
-        bot = Bot(api)
-        bot.server.feed(push())
-        assert bot.server.join(PATIENCE)
-        assert [type(error) for error in bot.failed] == [NetworkError]
-        assert len(bot.handled) == 1
+        with Bot(api) as bot:
+            bot.server.feed(push())
+            assert bot.server.join(PATIENCE)
+            assert [type(error) for error in bot.failed] == [NetworkError]
+            assert len(bot.handled) == 1
 
 
 def test_inbox_runs_no_handler_again_because_a_reply_failed() -> None:
     with SendApiServer() as api:
         api.send_troubles.append(lambda exchange: exchange.answer({"errno": 3001, "msg": "param error"}))
-        bot = Bot(api)
-        for _ in range(2):
-            assert bot.server.feed(push()).body == b"success"
-            assert bot.server.join(PATIENCE)
-        assert (bot.handled, [type(error) for error in bot.failed]) == (["hi"], [kfserver.ApiError])
+        with Bot(api) as bot:
+            for _ in range(2):
+                assert bot.server.feed(push()).body == b"success"
+                assert bot.server.join(PATIENCE)
+            assert (bot.handled, [type(error) for error in bot.failed]) == (["hi"], [kfserver.ApiError])
 
 
 def test_inbox_tells_the_handler_that_answers_a_message_without_a_sender(caplog: pytest.LogCaptureFixture) -> None:
     with SendApiServer() as api:
-        bot = Bot(api)
-        bot.server.feed(push(sender=""))
-        assert bot.server.join(PATIENCE)
-        assert [type(error) for error in bot.failed] == [kfserver.HandlerError]
+        with Bot(api) as bot:
+            bot.server.feed(push(sender=""))
+            assert bot.server.join(PATIENCE)
+            assert [type(error) for error in bot.failed] == [kfserver.HandlerError]
     assert "no sender" in caplog.text and "answer at test_inbox.py:" in caplog.text
 
 
@@ -366,7 +372,7 @@ def test_kf_server_answers_503_while_another_has_the_journal_and_takes_over(
     assert first.feed(push(number=1)).status == 200
     assert [second.feed(push(number=number)).status for number in (2, 3)] == [503, 503]
     errors = [record for record in caplog.records if record.levelname == "ERROR"]
-    assert len(errors) == 1 and "redis=" in errors[0].getMessage()
+    assert len(errors) == 1 and "--redis" in errors[0].getMessage()
     first.stop()
     wait_until(lambda: second.feed(push(number=2)).status == 200)
     assert second.join(PATIENCE) and second.stop() == []

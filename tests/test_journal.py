@@ -25,7 +25,7 @@ import kfserver
 from kfserver import (
     JOURNAL_ID,
     JOURNAL_VERSION,
-    Alarm,
+    call_later,
     HandlerRegistry,
     Journal,
     JournalError,
@@ -137,7 +137,7 @@ def states(path: str) -> Dict[str, int]:
 
 def leave(path: str, *bodies: bytes) -> Journal:
     """An open journal with messages that were acknowledged and not handled, as a killed process leaves them."""
-    journal = Journal(Settings(journal=path, dedup_size=100), Alarm().later)
+    journal = Journal(Settings(journal=path, dedup_size=100), call_later)
     for body in bodies:
         journal.add([(dedup_key(parse(body)), body)])
     return journal
@@ -296,14 +296,20 @@ def test_kf_server_counts_tries_over_a_restart(start: Start, path: str) -> None:
     assert [(row.state, row.tries) for row in stored(path)] == [(DEAD, 3)]
 
 
-def test_kf_server_writes_down_a_failed_try_that_another_will_follow(
-        start: Start, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kfserver.Alarm, "later", lambda alarm, seconds, job: None)  # the other does not come here
-    registry = HandlerRegistry()
-    registry.on("text")(lambda message: 1 / 0)
-    server = start(registry, tries=2, grace=0.0)
+def test_kf_server_writes_down_a_failed_try_that_another_will_follow(start: Start, path: str) -> None:
+    registry, begun, release = HandlerRegistry(), [], threading.Event()
+
+    @registry.on("text")
+    def fail_once(message: Message) -> None:
+        begun.append(message.key)
+        if len(begun) == 1:
+            raise ValueError
+        release.wait(PATIENCE)
+    server = start(registry, tries=2, grace=PATIENCE)
     server.feed(push(number=1))
-    wait_until(lambda: [(row.state, row.tries) for row in stored(path)] == [(WAITING, 1)])
+    wait_until(lambda: len(begun) == 2)
+    assert [(row.state, row.tries) for row in stored(path)] == [(WAITING, 1)]
+    release.set()
 
 
 def test_kf_server_starts_though_a_message_that_was_left_cannot_be_read(start: Start, shop: Shop, path: str) -> None:
@@ -317,7 +323,7 @@ def test_kf_server_starts_though_a_message_that_was_left_cannot_be_read(start: S
 
 
 def test_journal_recovers_from_an_error_that_nobody_foresaw(path: str) -> None:
-    with contextlib.closing(Journal(Settings(journal=path), Alarm().later)) as journal:
+    with contextlib.closing(Journal(Settings(journal=path), call_later)) as journal:
         with pytest.raises(JournalError):
             journal.add([("a/1", b""), ("\ud83d", b"")])
         journal.add([("a/2", b"")])
@@ -417,7 +423,7 @@ def test_journal_marks_are_written_by(path: str, write: Callable[[Journal], None
 
 
 def test_journal_finish_is_written_at_the_end(path: str) -> None:
-    with contextlib.closing(Journal(Settings(journal=path), Alarm().later)) as journal:
+    with contextlib.closing(Journal(Settings(journal=path), call_later)) as journal:
         journal.add([("a/1", b"")])
         journal.finish("a/1")
     assert stored(path)[0].state == FINISHED
@@ -561,7 +567,7 @@ def test_journal_keeps_the_beginnings_of_the_last_pushes_that_could_not_be_read(
 def test_journal_remembers_as_many_finished_messages_as_it_shall(
         path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kfserver, "TRIM_EVERY", 5)
-    with contextlib.closing(Journal(Settings(journal=path, dedup_size=3), Alarm().later)) as journal:
+    with contextlib.closing(Journal(Settings(journal=path, dedup_size=3), call_later)) as journal:
         for key in ["dead", "waiting", *map(str, range(20))]:
             journal.add([(key, b"")])
         journal.fail("dead", "ValueError")
@@ -607,7 +613,7 @@ def test_journal_clean_up_does_not_read_the_dead(path: str, monkeypatch: pytest.
 def test_journal_stops_growing(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kfserver, "TRIM_EVERY", 10)
     sizes: List[int] = []
-    with contextlib.closing(Journal(Settings(journal=path, dedup_size=20), Alarm().later)) as journal:
+    with contextlib.closing(Journal(Settings(journal=path, dedup_size=20), call_later)) as journal:
         for number in range(2000):
             journal.add([(str(number), b"x" * 1000)])
             journal.finish(str(number))

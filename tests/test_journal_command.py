@@ -17,7 +17,7 @@ import pytest
 from support import PATIENCE, ROOT, push
 
 import kfserver
-from kfserver import FINISHED, JOURNAL_ID, JOURNAL_VERSION, WAITING, Alarm, Journal, Settings, dedup_key, main, parse
+from kfserver import FINISHED, JOURNAL_ID, JOURNAL_VERSION, WAITING, Journal, Settings, call_later, dedup_key, main, parse
 
 # When the messages of these tests came, and a clock two minutes later: Unix seconds.
 RECEIVED = 1_700_000_000
@@ -41,7 +41,7 @@ def _clock_stands_still(monkeypatch: pytest.MonkeyPatch) -> None:
 def server_at_work(path: str) -> Iterator[Journal]:
     """A journal in a server's hands: one message is finished, two wait, of which one was tried, and one is dead."""
     settings = Settings(journal=path, dedup_size=100)
-    with contextlib.closing(Journal(settings, Alarm().later, lambda: RECEIVED)) as journal:
+    with contextlib.closing(Journal(settings, call_later, lambda: RECEIVED)) as journal:
         for number, content in enumerate(["done", "a secret", "another secret", "a secret of the dead"], 1):
             body = push("user", number, content)
             journal.add([(dedup_key(parse(body)), body)])
@@ -153,7 +153,7 @@ def test_journal_command_tells_it_as_json(journal: str, capsys: pytest.CaptureFi
 
 
 def test_journal_command_tells_that_there_is_nothing(path: str, capsys: pytest.CaptureFixture[str]) -> None:
-    Journal(Settings(journal=path, dedup_size=100), Alarm().later).close()
+    Journal(Settings(journal=path, dedup_size=100), call_later).close()
     assert tell(capsys, path) == (
         "waiting        0\nfinished       0\ndead           0\nunreadable     0\nsessions       0\n")
     assert tell_json(capsys, path)["oldest_waiting"] is None
@@ -183,7 +183,7 @@ def test_journal_command_shows_what_users_wrote_to_who_asks(journal: str, capsys
 ])
 def test_journal_command_shows_safely(
         path: str, payload: bytes, shown: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with contextlib.closing(Journal(Settings(journal=path, dedup_size=100), Alarm().later)) as journal:
+    with contextlib.closing(Journal(Settings(journal=path, dedup_size=100), call_later)) as journal:
         journal.add([("key", payload)])
     assert tell(capsys, "--show", path).splitlines()[-1] == "    " + shown
 
@@ -274,7 +274,7 @@ def write_newer(path: str) -> None:
 
 def write_damaged(path: str) -> None:
     """Make a journal of ours that has lost all but its first page."""
-    Journal(Settings(journal=path, dedup_size=100), Alarm().later).close()
+    Journal(Settings(journal=path, dedup_size=100), call_later).close()
     with open(path, "r+b") as file:
         file.seek(4096)
         file.write(b"garbage" * 2000)
@@ -324,7 +324,7 @@ def test_program_journal(path: str, name: str) -> None:
 
 
 def test_program_journal_shows_what_the_terminal_cannot(path: str) -> None:
-    with contextlib.closing(Journal(Settings(journal=path, dedup_size=100), Alarm().later)) as journal:
+    with contextlib.closing(Journal(Settings(journal=path, dedup_size=100), call_later)) as journal:
         journal.add([("key", "谢谢".encode())])
     result = run("--show", path, PYTHONIOENCODING="ascii")
     assert (result.returncode, result.stderr) == (0, b"")

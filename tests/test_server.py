@@ -355,14 +355,15 @@ def test_kf_server_survives_an_on_error_that_fails(caplog: pytest.LogCaptureFixt
     assert shop.served == ["next"]
 
 
-def test_kf_server_logs_one_line_a_push_and_nothing_private(caplog: pytest.LogCaptureFixture, shop: Shop) -> None:
+def test_kf_server_logs_two_lines_for_a_message_and_nothing_private(caplog: pytest.LogCaptureFixture, shop: Shop) -> None:
     caplog.set_level(logging.INFO, "kfserver")
     server = KfServer(shop.registry, Settings(token=TOKEN))
     server.feed(push(content="my secret"))
     assert server.join(PATIENCE)
-    assert len(caplog.records) == 1
-    assert caplog.records[0].name == "kfserver"
-    assert caplog.messages[0].startswith("push type=text key=app/user/text/1 outcome=accepted ms=")
+    assert [record.name for record in caplog.records] == ["kfserver"] * 2
+    pushed, handled = sorted(caplog.messages, reverse=True)
+    assert pushed.startswith("push type=text key=app/user/text/1 outcome=accepted ms=")
+    assert re.fullmatch(r"handled key=app/user/text/1 handler=_serve ms=\d+\.\d\d replies=0", handled)
     assert "secret" not in caplog.text
     assert TOKEN not in caplog.text
 
