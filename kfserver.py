@@ -768,7 +768,7 @@ def parse_fields(payload: bytes) -> Dict[str, Any]:
 def replace_unreadable(payload: bytes) -> bytes:
     """The payload with U+FFFD for bytes that are not UTF-8 and, in JSON, for escapes of half a surrogate pair.
 
-    Only for what is proven: one bad character must not lose a user's message. A payload above CHEAP_BODY stays as it is.
+    Only for what is proven: one bad character must not lose a message. A payload above CHEAP_BODY stays as it is.
     """
     if len(payload) > CHEAP_BODY:
         return payload
