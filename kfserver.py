@@ -513,8 +513,8 @@ class Message:
         return value if isinstance(value, str) else ""
 
     from_user_name: str = _field("FromUserName", "The sender's openid; empty for events that have no sender.")
-    content: str = _field("Content", "What the user wrote, to the letter; empty for what is no text.")
-    pic_url: str = _field("PicUrl", "The address of the picture; empty for what is no image.")
+    content: str = _field("Content", "What the user wrote, to the letter; empty for other types than text.")
+    pic_url: str = _field("PicUrl", "The address of the picture; empty for other types than image.")
 
     @property
     def to_user_name(self) -> str:
@@ -523,7 +523,7 @@ class Message:
 
     @property
     def create_time(self) -> int:
-        """When the message was written, in Unix seconds; 0 where that is missing or no time.
+        """When the message was written, in Unix seconds; 0 where it is missing or cannot be read.
 
         Third-party events call the field eventTime, and write Beijing's time into it.
         """
@@ -536,7 +536,7 @@ class Message:
 
     @property
     def event(self) -> str:
-        """The event's name; empty for what is no event. Third-party pushes write the field in lower case."""
+        """The event's name; empty for a message. Third-party pushes write the field in lower case."""
         return self.text("Event") or self.text("event")
 
     @property
@@ -563,7 +563,7 @@ def _to_seconds(text: str) -> int:
 
 def sign(*parts: str) -> str:
     """The platform's signature: SHA-1 over the parts, sorted by their bytes and joined, in lower-case hex."""
-    ordered = sorted(parts)  # as text, whose order is that of its UTF-8
+    ordered = sorted(parts)  # as text, which sorts as its UTF-8 does
     return hashlib.sha1(b"".join([part.encode("utf-8", "surrogatepass") for part in ordered])).hexdigest()
 
 
@@ -576,7 +576,7 @@ def verify(signature: str, *parts: str) -> bool:
 
 
 # ---- 4 Encryption ---------------------------------------------------------------------------------------------------
-# Law: the envelope of safe mode, and AES-256-CBC beneath it. Texts and bytes in, bytes out, or `ForbiddenPush`, whose
+# Law: the envelope of safe mode, and AES-256-CBC beneath it. Texts and bytes in, bytes out, or `ForbiddenPush`; its
 # reason is for the log only. Knows nothing of requests and messages.
 
 # Bytes: of an AES block, of what the envelope pads to, of the random head and of the length that open its plaintext.
@@ -588,7 +588,7 @@ LENGTH_FIELD = 4
 ROUNDS = 14
 # An app id as it may be shown in a log.
 _APP_ID = re.compile(rb"[\w.-]{1,64}", re.ASCII)
-# A key, a plaintext and what AES-256-CBC makes of it: FIPS 197, C.3, whose block is added to our iv.
+# A key, a plaintext and what AES-256-CBC makes of it: FIPS 197, C.3, with our iv added to its block.
 KNOWN_KEY, KNOWN_PLAIN = bytes(range(32)), bytes(range(0, 256, 16))
 KNOWN_SEALED = bytes.fromhex("8ea2b7ca516745bfeafc49904b496089")
 
@@ -624,7 +624,7 @@ class Envelope:
             raise ForbiddenPush("wrong length inside the envelope")
         found = plaintext[end:-padding]
         if found not in self._app_ids:
-            # The signature covers the id, and it is no secret. What does not look like an id may be a user's text.
+            # The id is signed, and not a secret. What does not look like an id may be a user's text.
             shown = found.decode() if _APP_ID.fullmatch(found) else "not readable"
             raise ForbiddenPush(f"sealed for another app, its id is {shown}",
                                 "if the push is for you, add that id to --app-id, with a comma")
@@ -826,7 +826,7 @@ _XML_ENCODING = re.compile(rb"<\?xml\s[^>]*?\sencoding\s*=\s*[\"']([^\"']*)")
 _LONG_TAG = re.compile(rb"<[^!?<>][^<>]{1024}")
 # What XML 1.0 forbids in any text, section 2.2.
 _XML_FORBIDDEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
-# A reference to a character; before it, so that nothing inside them is taken for one, the places where none can stand.
+# A reference to a character (the groups), or a place where none can stand: a comment, an instruction, CDATA.
 _XML_REFERENCE = re.compile(r"<!--.*?(?:-->|\Z)|<\?.*?(?:\?>|\Z)|<!\[CDATA\[.*?(?:\]\]>|\Z)"
                             r"|&#(?:0*([0-9]{1,7})|x0*([0-9a-fA-F]{1,6}));", re.DOTALL)
 # Forbidden characters pass the XML parser in the disguise of others, which begin at one of these places. 32 in a row
@@ -858,7 +858,7 @@ def parse_fields(payload: bytes) -> Dict[str, Any]:
 def replace_unreadable(payload: bytes) -> bytes:
     """The payload with U+FFFD for bytes that are not UTF-8 and, in JSON, for escapes of half a surrogate pair.
 
-    For what is proven only: a user's message is not to be lost for a character. One above CHEAP_BODY stays as it is.
+    Only for what is proven: one bad character must not lose a message. A payload above CHEAP_BODY stays as it is.
     """
     if len(payload) > CHEAP_BODY:
         return payload
@@ -1017,7 +1017,7 @@ def _parse_json(body: bytes) -> Dict[str, Any]:
 def _check_nesting(body: bytes) -> None:
     """Refuse JSON that nests too deep before the decoder sees it, which recurses: a thread's stack may be small.
 
-    As long as the text is JSON, this finds strings as the decoder does; where it stops to be, the decoder stops too.
+    It finds strings as the decoder does, up to the first error in the JSON, and the decoder stops there.
     """
     unescaped = body.replace(b"\\\\", b"").replace(b'\\"', b"")
     marks = unescaped.translate(None, _NO_BRACKETS).replace(b'""', b"")  # there may be very many strings without any
@@ -1639,13 +1639,13 @@ def _check_plain(function: object, use: str) -> None:
 # Law: one request in, one response out, and every decision that the outside can see on one screen, `Endpoint._decide`.
 # Knows no socket and no thread; what takes the messages, and the clocks, are handed in.
 
-# Bytes of a handshake in a body: four short values, in any format. A longer body is no handshake.
+# Bytes of a handshake in a body: four short values, in any format. A longer body is not a handshake.
 MAX_HANDSHAKE = 4096
 # Seconds between two warnings with the same advice: an attacker must not be able to fill the log with them.
 ADVICE_INTERVAL = 60.0
 # The platform's page writes the first; receivers in production have met the second.
 _ECHO_NAMES = ("echoStr", "echostr")
-# Fields that make XML or JSON a message, or the envelope of one, whatever else it holds: it is no handshake then.
+# XML or JSON with one of these fields is a message, or the envelope of one, and never a handshake.
 _MESSAGE_FIELDS = frozenset(("MsgType", "MsgId", "FromUserName", "Event", "event", "Encrypt"))
 # A message's signature, by its name in the query and by that in an envelope which carries it itself.
 _SIGNATURE_FIELDS: Mapping[str, str] = MappingProxyType(
@@ -1822,12 +1822,12 @@ class Endpoint:
                     push.too_soon = isinstance(error, BeingTaken)
                 elif push.response is ACCEPTED:
                     taken.append(push)
-        except BaseException:  # Ctrl-C, where the main thread feeds: no claim stays behind
+        except BaseException:  # Ctrl-C, where the main thread feeds: give back every claim
             for push in taken:
                 self._inbox.cancel(push.message)
             raise
         error = attempt(self._deliver, taken) if taken else None
-        if error:  # nobody foresaw it, and it says nothing of any one message
+        if error:  # nobody foresaw it, and it is not the fault of one message
             attempt(report_bug, error)
             for push in taken:
                 push.response = FAILED
@@ -1936,7 +1936,7 @@ def _parse_multipart(body: bytes) -> Dict[str, str]:
 
 
 def _find_handshake(query: Dict[str, str], body: bytes) -> Optional[Dict[str, str]]:
-    """The four values of a handshake, from the query or from the body; None if this is none.
+    """The four values of a handshake, from the query or from the body; None if this is not one.
 
     The platform does not document where they travel, so they are taken in every format that a body can have.
     """
@@ -1949,7 +1949,7 @@ def _find_handshake(query: Dict[str, str], body: bytes) -> Optional[Dict[str, st
 
 
 def _read_values(body: bytes) -> Dict[str, str]:
-    """The named texts in a body of any format; none if it is a message, or cannot be read."""
+    """The texts in a body of any format, by name; empty if it is a message, or cannot be read."""
     start = body.lstrip()[:2]
     if start == b"--":
         return _parse_multipart(body)

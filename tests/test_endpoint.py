@@ -177,7 +177,7 @@ TABLE: Dict[str, Row] = {
     "padding of different bytes": forbidden(SAFE, sealed(encrypt_raw(envelope(bytes(PADDING - 1) + bytes([PADDING]))))),
     "length beyond the end": forbidden(SAFE, sealed(encrypt_raw(b"\xff" * 31 + b"\x01"))),
     "no room for a length": forbidden(SAFE, sealed(encrypt_raw(bytes(15) + b"\x01"))),
-    "no whole block": forbidden(SAFE, sealed("AAAA")),
+    "half a block": forbidden(SAFE, sealed("AAAA")),
     "no base64": forbidden(SAFE, sealed("é*")),
     "base64 with something between": forbidden(SAFE, sealed("*" + seal())),
     "nothing encrypted": forbidden(SAFE, sealed("")),
@@ -523,7 +523,7 @@ HANDSHAKES: Dict[str, Request] = {
     "GET, query": Request("GET", "/", urlencode({**PROOF, **ECHO})),
     "HEAD, query": Request("HEAD", "/", urlencode({**PROOF, **ECHO})),
     "POST, form": Request("POST", "/", "", urlencode({**PROOF, **ECHO}).encode()),
-    "POST, form, newline behind it": Request("POST", "/", "", urlencode({**PROOF, **ECHO}).encode() + b"\r\n"),
+    "POST, form, newline after it": Request("POST", "/", "", urlencode({**PROOF, **ECHO}).encode() + b"\r\n"),
     "POST, echo first": Request("POST", "/", urlencode({**ECHO, **PROOF})),
     "POST, small name": Request("POST", "/", urlencode({**PROOF, "echostr": VECTOR["echostr"]})),
     "POST, small name, form": Request("POST", "/", "", urlencode({**PROOF, "echostr": VECTOR["echostr"]}).encode()),
@@ -650,8 +650,8 @@ def test_handle_handshake_echoes_bytes_that_were_not_escaped(world: World, value
 
 NO_HANDSHAKES: Dict[str, Tuple[bytes, int]] = {
     "JSON that quotes one": (b'{"Content": "&echoStr=1&"}', 200),
-    "JSON that quotes one behind a BOM": (b'\xef\xbb\xbf{"Content": "&echoStr=1&"}', 200),
-    "JSON that quotes one behind blanks": (b' \r\n{"Content": "&echoStr=1&"}', 200),
+    "JSON that quotes one after a BOM": (b'\xef\xbb\xbf{"Content": "&echoStr=1&"}', 200),
+    "JSON that quotes one after blanks": (b' \r\n{"Content": "&echoStr=1&"}', 200),
     "another name": (b"echo=1", 400),
     "name in capitals": (b"ECHOSTR=1", 400),
     "longer than a handshake": (b"echoStr=" + b"1" * MAX_HANDSHAKE, 400),
