@@ -700,9 +700,10 @@ def test_reloading_handlers_poll_leaves_alone_what_is_not_of_the_folder_or_was_t
 
 
 def test_reloading_handlers_poll_while_a_handler_runs_lets_it_end(save: Save) -> None:
-    save(answering("one").replace("def answer(message):", "async def answer(message):\n"
-                                  "    import asyncio\n    message.reply('begins')\n"
-                                  "    await asyncio.get_event_loop().run_in_executor(None, message.fields['go'].wait)\n"))
+    save(answering("one").replace("def answer(message):", """async def answer(message):
+    import asyncio
+    message.reply("begins")
+    await asyncio.get_event_loop().run_in_executor(None, message.fields["go"].wait)"""))
     handlers = ReloadingHandlers("")
     begins, go, answers = threading.Event(), threading.Event(), []
     message = Message({"MsgType": "text", "go": go}, outbox=lambda _: begins.set())

@@ -7,6 +7,7 @@ import contextvars
 import functools
 import gc
 import importlib
+import json
 import logging
 import os
 import re
@@ -29,6 +30,7 @@ from kfserver import (
     PatternError,
     describe_error,
     describe_handler,
+    encode_session,
     handler_name,
 )
 
@@ -337,7 +339,7 @@ def test_find_tries_functions_with_the_expressions_in_the_order_of_registration(
 
 
 @pytest.mark.parametrize("pattern, told", [
-    (fail_as_pattern, r"the pattern fail_as_pattern at test_handlers.py:\d+ failed: ZeroDivisionError at test_handlers.py:"),
+    (fail_as_pattern, r"the pattern fail_as_pattern at test_handlers.py:\d+ failed: ZeroDivisionError at test_hand"),
     (lambda message: message.nothing, r"the pattern <lambda> at test_handlers.py:\d+ failed: AttributeError at test_h"),
     (lambda message: sys.exit(), r"the pattern <lambda> .* failed: SystemExit at "),
     (lambda message: Awaited(), r"the pattern <lambda> .* failed: HandlerError: .* a pattern cannot be async"),
@@ -394,7 +396,7 @@ def test_on_tells_by_both_names_that_another_handler_takes_that_already(
     assert ["@registry" + message.partition("@registry")[2].partition(": ")[0] for message in caplog.messages] == (
         [told] if told else [])
     if told:
-        assert re.match(r"second at test_handlers.py:\d+ is never called for .*: first at test_handlers.py:\d+ was regis",
+        assert re.match(r"second at test_handlers.py:\d+ is never called for .*: first at test_handlers.py:\d+ was",
                         caplog.messages[0])
 
 
@@ -402,6 +404,57 @@ def test_on_tells_nothing_of_a_function_that_is_registered_twice_for_the_same(ca
     registry = HandlerRegistry()
     registry.on("text", "a")(registry.on("text", "a", "b")(first))
     assert caplog.messages == []
+
+
+# ---- Sessions
+
+
+def test_session_of_a_message_is_what_it_was_given_or_an_own_dict() -> None:
+    given: Dict[str, Any] = {"step": 1}
+    assert Message({}, session=given).session is given
+    message = Message({})
+    message.session["step"] = 2
+    assert message.session == {"step": 2}
+    assert Message({}).session == {}
+
+
+def test_session_that_is_a_function_is_called_at_the_first_use_and_only_then() -> None:
+    calls: List[int] = []
+
+    def load() -> Dict[str, Any]:
+        calls.append(1)
+        return {"step": 1}
+    message = Message({}, session=load)
+    assert (message.content, calls) == ("", [])
+    assert (message.session, message.session, calls) == ({"step": 1}, {"step": 1}, [1])
+
+
+@pytest.mark.parametrize("session", [
+    {}, {"a": None, "b": [True, 1, -2.5, "你好", "\ud800", {"c": []}], "": {}}, {"big": 10 ** 100}], ids=str)
+def test_encode_session_gives_json_that_decodes_to_the_same(session: Dict[str, Any]) -> None:
+    encoded = encode_session(session)
+    assert encoded.isascii() and (json.loads(encoded) == session if session else encoded == "")
+
+
+LOOP: Dict[str, Any] = {}
+LOOP["self"] = LOOP
+DEEP: List[Any] = []
+for _ in range(100000):
+    DEEP = [DEEP]
+
+
+@pytest.mark.parametrize("value", [
+    {1, 2}, (1, 2), b"x", float("nan"), float("inf"), {1: 2}, [{"deep": {None: 1}}], object(), LOOP, DEEP, first,
+], ids=["set", "tuple", "bytes", "nan", "inf", "number as key", "None as key", "object", "loop", "deep", "function"])
+def test_encode_session_names_the_key_of_what_json_does_not_have(value: Any) -> None:
+    with pytest.raises(HandlerError, match=r"session\['bad'\] is not what JSON has: keep None, True"):
+        encode_session({"good": [1], "bad": value})
+
+
+@pytest.mark.parametrize("key", [1, None, ("a", "b")], ids=str)
+def test_encode_session_refuses_keys_that_are_not_texts(key: Any) -> None:
+    with pytest.raises(HandlerError, match=r"session\["):
+        encode_session({key: 1})
 
 
 # ---- describe_handler and handler_name
@@ -413,14 +466,16 @@ def decorated(message: Message) -> None:
 
 
 @pytest.mark.parametrize("function, name, has_place", [
-    (first, "first", True), (coroutine, "coroutine", True), (functools.partial(functools.partial(first)), "first", True),
+    (first, "first", True), (coroutine, "coroutine", True),
+    (functools.partial(functools.partial(first)), "first", True),
     (Counter(), "Counter", True), (Counter().__call__, "__call__", True), (AsyncCallable(), "AsyncCallable", True),
     (decorated, "first", True), (functools.lru_cache()(first), "first", True), (lambda message: None, "<lambda>", True),
     ("{}".format, "format", False), (dict, "dict", False), (functools.partial("{}".format), "format", False),
 ], ids=str)
 def test_describe_handler_tells_name_and_place(function: Any, name: str, has_place: bool) -> None:
     assert handler_name(function) == name
-    assert re.fullmatch(re.escape(name) + (r" at test_handlers\.py:\d+" if has_place else ""), describe_handler(function))
+    place = r" at test_handlers\.py:\d+" if has_place else ""
+    assert re.fullmatch(re.escape(name) + place, describe_handler(function))
 
 
 def test_describe_handler_tells_the_place_of_what_a_decorator_wraps() -> None:
@@ -472,8 +527,8 @@ class Bot:
 
 @pytest.mark.parametrize("function, answer", [
     (coroutine, "async"), (AsyncCallable(), "async"), (Bot().answer, "async-method"),
-    (functools.partial(coroutine, text("x")), "async-<Message text >"), (returning(lambda: coroutine(text("x"))), "async"),
-    (returning(Awaited), "awaited")],
+    (functools.partial(coroutine, text("x")), "async-<Message text >"),
+    (returning(lambda: coroutine(text("x"))), "async"), (returning(Awaited), "awaited")],
     ids=["function", "object", "method", "partial", "decorated", "any awaitable"])
 def test_handle_waits_for_what_is_async(function: Any, answer: str) -> None:
     registry = HandlerRegistry()
