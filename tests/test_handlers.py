@@ -19,7 +19,7 @@ import traceback
 from typing import Any, Awaitable, Callable, Dict, List, Tuple
 
 import pytest
-from support import PATIENCE, ROOT, no_thread_left
+from support import PATIENCE, ROOT, local, no_thread_left, push, wait_until
 
 import kfserver
 from kfserver import (
@@ -349,6 +349,13 @@ def test_find_tells_which_pattern_failed_without_the_words_of_the_user(pattern: 
         registry_of(("text", pattern)).find(text("x"))
     assert "secret" not in str(caught.value)
     assert caught.value.__cause__ is not None
+
+
+def test_pattern_that_fails_counts_as_a_failed_try(caplog: pytest.LogCaptureFixture) -> None:
+    server = kfserver.KfServer(registry_of(("text", fail_as_pattern)), local(tries=2, grace=0))
+    server.feed(push())
+    wait_until(lambda: re.search("handler failed: .* try=1 of 2, PatternError: the pattern fail_as_pattern", caplog.text))
+    assert len(server.stop()) == 1
 
 
 class Awaited:
