@@ -1109,7 +1109,7 @@ class EventLoop:
             if not self.is_alive():
                 self._start(asyncio.new_event_loop())
             loop = self._loop
-        return asyncio.run_coroutine_threadsafe(_await(awaitable), loop)
+        return asyncio.run_coroutine_threadsafe(_await(awaitable, loop), loop)
 
     def _start(self, loop: Any) -> None:
         ended = threading.Event()
@@ -1125,14 +1125,25 @@ class EventLoop:
         weakref.finalize(self, _end_loop, loop, thread, ended).atexit = False
 
 
-async def _await(awaitable: Any) -> Any:
-    return await awaitable
+async def _await(awaitable: Any, loop: Any) -> Any:
+    try:
+        return await awaitable
+    finally:
+        if _is_forked():
+            loop.stop()
+
+
+def _is_forked() -> bool:
+    """On the thread of an event loop: whether an async function has forked, and this is the child, where nobody waits."""
+    return threading.current_thread() is threading.main_thread()
 
 
 def _run_loop(loop: Any, ended: threading.Event) -> None:
     """Run the loop until ``ended``. asyncio lets sys.exit() of a handler end the loop: it is begun again."""
     while not (ended.is_set() or loop.is_closed()):
         attempt(loop.run_forever)
+        if _is_forked():
+            return  # it is the last thread of the child, which ends with it
     attempt(loop.run_until_complete, _cancel_tasks())
     loop.close()
 
@@ -1214,7 +1225,11 @@ class Waiter:
         with self._changed:
             self._jobs.append(job)
             self._changed.notify_all()
-        error = await asyncio.wrap_future(outcome)
+        try:
+            error = await asyncio.wrap_future(outcome)
+        except asyncio.CancelledError:
+            outcome.add_done_callback(lambda _: [each.close() for each in results if hasattr(each, "close")])
+            raise
         if error:
             raise error
         return await results[0] if hasattr(results[0], "__await__") else results[0]

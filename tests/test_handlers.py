@@ -354,7 +354,8 @@ def test_find_tells_which_pattern_failed_without_the_words_of_the_user(pattern: 
 def test_pattern_that_fails_counts_as_a_failed_try(caplog: pytest.LogCaptureFixture) -> None:
     server = kfserver.KfServer(registry_of(("text", fail_as_pattern)), local(tries=2, grace=0))
     server.feed(push())
-    wait_until(lambda: re.search("handler failed: .* try=1 of 2, PatternError: the pattern fail_as_pattern", caplog.text))
+    told = "handler failed: .* try=1 of 2, PatternError: the pattern fail_as_pattern"
+    wait_until(lambda: re.search(told, caplog.text))
     assert len(server.stop()) == 1
 
 
@@ -713,6 +714,30 @@ def test_event_loop_is_made_again_in_a_forked_process() -> None:
         print(registry.handle(kfserver.Message({})))
     """)
     assert (out.split(), err) == (["async", "child", "async"] * 2 + ["async"], "")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("end", ["sys.exit()", "1 / 0", "return"])
+def test_async_handler_that_forks_ends_the_child_with_its_own_end(end: str) -> None:
+    out, err = run(f"""
+        import asyncio, os, sys, kfserver, warnings
+        warnings.simplefilter("ignore", DeprecationWarning)  # of a fork beside threads
+        registry = kfserver.HandlerRegistry()
+
+        @registry.on("text")
+        async def fork(message):
+            child = os.fork()
+            if not child:
+                {end}
+            return child
+
+        @registry.on("*")
+        async def answer(message):
+            return "goes on"
+        os.waitpid(registry.handle(kfserver.Message({{"MsgType": "text"}})), 0)
+        print(registry.handle(kfserver.Message({{}})))
+    """)
+    assert (out, err) == ("goes on\n", "")
 
 
 def test_handle_wakes_when_the_thread_of_the_loop_dies(monkeypatch: pytest.MonkeyPatch) -> None:
