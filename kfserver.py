@@ -1134,7 +1134,7 @@ async def _await(awaitable: Any, loop: Any) -> Any:
 
 
 def _is_forked() -> bool:
-    """On the thread of an event loop: whether an async function has forked, and this is the child, where nobody waits."""
+    """On the thread of an event loop: whether an async function has forked, and this is the child."""
     return threading.current_thread() is threading.main_thread()
 
 
