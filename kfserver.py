@@ -1298,7 +1298,7 @@ class EventLoop:
             if not self.is_alive():
                 self._start(asyncio.new_event_loop())
             loop = self._loop
-        return asyncio.run_coroutine_threadsafe(_await(awaitable), loop)
+        return asyncio.run_coroutine_threadsafe(_await(awaitable, loop), loop)
 
     def _start(self, loop: Any) -> None:
         ended = threading.Event()
@@ -1314,14 +1314,25 @@ class EventLoop:
         weakref.finalize(self, _end_loop, loop, thread, ended).atexit = False
 
 
-async def _await(awaitable: Any) -> Any:
-    return await awaitable
+async def _await(awaitable: Any, loop: Any) -> Any:
+    try:
+        return await awaitable
+    finally:
+        if _is_forked():
+            loop.stop()
+
+
+def _is_forked() -> bool:
+    """On the thread of an event loop: whether an async function has forked, and this is the child."""
+    return threading.current_thread() is threading.main_thread()
 
 
 def _run_loop(loop: Any, ended: threading.Event) -> None:
     """Run the loop until ``ended``. asyncio lets sys.exit() of a handler end the loop: it is begun again."""
     while not (ended.is_set() or loop.is_closed()):
         attempt(loop.run_forever)
+        if _is_forked():
+            return  # it is the last thread of the child, which ends with it
     attempt(loop.run_until_complete, _cancel_tasks())
     loop.close()
 
@@ -1356,7 +1367,7 @@ class Waiter:
         self._futures: List[Future[Any]] = []
 
     def finish(self, result: Any) -> Any:
-        """What a function returned; if that can be awaited, its outcome: the thread waits for it."""
+        """What a function has returned; if that can be awaited, its outcome: the thread waits for it."""
         if not hasattr(result, "__await__"):
             return result
         outer, future = list(self._futures), self._loop.submit(result)
@@ -1403,7 +1414,11 @@ class Waiter:
         with self._changed:
             self._jobs.append(job)
             self._changed.notify_all()
-        error = await asyncio.wrap_future(outcome)
+        try:
+            error = await asyncio.wrap_future(outcome)
+        except asyncio.CancelledError:
+            outcome.add_done_callback(lambda _: [each.close() for each in results if hasattr(each, "close")])
+            raise
         if error:
             raise error
         return await results[0] if hasattr(results[0], "__await__") else results[0]
@@ -1539,9 +1554,10 @@ class HandlerRegistry:
             self._tell_unhandled(message)
             return None
         if self._arounds:
-            return self._pass_on(Waiter(self._loop), match, 0, message)
-        result = match.handler(message, *match.arguments)
-        return Waiter(self._loop).finish(result) if hasattr(result, "__await__") else result
+            answers: Answers = self._pass_on(Waiter(self._loop), match, 0, message)
+            return answers
+        answers = match.handler(message, *match.arguments)
+        return Waiter(self._loop).finish(answers) if hasattr(answers, "__await__") else answers
 
     def _pass_on(self, waiter: Waiter, match: Match, depth: int, message: Message) -> Any:
         """The ``handle`` of around-functions: what stands further in. On the event loop it is an awaitable."""
@@ -5618,12 +5634,15 @@ def _find_receiver(client: HttpClient, base: str) -> bool:
 
 
 # ---- 18 Handlers file -----------------------------------------------------------------------------------------------
-# Law: from a path or a module's name to a registry, and to the next one when the file changes. What is wrong with the
-# file is told to its author: a line with what to do, and that file's traceback.
+# Law: from a path or a module's name to a registry, and to the next one when a file changes. What is wrong with the
+# file is told to its author: a line with what to do, and the traceback of that file.
 
 DEFAULT_HANDLERS = "handlers.py"
-# Seconds between two looks at the file of the handlers.
+# Seconds between two looks at the files of the handlers.
 WATCH_SECONDS = 1.0
+# What is imported only when it is needed, maybe after the handlers: libraries, and what these import late themselves.
+LATE_IMPORTS = ("asyncio", "concurrent.futures.thread", "contextvars", "sqlite3", "redis", "cryptography",
+                "cryptography.hazmat.primitives.ciphers")
 
 
 def _default_handlers() -> str:
@@ -5653,21 +5672,43 @@ def load_handlers(wanted: str) -> Tuple[HandlerRegistry, str]:
 
 
 def _import_handlers(wanted: str) -> ModuleType:
-    """The module of a dotted name, or of a file by its path, run anew; a file's neighbours can be imported from it."""
-    if wanted.endswith(".py") or os.path.exists(wanted):
-        path = os.path.abspath(wanted)
-        if os.path.dirname(path) not in sys.path:
-            sys.path.append(os.path.dirname(path))
-        return _run_file(ModuleType(os.path.splitext(os.path.basename(path))[0]), path)
-    known = sys.modules.get(wanted)
-    if known and known.__spec__ and known.__file__:  # importing it once more would not look at its file
-        return _run_file(importlib.util.module_from_spec(known.__spec__), known.__file__)
-    return importlib.import_module(wanted)
+    """The module of a file, by its path, or of a dotted name, which is found from the current folder."""
+    if not wanted.endswith(".py") and not os.path.exists(wanted):
+        _put_first(os.getcwd())
+        return importlib.import_module(wanted)
+    path = os.path.abspath(wanted)
+    _put_first(os.path.dirname(path))
+    name = os.path.splitext(os.path.basename(path))[0]
+    return _run_file(ModuleType(f"{name}_handlers" if name in _library_names() else name), path)
+
+
+def _put_first(folder: str) -> None:
+    """Have modules in the folder found before all others, but for those of LATE_IMPORTS: a neighbour of the handlers
+    named sqlite3.py or queue.py must not take their place."""
+    elsewhere = [each for each in sys.path if os.path.abspath(each) != folder]
+    if sys.path[:1] == [folder]:
+        return
+    with contextlib.suppress(OSError):  # no such folder, as reading the handlers will tell
+        if _library_names().intersection(name.partition(".")[0] for name in os.listdir(folder)):
+            sys.path[:] = elsewhere
+            for late in LATE_IMPORTS:
+                attempt(importlib.import_module, late)  # some may not be installed, or not work: told when used
+    sys.path[:] = [folder, *elsewhere]
+
+
+def _library_names() -> Set[str]:
+    """The names of all modules of the standard library, and of the packages that kfserver can use."""
+    names = set(getattr(sys, "stdlib_module_names", sys.builtin_module_names))
+    if sys.version_info < (3, 10):  # which know only what is built in
+        library = os.path.dirname(os.__file__)
+        for folder in filter(os.path.isdir, (library, os.path.join(library, "lib-dynload"))):
+            names.update(name.partition(".")[0] for name in os.listdir(folder))
+    return names | {late.partition(".")[0] for late in LATE_IMPORTS}
 
 
 def _run_file(module: ModuleType, path: str) -> ModuleType:
-    """Run the file as it is now in a new module: bytecode kept from an edit in the same second would pass for that of
-    the last one. If that fails, a module that had its name before has it again."""
+    """Run the file as it is now in a new module: bytecode that was kept before an edit in the same second would pass
+    for that of the edited file. If that fails, a module that had its name before has it again."""
     name = module.__name__
     before, sys.modules[name], module.__file__ = sys.modules.get(name), module, path
     try:
@@ -5684,54 +5725,137 @@ def _run_file(module: ModuleType, path: str) -> ModuleType:
 def _explain_import(path: str, error: BaseException) -> SettingsError:
     if isinstance(error, OSError) and error.filename and os.path.abspath(error.filename) == os.path.abspath(path):
         return SettingsError(f"cannot read the handlers {path}: {error.strerror}; --handlers names another file")
-    if isinstance(error, ModuleNotFoundError) and error.name == path:
+    if isinstance(error, ModuleNotFoundError) and error.name in (path, path.partition(".")[0]):
         return SettingsError(f"no file or module named {path} for the handlers; --handlers names a file or a module")
     trace = _trace_of_handlers(error)
-    if isinstance(error, HandlerError) and trace:
-        return SettingsError(f"{path}, line {trace.tb_lineno}: {error}")
-    traceback.print_exception(type(error), error, trace)
-    return SettingsError(f"{path} failed with the {type(error).__name__} above: mend it, or name another by --handlers")
+    if isinstance(error, HandlerError) and trace.stack:
+        return SettingsError(f"{path}, line {trace.stack[0].lineno}: {error}")
+    print(_format_trace(trace), file=sys.stderr)
+    return SettingsError(f"{path} failed with the {type(error).__name__} above: correct it, or name another file by "
+                         "--handlers")
 
 
-def _trace_of_handlers(error: BaseException) -> Optional[TracebackType]:
-    """The error's trace without the steps that led into the handlers: they are ours, and tell their author nothing."""
-    ours = (_import_handlers.__code__.co_filename, importlib.__file__)
-    trace = error.__traceback__
-    while trace and (trace.tb_frame.f_code.co_filename in ours or "<frozen" in trace.tb_frame.f_code.co_filename):
-        trace = trace.tb_next
+def _trace_of_handlers(error: BaseException) -> traceback.TracebackException:
+    """The error's traceback without the frames of kfserver: they tell the author of the handlers nothing."""
+    trace = traceback.TracebackException.from_exception(error)
+    parts: List[Optional[traceback.TracebackException]] = [trace]
+    for part in filter(None, parts):  # grows meanwhile
+        part.stack = traceback.StackSummary.from_list([each for each in part.stack if not _is_ours(each.filename)])
+        parts += [part.__cause__, part.__context__, *(getattr(part, "exceptions", None) or ())]
     return trace
 
 
-class ReloadingHandlers:
-    """The handlers in a file, loaded again when it changes. A broken version leaves the one before in service.
+def _is_ours(path: str) -> bool:
+    """Whether a frame of this file belongs to kfserver, or to what it calls handlers and imports them by."""
+    return (path in (_is_ours.__code__.co_filename, importlib.__file__) or "<frozen" in path
+            or path.endswith(os.path.join("concurrent", "futures", "_base.py")))
 
-    Only the file itself is watched: what it imports is not loaded again, and threads that a version started go on.
+
+def _format_trace(trace: traceback.TracebackException) -> str:
+    """The traceback as Python prints it, but without the headline where no frame is left."""
+    return re.sub(r"Traceback \(most recent call last\):\n(?!  File)", "", "".join(trace.format())).rstrip()
+
+
+def _forget_module(name: str) -> None:
+    """Have the next import load the module; ``from package import child`` looks into the package first."""
+    del sys.modules[name]
+    package, _, child = name.rpartition(".")
+    vars(sys.modules.get(package, ModuleType(name))).pop(child, None)
+
+
+FileStamp = Tuple[int, int, int]
+
+
+def _file_stamp(path: str) -> Optional[FileStamp]:
+    """What changes when a file is written or replaced; None if it is not there."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_mtime_ns, status.st_size, status.st_ino
+
+
+class ReloadingHandlers:
+    """The handlers in a file, loaded again when it changes, or a module in its folder that came with it.
+
+    All of these are loaded anew together; a broken version leaves all from before in service. Threads and tasks that a
+    version started go on.
     """
 
     def __init__(self, wanted: str) -> None:
         """Load what `load_handlers` takes; raises what it raises."""
+        self._foreign = dict(sys.modules)  # not ours to load again, kfserver itself among them
+        self._failed = False  # whether the newest version does not load
+        self.path = ""
         # Before the file is read, so that a change meanwhile is seen. Where a module's file is, only loading tells.
-        before = _file_stamp(wanted or _default_handlers())
+        path = wanted or _default_handlers()
+        before = self._stamp_files(os.path.abspath(path)) if path else {}
         self.registry, self.path = load_handlers(wanted)
-        self._seen = before or _file_stamp(self.path)
+        self._seen = {**self._stamp_files(self.path), **before} if self.path else {}
         # A file by its full path from now on, since handlers may change the current folder.
-        self._wanted = self.path if before else wanted
+        self._wanted = self.path if path and self.path == os.path.abspath(path) else wanted
+
+    def _modules(self) -> Dict[str, ModuleType]:
+        """The modules that came with the handlers and whose files are in their folder, by name."""
+        folder = os.path.join(os.path.dirname(self.path), "") if self.path else "\0"
+        found = {name: module for name, module in list(sys.modules.items())
+                 if self._foreign.get(name) is not module and str(getattr(module, "__file__", "")).startswith(folder)}
+        return {name: module for name, module in found.items() if module.__file__ == self.path
+                or str(module.__file__).endswith(".py") and "-packages" not in str(module.__file__)}
+
+    def _files(self) -> Set[str]:
+        return {str(module.__file__) for module in self._modules().values()}
+
+    def _stamp_files(self, handlers: str) -> Dict[str, Optional[FileStamp]]:
+        """The stamps of the file of the handlers, of its neighbours, and of the modules that came with it."""
+        folder, paths = os.path.dirname(handlers), {handlers, *self._files()}
+        with contextlib.suppress(OSError):
+            paths.update(os.path.join(folder, name) for name in os.listdir(folder) if name.endswith(".py"))
+        return {path: _file_stamp(path) for path in paths}
 
     def poll(self) -> bool:
         """Whether there is a version that is new since the last call, and loads: `registry` is then its own.
 
         Of one that does not load, the traceback is printed and the log tells, once.
         """
-        stamp = _file_stamp(self.path or _default_handlers())
-        if stamp is None or stamp == self._seen:  # None: some editors remove a file before they write it
+        path = self.path or _default_handlers()
+        if not path:
             return False
-        self._seen = stamp
+        stamps, files = self._stamp_files(path), self._files()
+        for each in files:
+            self._seen.setdefault(each, stamps[each])  # of a module that a handler has imported since
+        # After a failure, any file of the folder may be the one that was missing. A stamp is None where a file is not
+        # there: some editors remove it before they write it.
+        watched = stamps if self._failed else {path, *files}
+        if all(stamps[each] in (None, self._seen.get(each)) for each in watched):
+            return False
+        self._seen, self._failed = stamps, True
         try:
-            self.registry, self.path = load_handlers(self._wanted)
+            self._load_anew()
         except SettingsError as error:
             log.error("%s; until then the handlers from before stay in service", error)
             return False
+        self._failed = False
         return True
+
+    def _load_anew(self) -> None:
+        kept = self._modules()
+        for name, module in kept.items():
+            _forget_module(name)
+            with contextlib.suppress(OSError, NotImplementedError):  # an edit in the same second would not be noticed
+                os.unlink(importlib.util.cache_from_source(str(module.__file__)))
+        importlib.invalidate_caches()
+        try:
+            self.registry, self.path = load_handlers(self._wanted)
+        except BaseException:
+            for name in self._modules():
+                _forget_module(name)
+            for name, module in kept.items():
+                sys.modules[name] = module
+                package, _, child = name.rpartition(".")
+                if package in sys.modules:
+                    setattr(sys.modules[package], child, module)
+            raise
 
     def watch(self, server: KfServer, later: Later) -> None:
         """Put new versions into service from now on. They run on the thread of ``later``: an `Alarm` of its own, or the
@@ -5748,20 +5872,11 @@ class ReloadingHandlers:
         return [f"{len(self.registry)} handlers from {self.path}", *(f"  {rule}" for rule in self.registry.rules)]
 
 
-def _file_stamp(path: str) -> Optional[Tuple[int, int, int]]:
-    """What changes when a file is written or replaced; None if it is not there."""
-    try:
-        status = os.stat(path)
-    except OSError:
-        return None
-    return status.st_mtime_ns, status.st_size, status.st_ino
-
-
 # ---- 19 Chat --------------------------------------------------------------------------------------------------------
 # Law: a terminal or a script in the place of the platform. Messages are made from bytes as those of a push, and replies
-# pass the same `Outbox`; only the network is missing. Knows nothing of servers and settings.
+# go through the same `Outbox`; only the network is missing. Knows nothing of servers and settings.
 
-# What can be typed behind a slash, what must follow it, and what it does: a method of `Chat` has each one's name.
+# What can be typed after a slash, what must follow it, and what it does: a method of `Chat` has each one's name.
 CHAT_COMMANDS: Mapping[str, Tuple[str, str]] = MappingProxyType({
     "image": ("URL", "send a picture"),
     "event": ("NAME [FIELD=VALUE ...]", "an event, and its fields"),
@@ -5779,19 +5894,24 @@ def _show(text: str) -> None:
     print("  " + text.replace("\n", "\n  "), flush=True)
 
 
-def _show_error(error: BaseException) -> None:
-    _show("".join(traceback.format_exception(type(error), error, _trace_of_handlers(error))).rstrip())
+def _show_error(error: BaseException, handler: Optional[Handler] = None) -> None:
+    """Print the traceback of an error; where no frame of it is the user's own, the ``handler`` instead."""
+    trace = _trace_of_handlers(error)
+    place = f"{describe_handler(handler)}: " if handler and not trace.stack else ""
+    _show(place + _format_trace(trace))
 
 
 class PrintedReplies:
-    """Works like a `SendApi`, but for the network: every reply is printed, and so arrives."""
+    """Works like a `SendApi`, but without a network: every reply is printed, and so arrives."""
 
     def send(self, open_id: str, answer: Answer) -> None:
-        """Print a text, or the address of a picture, to the user."""
-        words = answer if isinstance(answer, str) else answer[0]
-        mark = "[image] " if isinstance(answer, Image) else ""
-        # Further lines of a text stand deeper than the beginning of the next.
-        _show(f"to {open_id}: {mark}{words}".replace("\n", "\n  "))
+        """Print an answer to the user, and its ``user_type`` if that is given."""
+        words = f"[image] {answer.url}" if isinstance(answer, Image) else answer if isinstance(answer, str) else (
+            answer.content)
+        user_type = 0 if isinstance(answer, str) else answer.user_type
+        to = open_id + (f" (user_type {user_type})" if user_type else "")
+        # Further lines of a text are indented more than the first line of the next.
+        _show(f"to {to}: {words}".replace("\n", "\n  "))
 
     def close(self) -> None:
         """There is nothing to close."""
@@ -5810,11 +5930,12 @@ class Chat:
         self.over = False
         self._handlers = handlers
         self._api: Any = PrintedReplies()
+        self._sessions: Dict[str, str] = {}  # in JSON, by openid
         # Microseconds, so that no later conversation has the same ids: handlers may remember what they have seen.
         self._ids = itertools.count(time.time_ns() // 1000)
 
     def take(self, line: str) -> None:
-        """Do what a line says: it is a text to the handlers or, behind a slash, a command. A blank one says nothing."""
+        """Do what a line says: a text to the handlers or, after a slash, a command. A blank line does nothing."""
         if self._handlers.poll():
             _show(f"{len(self._handlers.registry)} handlers loaded again from {self._handlers.path}")
         if line.startswith("//") or not line.startswith("/"):
@@ -5874,18 +5995,32 @@ class Chat:
 
     def _handle(self, message: Message) -> None:
         registry = self._handlers.registry
-        match = registry.find(message)
-        if match is None:
+        found: List[Optional[Match]] = []
+        self._lend_session(message)
+        error = attempt(lambda: found.append(registry.find(message)))
+        match = None if error else found[0]
+        if match:
+            for rule in registry.rules_of(match.handler):
+                _show(rule)
+            error = attempt(self._run, match, message)
+        elif not error:
             _show(f"nobody takes this; to take it, write: {decorator_for(message)}")
-            return
-        for rule in registry.rules_of(match.handler):
-            _show(rule)
-        error = attempt(lambda: message.reply(registry.handle(message)))
         if error:
             self.failures += 1
-            _show_error(error)
+            _show_error(error, match and match.handler)
+            self._lend_session(message)
             for failed in registry.handle_error(message, error):
                 _show_error(failed)
+
+    def _lend_session(self, message: Message) -> None:
+        """A copy of the sender's session, which is kept only if the handler returns."""
+        message.kept_session = json.loads(self._sessions.get(message.from_user_name) or "{}")
+
+    def _run(self, match: Match, message: Message) -> None:
+        answers = self._handlers.registry.run(match, message)
+        session = encode_session(message.session)
+        message.reply(answers)
+        self._sessions[message.from_user_name] = session
 
 
 def build_chat_parser() -> argparse.ArgumentParser:
@@ -5900,11 +6035,15 @@ def build_chat_parser() -> argparse.ArgumentParser:
 
 
 def chat(arguments: argparse.Namespace) -> int:
-    """Talk to the handlers until the input ends. 0 from a terminal; from a script, whose lines are printed behind their
+    """Talk to the handlers until the input ends. 0 from a terminal; from a script, whose lines are printed after their
     user's name, 1 if anything in it failed. Raises `SettingsError` when the handlers cannot be loaded."""
+    is_terminal = sys.stdin.isatty()
+    if is_terminal:
+        with contextlib.suppress(ImportError):  # before the handlers, which may have a neighbour of that name
+            importlib.import_module("readline")  # its presence gives input() editing and history
     handlers = ReloadingHandlers(arguments.handlers or os.environ.get("KF_HANDLERS", ""))
     talk = Chat(handlers)
-    if sys.stdin.isatty():
+    if is_terminal:
         where = handlers.path or "nowhere: there is no handlers.py here"
         print(f"{len(handlers.registry)} handlers from {where}; /help lists what can be typed", flush=True)
         _converse(talk)
@@ -5920,8 +6059,6 @@ def chat(arguments: argparse.Namespace) -> int:
 
 def _converse(talk: Chat) -> None:
     """Take what is typed at a prompt. Ctrl-D ends it; Ctrl-C gives up a line, or a handler that does not come back."""
-    with contextlib.suppress(ImportError):
-        importlib.import_module("readline")  # its presence gives input() editing and history
     while not talk.over:
         try:
             talk.take(input(f"{talk.user}> "))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import itertools
 import logging
@@ -14,11 +15,12 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from typing import Callable, Dict, Iterator, List, Optional, Tuple
 
 import pytest
-from support import PATIENCE, ROOT, local
+from support import PATIENCE, ROOT, local, wait_until
 
 import kfserver
 from kfserver import (
@@ -238,8 +240,9 @@ def test_chat_says_what_is_wrong_with_a_line_and_goes_on(line: str, told: str, r
 @pytest.mark.parametrize(("line", "told"), [
     pytest.param("fail", "ZeroDivisionError: division by zero", id="exception"),
     pytest.param("leave", "SystemExit: by the handler", id="sys.exit()"),
-    pytest.param("many", "kfserver.HandlerError: .*5 replies.*", id="six replies"),
-    pytest.param("number", "kfserver.HandlerError: a handler returns None, a text, Image.*", id="no answer"),
+    pytest.param("many", r"many at handlers.py:\d+: kfserver.HandlerError: .*5 replies.*", id="six replies"),
+    pytest.param("number", r"number at handlers.py:\d+: kfserver.HandlerError: a handler returns None, a text, Image.*",
+                 id="no answer"),
 ])
 def test_chat_shows_an_error_runs_on_error_and_goes_on(line: str, told: str, recite: Recite) -> None:
     status, printed = recite(line, "quiet")
@@ -259,6 +262,95 @@ def test_chat_shows_only_the_steps_of_an_error_that_are_the_handlers_own(recite:
     assert re.findall(r'^    File "(.*)", line \d+, in (.*)', printed, re.MULTILINE) == [
         (path, "fail"), (path, "one_divided_by")]
     assert "return one_divided_by(0)" in printed
+
+
+MORE_HANDLERS = r"""
+    import asyncio
+    from kfserver import HandlerRegistry, Image
+
+    registry = HandlerRegistry()
+
+    @registry.on("text", "async")
+    async def reply_async(message):
+        await asyncio.sleep(0)
+        message.reply("one")
+        return ["two", Image("https://shop.cn/map.png")]
+
+    @registry.on("text", "async fail")
+    async def fail_async(message):
+        await asyncio.sleep(0)
+        return 1 / 0
+
+    @registry.on("text", lambda message: message.content == "bad pattern" and 1 / 0)
+    def never(message):
+        return None
+
+    @registry.on("text", "set")
+    @registry.on("text", lambda message: message.session.get("steps"))
+    def step(message):
+        message.session.setdefault("steps", []).append(message.content)
+        if message.content == "bad":
+            raise ValueError("nothing is kept")
+        if message.content == "odd":
+            message.session["odd"] = {1, 2}
+        if message.content == "end":
+            message.session.clear()
+            return "ended"
+        if message.content == "many":
+            return ["1", "2", "3", "4", "5", "6"]
+        return " ".join(message.session["steps"])
+
+    @registry.around
+    async def print_around(message, handle):
+        print("before", flush=True)
+        return await handle(message)
+
+    @registry.on_error
+    async def failed(message, error):
+        await asyncio.sleep(0)
+        message.session["steps"] = "of on_error"
+        return "not sent"
+"""
+
+
+def test_chat_runs_async_handlers_and_functions_around_them(recite: Recite, save: Save) -> None:
+    save(MORE_HANDLERS)
+    status, printed = recite("async")
+    assert (status, printed) == (0, lines("""
+        user: async
+          @registry.on('text', 'async') -> reply_async
+        before
+          to user: one
+          to user: two
+          to user: [image] https://shop.cn/map.png
+    """))
+
+
+def test_chat_shows_only_the_steps_of_an_async_error_that_are_the_handlers_own(recite: Recite, save: Save) -> None:
+    path = save(MORE_HANDLERS)
+    status, printed = recite("async fail")
+    shown = re.findall(r'^    File "(.*)", line \d+, in (.*)', printed, re.MULTILINE)
+    assert [each for each in shown if "asyncio" not in each[0]] == [(path, "print_around"), (path, "fail_async")]
+    assert status == 1
+
+
+def test_chat_names_a_pattern_that_fails(recite: Recite, save: Save) -> None:
+    save(MORE_HANDLERS)
+    status, printed = recite("bad pattern")
+    assert re.search(r"^  kfserver.PatternError: the pattern <lambda> at handlers.py:\d+ failed: ZeroDivisionError at ",
+                     printed, re.MULTILINE)
+    assert "ZeroDivisionError: division by zero" in printed
+    assert status == 1
+
+
+def test_chat_keeps_a_session_for_each_user_if_the_handler_returned(recite: Recite, save: Save) -> None:
+    save(MORE_HANDLERS)
+    status, printed = recite("set", "x", "bad", "odd", "many", "/as anna", "x", "set", "/as user", "y", "end", "z")
+    assert re.findall(r"to (\w+: .*)|(nobody takes this)|(session\['odd'\] is not what JSON has)", printed) == [
+        ("user: set", "", ""), ("user: set x", "", ""), ("", "", "session['odd'] is not what JSON has"),
+        ("", "nobody takes this", ""), ("anna: set", "", ""), ("user: set x y", "", ""), ("user: ended", "", ""),
+        ("", "nobody takes this", "")]
+    assert status == 1
 
 
 def test_chat_sends_five_replies_and_shows_what_becomes_of_a_sixth(recite: Recite) -> None:
@@ -353,6 +445,22 @@ def test_build_chat_parser_has_a_help_that_fits_a_screen_and_lists_every_command
     assert max(map(len, printed)) <= 80
     listed = set(re.findall(r"^  (/\w+)", "\n".join(printed), re.MULTILINE))
     assert listed == {"/" + name for name in kfserver.CHAT_COMMANDS}
+
+
+class TextLike:
+    """An answer with a text and a user_type."""
+
+    content = "text"
+    user_type = 1
+
+
+@pytest.mark.parametrize(("answer", "printed"), [
+    ("text", "  to anna: text\n"), (TextLike(), "  to anna (user_type 1): text\n"),
+    (Image("url"), "  to anna: [image] url\n")], ids=["str", "text", "image"])
+def test_printed_replies_show_every_kind_of_answer(
+        answer: object, printed: str, capsys: pytest.CaptureFixture[str]) -> None:
+    PrintedReplies().send("anna", answer)
+    assert capsys.readouterr().out == printed
 
 
 def test_printed_replies_come_through_an_outbox(capsys: pytest.CaptureFixture[str]) -> None:
@@ -513,12 +621,101 @@ def test_reloading_handlers_poll_loads_a_module_again(
     assert ask(handlers.poll() and handlers.registry) == "two"
 
 
-def test_reloading_handlers_poll_does_not_look_at_what_the_file_imports(save: Save) -> None:
+IMPORTING = """
+from kfserver import HandlerRegistry
+from goods import TEA
+registry = HandlerRegistry()
+
+@registry.on("text")
+def answer(message):
+    return TEA
+"""
+
+
+@pytest.mark.parametrize("bytecode", [False, True], ids=["without bytecode", "with bytecode of the same second"])
+def test_reloading_handlers_poll_loads_neighbours_anew_that_were_imported(
+        bytecode: bool, save: Save, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "dont_write_bytecode", not bytecode)
     save("TEA = 'green'\n", "goods.py")
-    path = save("import goods\n" + answering("one").replace("'one'", "goods.TEA"))
-    handlers = ReloadingHandlers(path)
+    save("x = 1", "other.py")
+    handlers = ReloadingHandlers(save(IMPORTING))
+    assert (ask(handlers.registry), handlers.poll()) == ("green", False)
     save("TEA = 'black'\n", "goods.py")
-    assert (handlers.poll(), ask(handlers.registry)) == (False, "green")
+    assert (handlers.poll(), ask(handlers.registry), handlers.poll()) == (True, "black", False)
+    save("x = 2", "other.py")  # which nobody imports
+    assert not handlers.poll()
+
+
+def test_reloading_handlers_poll_loads_all_modules_of_the_folder_together(save: Save) -> None:
+    os.mkdir("shop")
+    save("PRICE = 1\n", "shop/prices.py")
+    save("from shop import prices\nTEA = prices.PRICE\n", "goods.py")
+    handlers = ReloadingHandlers(save(IMPORTING))
+    save("PRICE = 2\n", "shop/prices.py")
+    assert (handlers.poll(), ask(handlers.registry)) == (True, 2)
+    before = {name: sys.modules[name] for name in ("handlers", "goods", "shop.prices")}
+    save("PRICE = 3\n", "shop/prices.py")
+    save("from shop import prices\nTEA = 1 / 0\n", "goods.py")
+    assert (handlers.poll(), ask(handlers.registry)) == (False, 2)
+    assert {name: sys.modules[name] for name in before} == before
+    assert sys.modules["shop"].prices is before["shop.prices"]
+    assert not handlers.poll()
+    save("from shop import prices\nTEA = prices.PRICE\n", "goods.py")
+    assert (handlers.poll(), ask(handlers.registry)) == (True, 3)
+
+
+def test_reloading_handlers_poll_loads_again_when_the_module_that_was_missing_is_there(save: Save) -> None:
+    path = save(answering("one"))
+    handlers = ReloadingHandlers(path)
+    save(IMPORTING)
+    assert (handlers.poll(), handlers.poll(), ask(handlers.registry)) == (False, False, "one")
+    save("TEA = 1 / 0\n", "goods.py")
+    assert (handlers.poll(), handlers.poll()) == (False, False)
+    save("TEA = 'green'\n", "goods.py")
+    assert (handlers.poll(), ask(handlers.registry)) == (True, "green")
+
+
+def test_reloading_handlers_poll_watches_what_a_handler_imports_late(save: Save) -> None:
+    save("TEA = 'green'\n", "goods.py")
+    handlers = ReloadingHandlers(save(answering("one").replace("return 'one'", "import goods; return goods.TEA")))
+    assert (ask(handlers.registry), handlers.poll()) == ("green", False)
+    save("TEA = 'black'\n", "goods.py")
+    assert (handlers.poll(), ask(handlers.registry)) == (True, "black")
+
+
+def test_reloading_handlers_poll_leaves_alone_what_is_not_of_the_folder_or_was_there_before(save: Save) -> None:
+    os.makedirs("venv/lib/site-packages")
+    save("", "venv/lib/site-packages/installed.py")
+    save("", "early.py")
+    sys.path.insert(0, os.path.abspath("venv/lib/site-packages"))
+    sys.path.insert(0, os.getcwd())
+    importlib.import_module("early")
+    handlers = ReloadingHandlers(save("import early, installed, kfserver\n" + answering("one")))
+    before = [sys.modules[name] for name in ("early", "installed", "kfserver")]
+    save("import early, installed, kfserver\n" + answering("two"))
+    for path in ("early.py", "venv/lib/site-packages/installed.py"):
+        save("1 / 0", path)
+    assert ask(handlers.poll() and handlers.registry) == "two"
+    assert [sys.modules[name] for name in ("early", "installed", "kfserver")] == before
+
+
+def test_reloading_handlers_poll_while_a_handler_runs_lets_it_end(save: Save) -> None:
+    save(answering("one").replace("def answer(message):", """async def answer(message):
+    import asyncio
+    message.reply("begins")
+    await asyncio.get_event_loop().run_in_executor(None, message.fields["go"].wait)"""))
+    handlers = ReloadingHandlers("")
+    begins, go, answers = threading.Event(), threading.Event(), []
+    message = Message({"MsgType": "text", "go": go}, outbox=lambda _: begins.set())
+    old = handlers.registry
+    thread = threading.Thread(target=lambda: answers.append(old.handle(message)))
+    thread.start()
+    assert begins.wait(PATIENCE)
+    save(answering("two"))
+    assert ask(handlers.poll() and handlers.registry) == "two"
+    go.set()
+    thread.join(PATIENCE)
+    assert answers == ["one"]
 
 
 @pytest.mark.parametrize(("broken", "told", "traced"), [
@@ -683,7 +880,7 @@ class Terminal:
 
 @pytest.fixture
 def terminal(save: Save) -> Iterator[Terminal]:
-    """A chat with two handlers, of which one does not come back."""
+    """A chat with three handlers, of which two do not come back."""
     save(answering("hello") + """
 @registry.on("text", "hang")
 def hang(message):
@@ -691,6 +888,16 @@ def hang(message):
     print("hanging", flush=True)
     while True:  # a signal just before one long sleep would only be noticed at its end
         time.sleep(0.01)
+
+@registry.on("text", "hang async")
+async def hang_async(message):
+    import asyncio
+    print("hanging", flush=True)
+    try:
+        await asyncio.sleep(1000)
+    except asyncio.CancelledError:
+        open("cancelled", "w").close()
+        raise
 """)
     with contextlib.closing(Terminal()) as opened:
         yield opened
@@ -699,7 +906,7 @@ def hang(message):
 def test_program_chat_edits_a_typed_line_and_remembers_it(terminal: Terminal) -> None:
     pytest.importorskip("readline")
     assert terminal.read_until("user> ") == (
-        f"2 handlers from {os.path.abspath('handlers.py')}; /help lists what can be typed\r\n")
+        f"3 handlers from {os.path.abspath('handlers.py')}; /help lists what can be typed\r\n")
     terminal.type("s anna\x01/a\r")  # Ctrl-A goes to the beginning of the line
     terminal.read_until("anna> ")
     terminal.type("hi\r")
@@ -711,12 +918,15 @@ def test_program_chat_edits_a_typed_line_and_remembers_it(terminal: Terminal) ->
     assert terminal.process.wait(PATIENCE) == 0
 
 
-def test_program_chat_gives_up_a_handler_that_does_not_come_back(terminal: Terminal) -> None:
+@pytest.mark.parametrize("name", ["hang", "hang async"])
+def test_program_chat_gives_up_a_handler_that_does_not_come_back(name: str, terminal: Terminal) -> None:
     terminal.read_until("user> ")
-    terminal.type("hang\r")
+    terminal.type(f"{name}\r")
     terminal.read_until("hanging")
     terminal.process.send_signal(signal.SIGINT)
     terminal.read_until("interrupted; /quit ends")
     terminal.read_until("user> ")
+    if name == "hang async":
+        wait_until(lambda: os.path.exists("cancelled"))
     terminal.type("/quit\r")
     assert terminal.process.wait(PATIENCE) == 0

@@ -6,6 +6,7 @@ Where a process of its own makes a difference, one is run; all else calls `main`
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import pathlib
 import re
@@ -205,11 +206,10 @@ def test_main_check_prints_the_handlers(
     assert capsys.readouterr().out == GOOD_LIST.format(path=path)
 
 
-def test_main_check_prints_the_handlers_of_a_module(
-        tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_main_check_prints_the_handlers_of_a_module_in_the_current_folder(
+        tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "shop").mkdir()
     path = write("shop/bot.py", GOOD_HANDLERS)
-    monkeypatch.syspath_prepend(str(tmp_path))
     assert main(["--check", "--handlers", "shop.bot"]) == 0
     assert capsys.readouterr().out == GOOD_LIST.format(path=path)
 
@@ -229,6 +229,30 @@ def test_main_check_lets_handlers_import_their_neighbours(
     assert capsys.readouterr().out.startswith("2 handlers from ")
 
 
+def test_main_check_finds_neighbours_of_the_handlers_before_all_other_modules(
+        tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for folder, price in (("bot", 3), ("library", 4)):
+        (tmp_path / folder).mkdir()
+        write(f"{folder}/prices.py", f"TEA = {price}\n")
+    monkeypatch.syspath_prepend(str(tmp_path / "library"))
+    sys.path.append(str(tmp_path / "bot"))
+    write("bot/handlers.py", GOOD_HANDLERS + "\n    from prices import TEA\n    assert TEA == 3\n")
+    assert main(["--check", "--handlers", "bot/handlers.py"]) == 0
+    assert sys.path[0] == str(tmp_path / "bot")
+    assert sys.path.count(str(tmp_path / "bot")) == 1
+
+
+def test_main_check_tells_of_a_handler_that_is_never_called(
+        capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> None:
+    write("handlers.py", GOOD_HANDLERS + """
+    @registry.on("*")
+    def never(message): ...
+""")
+    assert main(["--check"]) == 0
+    assert re.search(r"never at handlers.py:\d+ is never called for @registry.on\('\*'\): rest at handlers.py:\d+ was "
+                     "registered for it first", caplog.text)
+
+
 @pytest.mark.parametrize(("text", "told", "lines"), [
     pytest.param("registry = (\n", "SyntaxError", [1], id="syntax error"),
     pytest.param("one = 1\nzero = one / 0\n", "ZeroDivisionError", [2], id="exception"),
@@ -246,7 +270,7 @@ def test_main_shows_an_error_in_the_handlers_and_nothing_of_its_own(
     shown = re.findall(r'^  File "(.*)", line (\d+)', error, re.MULTILINE)
     assert [int(line) for file, line in shown if file == path] == lines
     assert not [file for file, _ in shown if file.endswith("kfserver.py") or "importlib" in file]
-    assert error.splitlines()[-1].startswith(f"kfserver: bad.py failed with the {told} above: mend it")
+    assert error.splitlines()[-1].startswith(f"kfserver: bad.py failed with the {told} above: correct it")
 
 
 @pytest.mark.parametrize(("text", "told"), [
@@ -256,8 +280,15 @@ def test_main_shows_an_error_in_the_handlers_and_nothing_of_its_own(
         from kfserver import HandlerRegistry
         registry = HandlerRegistry()
         @registry.on("text")
-        async def answer(message): ...
-    """, "bad.py, line [45]: handlers are plain functions: write 'def answer.message.:' without async", id="coroutine"),
+        def answer(message): yield "x"
+    """, "bad.py, line [45]: answer has a yield, so that calling it does nothing: return a list", id="generator"),
+    pytest.param("""
+        from kfserver import HandlerRegistry
+        registry = HandlerRegistry()
+        @registry.on("text", "hi (.*)")
+        def answer(message, name): ...
+    """, "bad.py, line [45]: answer is called with the message and 0 more: .* write re.compile.r\"hi [(][.][*][)]\"",
+                 id="expression in quotes only"),
     pytest.param("""
         from kfserver import HandlerRegistry
         registry = HandlerRegistry()
@@ -340,6 +371,48 @@ def test_program_is_the_module_that_handlers_import(
     monkeypatch.chdir(tmp_path / folder)
     result = run(*command, "--check")
     assert (result.stdout, result.stderr, result.returncode) == (f"0 handlers from {path}\n", "", 0)
+
+
+ASYNC_HANDLERS = """
+    import asyncio
+    from kfserver import HandlerRegistry
+
+    registry = HandlerRegistry()
+
+    @registry.on("text")
+    async def answer(message):
+        print(await asyncio.get_event_loop().run_in_executor(None, str, "handled"))
+"""
+# Uses what kfserver imports late: the cipher, SQLite and Redis where they are installed, and asyncio.
+USE_EVERYTHING = """
+import sys
+sys.path.insert(0, {root!r})
+import kfserver
+handlers = kfserver.ReloadingHandlers(sys.argv[1])
+settings = kfserver.Settings(journal="kf.db", token="x", app_id="x", aes_key="x" * 43)
+server = kfserver.KfServer(handlers.registry, settings)
+print(server.feed(b'{{"MsgType": "text", "MsgId": "1"}}').body, server.join(10))
+server.stop()
+for name in {installed}:
+    assert "-packages" in __import__(name).__file__
+"""
+# Optional packages; a neighbour takes the name of one that is not installed, as it must.
+INSTALLED = [name for name in ("redis", "cryptography") if importlib.util.find_spec(name)]
+
+
+@pytest.mark.parametrize(("handlers", "neighbours"), [
+    *((name, []) for name in ("redis", "sqlite3", "asyncio", "json")),
+    ("handlers", [*INSTALLED, "sqlite3", "asyncio", "json", "logging", "queue", "select", "concurrent",
+                  "selectors", "subprocess", "ssl", "contextvars", "datetime", "_sqlite3", "secrets", "_ssl"]),
+], ids=["redis", "sqlite3", "asyncio", "json", "neighbours"])
+def test_program_finds_its_libraries_whatever_the_handlers_and_their_neighbours_are_named(
+        handlers: str, neighbours: List[str]) -> None:
+    os.mkdir("bot")
+    for name in neighbours:
+        write(f"bot/{name}.py", "raise AssertionError('this is not the library')\n")
+    write("use.py", USE_EVERYTHING.format(root=str(ROOT), installed=INSTALLED))
+    result = run("use.py", write(f"bot/{handlers}.py", ASYNC_HANDLERS))
+    assert (result.stdout, result.stderr, result.returncode) == ("handled\nb'success' True\n", "", 0)
 
 
 def test_program_needs_nothing_but_its_file() -> None:

@@ -2,15 +2,37 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextvars
 import functools
+import gc
 import importlib
+import json
 import logging
+import os
 import re
-from typing import Any, Callable, Dict, List, Tuple
+import subprocess
+import sys
+import textwrap
+import threading
+import traceback
+from typing import Any, Awaitable, Callable, Dict, List, Tuple
 
 import pytest
+from support import PATIENCE, ROOT, local, no_thread_left, push, wait_until
 
-from kfserver import MAX_KINDS_TOLD, HandlerError, HandlerRegistry, Message
+import kfserver
+from kfserver import (
+    MAX_KINDS_TOLD,
+    HandlerError,
+    HandlerRegistry,
+    Message,
+    PatternError,
+    describe_error,
+    describe_handler,
+    encode_session,
+    handler_name,
+)
 
 
 def text(content: str) -> Message:
@@ -24,7 +46,7 @@ def event(name: str) -> Message:
 
 
 def answering(answer: str) -> Callable[..., str]:
-    """A handler that returns ``answer``, and behind it what its expression caught."""
+    """A handler that returns ``answer``, followed by what its expression caught."""
     return lambda message, *groups: "-".join([answer, *map(str, groups)])
 
 
@@ -198,20 +220,28 @@ def test_on_error_refuses_a_function_that_takes_no_error() -> None:
         HandlerRegistry().on_error(lambda message: None)
 
 
-async def coroutine(message: Message) -> None:
-    """What a handler cannot be."""
+async def coroutine(message: Message, *more: Any) -> str:
+    """A handler that is async."""
+    await asyncio.sleep(0)
+    return "-".join(["async", *map(str, more)])
 
 
-async def generator(message: Message) -> Any:
+def generator(message: Message) -> Any:
+    """What a handler cannot be: to call it runs nothing."""
+    yield "x"
+
+
+async def async_generator(message: Message) -> Any:
     """What a handler cannot be either."""
-    yield
+    yield "x"
 
 
 class AsyncCallable:
-    """An object whose call is a coroutine: it would never be awaited."""
+    """An object whose call is a coroutine."""
 
-    async def __call__(self, message: Message) -> None:
-        """Never run."""
+    async def __call__(self, message: Message, *more: Any) -> str:
+        """Answer as an async function does."""
+        return await coroutine(message, *more)
 
 
 GOOD = answering("never run")
@@ -221,9 +251,13 @@ MISTAKES: Dict[str, Tuple[Tuple[Any, ...], Any, str]] = {
     "an expression first": ((re.compile("x"),), GOOD, '@registry.on("text")'),
     "no function": (("text",), None, "def answer(message)"),
     "a text": (("text",), "menu", "def answer(message)"),
-    "a coroutine function": (("text",), coroutine, "def coroutine(message)"),
-    "an asynchronous generator": (("text",), generator, "def generator(message)"),
-    "an asynchronous object": (("text",), AsyncCallable(), "without async"),
+    "a generator": (("text",), generator, "return a list"),
+    "an async generator": (("text",), async_generator, "return a list"),
+    "a partial of a generator": (("text",), functools.partial(generator), "generator has a yield"),
+    "an async pattern": (("text", coroutine), GOOD, "def coroutine(message):' without async"),
+    "an async object as pattern": (("text", AsyncCallable()), GOOD, "def AsyncCallable(message):' without async"),
+    "a pattern that takes nothing": (("text", lambda: True), GOOD, "is called with the message"),
+    "a text that is an expression": (("text", "hi (.*)"), lambda message, name: None, 're.compile(r"hi (.*)")'),
     "a pattern for images": (("image", "cat"), GOOD, "@registry.on('image')"),
     "a pattern for the rest": (("*", "cat"), GOOD, "@registry.on('*')"),
     "a list as pattern": (("text", ["a", "b"]), GOOD, '@registry.on("text", "menu")'),
@@ -241,10 +275,11 @@ def test_on_refuses_a_mistake_at_once_with_the_line_to_write(
     assert len(registry) == 0
 
 
-@pytest.mark.parametrize("function", [None, 3, "menu", coroutine], ids=["None", "number", "text", "coroutine"])
-def test_on_error_refuses_a_mistake_at_once_with_the_line_to_write(function: Any) -> None:
-    with pytest.raises(HandlerError, match="def "):
-        HandlerRegistry().on_error(function)
+@pytest.mark.parametrize("function", [None, 3, "menu"], ids=["None", "number", "text"])
+@pytest.mark.parametrize("decorator", ["on_error", "around", "dedup_key"])
+def test_decorators_refuse_what_is_not_a_function(decorator: str, function: Any) -> None:
+    with pytest.raises(HandlerError, match=f"@registry.{decorator} stands above a function: .* 'def "):
+        getattr(HandlerRegistry(), decorator)(function)
 
 
 def test_on_registers_nothing_of_a_mistaken_line() -> None:
@@ -254,7 +289,618 @@ def test_on_registers_nothing_of_a_mistaken_line() -> None:
     assert registry.find(text("menu")) is None
 
 
+# ---- Functions as patterns
+
+
+def is_number(message: Message) -> bool:
+    """A pattern."""
+    return message.content.isdigit()
+
+
+def fail_as_pattern(message: Message) -> bool:
+    """A pattern that raises."""
+    raise ZeroDivisionError("secret")
+
+
+class StartsWith:
+    """A pattern that is an object."""
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __init__(self, start: str) -> None:
+        self.start = start
+
+    def __call__(self, message: Message) -> bool:
+        return message.content.startswith(self.start)
+
+
+@pytest.mark.parametrize("rules, message, winner", [
+    ([("text", is_number)], text("12"), "0"),
+    ([("text", is_number)], text("x"), None),
+    ([("text", lambda message: message.content)], text("x"), "0"),
+    ([("text", StartsWith("a"))], text("ab"), "0"),
+    ([("text", functools.partial(lambda word, message: word == message.content, "x"))], text("x"), "0"),
+    ([("text", is_number), ("text", re.compile("1"))], text("12"), "0"),
+    ([("text", re.compile("1")), ("text", is_number)], text("12"), "0"),
+    ([("text", is_number), ("text", "12")], text("12"), "1"),
+    ([("text",), ("text", is_number)], text("12"), "1"),
+    ([("text", "a", re.compile("b"), is_number)], text("3"), "0"),
+    ([("event", lambda message: message.fields.get("Scene") == "5")], Message({"event": "x", "Scene": "5"}), "0"),
+    ([("image",), ("image", lambda message: True)], Message({"MsgType": "image"}), "1"),
+    ([("*", lambda message: True), ("text",)], text("x"), "1"),
+    ([("*",), ("*", lambda message: message.msg_type == "video")], Message({"MsgType": "video"}), "1"),
+    ([("*", lambda message: False)], Message({"MsgType": "video"}), None),
+    ([("text", lambda message: message.session.get("step") == 2)], Message({"MsgType": "text"}, session={"step": 2}),
+     "0"),
+], ids=range(16))
+def test_find_tries_functions_with_the_expressions_in_the_order_of_registration(
+        rules: List[Any], message: Message, winner: Any) -> None:
+    assert registry_of(*rules).handle(message) == winner
+
+
+@pytest.mark.parametrize("pattern, told", [
+    (fail_as_pattern, r"the pattern fail_as_pattern at test_handlers.py:\d+ failed: ZeroDivisionError at test_hand"),
+    (lambda message: message.nothing, r"the pattern <lambda> at test_handlers.py:\d+ failed: AttributeError at test_h"),
+    (lambda message: sys.exit(), r"the pattern <lambda> .* failed: SystemExit at "),
+    (lambda message: Awaited(), r"the pattern <lambda> .* failed: HandlerError: .* a pattern cannot be async"),
+], ids=["function", "lambda", "sys.exit()", "async"])
+def test_find_tells_which_pattern_failed_without_the_words_of_the_user(pattern: Any, told: str) -> None:
+    with pytest.raises(PatternError, match=told) as caught:
+        registry_of(("text", pattern)).find(text("x"))
+    assert "secret" not in str(caught.value)
+    assert caught.value.__cause__ is not None
+
+
+def test_pattern_that_fails_counts_as_a_failed_try(caplog: pytest.LogCaptureFixture) -> None:
+    server = kfserver.KfServer(registry_of(("text", fail_as_pattern)), local(tries=2, grace=0))
+    server.feed(push())
+    told = "handler failed: .* try=1 of 2, PatternError: the pattern fail_as_pattern"
+    wait_until(lambda: re.search(told, caplog.text))
+    assert len(server.stop()) == 1
+
+
+class Awaited:
+    """What can be awaited, and is not a coroutine."""
+
+    def __await__(self) -> Any:
+        yield from coroutine(text("x")).__await__()
+        return "awaited"
+
+
+def test_rules_show_a_named_function_by_its_name_and_a_lambda_by_its_place() -> None:
+    registry = HandlerRegistry()
+    registry.on("text", is_number, lambda message: True)(coroutine)
+    rule, = registry.rules
+    assert re.fullmatch(r"@registry.on\('text', is_number, <lambda> at test_handlers.py:\d+\) -> coroutine", rule)
+
+
+# ---- A second handler for the same
+
+
+def first(message: Message) -> None:
+    """Never run."""
+
+
+def second(message: Message) -> None:
+    """Never run."""
+
+
+@pytest.mark.parametrize("rules, told", [
+    ([("text",), ("text",)], "@registry.on('text')"),
+    ([("*",), ("*",)], "@registry.on('*')"),
+    ([("text", "menu"), ("text", "hi", " menu ")], "@registry.on('text', ' menu ')"),
+    ([("event", "x"), ("event", "x")], "@registry.on('event', 'x')"),
+    ([("text", re.compile("a.c")), ("text", re.compile("a.c"))], """@registry.on('text', re.compile(r"a.c"))"""),
+    ([("text", is_number), ("text", is_number)], "@registry.on('text', is_number)"),
+    ([("text", re.compile("a")), ("text", re.compile("a", re.I))], ""),
+    ([("text", "a"), ("event", "a")], ""),
+    ([("text",), ("text", "a")], ""),
+], ids=str)
+def test_on_tells_by_both_names_that_another_handler_takes_that_already(
+        rules: List[Any], told: str, caplog: pytest.LogCaptureFixture) -> None:
+    registry = HandlerRegistry()
+    for rule, function in zip(rules, (first, second)):
+        registry.on(*rule)(function)
+    assert ["@registry" + message.partition("@registry")[2].partition(": ")[0] for message in caplog.messages] == (
+        [told] if told else [])
+    if told:
+        assert re.match(r"second at test_handlers.py:\d+ is never called for .*: first at test_handlers.py:\d+ was",
+                        caplog.messages[0])
+
+
+def test_on_tells_nothing_of_a_function_that_is_registered_twice_for_the_same(caplog: pytest.LogCaptureFixture) -> None:
+    registry = HandlerRegistry()
+    registry.on("text", "a")(registry.on("text", "a", "b")(first))
+    assert caplog.messages == []
+
+
+# ---- Sessions
+
+
+def test_session_of_a_message_is_what_it_was_given_or_an_own_dict() -> None:
+    given: Dict[str, Any] = {"step": 1}
+    assert Message({}, session=given).session is given
+    message = Message({})
+    message.session["step"] = 2
+    assert message.session == {"step": 2}
+    assert Message({}).session == {}
+
+
+def test_session_that_is_a_function_is_called_at_the_first_use_and_only_then() -> None:
+    calls: List[int] = []
+
+    def load() -> Dict[str, Any]:
+        calls.append(1)
+        return {"step": 1}
+    message = Message({}, session=load)
+    assert (message.content, calls) == ("", [])
+    assert (message.session, message.session, calls) == ({"step": 1}, {"step": 1}, [1])
+
+
+@pytest.mark.parametrize("session", [
+    {}, {"a": None, "b": [True, 1, -2.5, "你好", "\ud800", {"c": []}], "": {}}, {"big": 10 ** 100}], ids=str)
+def test_encode_session_gives_json_that_decodes_to_the_same(session: Dict[str, Any]) -> None:
+    encoded = encode_session(session)
+    assert encoded.isascii() and (json.loads(encoded) == session if session else encoded == "")
+
+
+LOOP: Dict[str, Any] = {}
+LOOP["self"] = LOOP
+DEEP: List[Any] = []
+for _ in range(100000):
+    DEEP = [DEEP]
+
+
+@pytest.mark.parametrize("value", [
+    {1, 2}, (1, 2), b"x", float("nan"), float("inf"), {1: 2}, [{"deep": {None: 1}}], object(), LOOP, DEEP, first,
+], ids=["set", "tuple", "bytes", "nan", "inf", "number as key", "None as key", "object", "loop", "deep", "function"])
+def test_encode_session_names_the_key_of_what_json_does_not_have(value: Any) -> None:
+    with pytest.raises(HandlerError, match=r"session\['bad'\] is not what JSON has: keep None, True"):
+        encode_session({"good": [1], "bad": value})
+
+
+@pytest.mark.parametrize("key", [1, None, ("a", "b")], ids=str)
+def test_encode_session_refuses_keys_that_are_not_texts(key: Any) -> None:
+    with pytest.raises(HandlerError, match=r"session\["):
+        encode_session({key: 1})
+
+
+# ---- describe_handler and handler_name
+
+
+@functools.wraps(first)
+def decorated(message: Message) -> None:
+    """Stands elsewhere than what it wraps."""
+
+
+@pytest.mark.parametrize("function, name, has_place", [
+    (first, "first", True), (coroutine, "coroutine", True),
+    (functools.partial(functools.partial(first)), "first", True),
+    (Counter(), "Counter", True), (Counter().__call__, "__call__", True), (AsyncCallable(), "AsyncCallable", True),
+    (decorated, "first", True), (functools.lru_cache()(first), "first", True), (lambda message: None, "<lambda>", True),
+    ("{}".format, "format", False), (dict, "dict", False), (functools.partial("{}".format), "format", False),
+], ids=str)
+def test_describe_handler_tells_name_and_place(function: Any, name: str, has_place: bool) -> None:
+    assert handler_name(function) == name
+    place = r" at test_handlers\.py:\d+" if has_place else ""
+    assert re.fullmatch(re.escape(name) + place, describe_handler(function))
+
+
+def test_describe_handler_tells_the_place_of_what_a_decorator_wraps() -> None:
+    assert describe_handler(decorated) == describe_handler(first)
+
+
+# ---- dedup_key
+
+
+def test_dedup_key_is_kept_and_returned_unchanged() -> None:
+    registry = HandlerRegistry()
+    assert registry.key_of is None
+    assert registry.dedup_key(handler_name) is handler_name
+    assert registry.key_of is handler_name
+
+
+@pytest.mark.parametrize("function, told", [
+    (lambda: "x", "is called with the message"), (lambda message, more: "x", "is called with the message"),
+    (coroutine, "cannot be async"), (AsyncCallable(), "cannot be async"), (generator, "has a yield")])
+def test_dedup_key_refuses_what_makes_no_key(function: Any, told: str) -> None:
+    registry = HandlerRegistry()
+    with pytest.raises(HandlerError, match=told):
+        registry.dedup_key(function)
+    assert registry.key_of is None
+
+
+def test_dedup_key_refuses_a_second_function_and_names_the_first() -> None:
+    registry = HandlerRegistry()
+    registry.dedup_key(first)
+    with pytest.raises(HandlerError, match="first at test_handlers.py"):
+        registry.dedup_key(second)
+
+
+# ---- async handlers
+
+
+def returning(awaitable: Callable[[], Any]) -> Callable[[Message], Any]:
+    """A plain handler that returns what can be awaited, as a careless decorator makes it."""
+    return lambda message: awaitable()
+
+
+class Bot:
+    """Handlers that are methods."""
+
+    async def answer(self, message: Message) -> str:
+        """Async too."""
+        return await coroutine(message, "method")
+
+
+@pytest.mark.parametrize("function, answer", [
+    (coroutine, "async"), (AsyncCallable(), "async"), (Bot().answer, "async-method"),
+    (functools.partial(coroutine, text("x")), "async-<Message text >"),
+    (returning(lambda: coroutine(text("x"))), "async"), (returning(Awaited), "awaited")],
+    ids=["function", "object", "method", "partial", "decorated", "any awaitable"])
+def test_handle_waits_for_what_is_async(function: Any, answer: str) -> None:
+    registry = HandlerRegistry()
+    registry.on("text")(function)
+    assert registry.handle(text("x")) == answer
+
+
+def test_handle_gives_an_async_handler_what_its_expression_caught() -> None:
+    registry = HandlerRegistry()
+    registry.on("text", re.compile(r"order (\d+)"))(coroutine)
+    assert registry.handle(text("order 12")) == "async-12"
+
+
+def test_handle_runs_all_async_handlers_on_one_loop_and_beside_each_other() -> None:
+    registry, loops = HandlerRegistry(), []
+    met = threading.Barrier(2)
+
+    @registry.on("text")
+    async def meet(message: Message) -> None:
+        loops.append(asyncio.get_event_loop())
+        await asyncio.get_event_loop().run_in_executor(None, met.wait, PATIENCE)
+    threads = [threading.Thread(target=registry.handle, args=(text("x"),)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(PATIENCE)
+    assert len(loops) == 2
+    assert loops[0] is loops[1]
+
+
+class Odd(BaseException):
+    """An error that few expect."""
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError, SystemExit, KeyboardInterrupt, Odd, asyncio.CancelledError,
+                                   asyncio.TimeoutError], ids=lambda error: error.__name__)
+@pytest.mark.parametrize("arounds", [0, 1], ids=["", "around"])
+def test_handle_raises_what_an_async_handler_raises_and_the_loop_goes_on(error: Any, arounds: int) -> None:
+    registry = HandlerRegistry()
+
+    @registry.on("text", "fail")
+    async def fail(message: Message) -> None:
+        await asyncio.sleep(0)
+        raise error
+    registry.on("text")(coroutine)
+
+    async def pass_on(message: Message, handle: Any) -> Any:
+        return await handle(message)
+    if arounds:
+        registry.around(pass_on)
+    for _ in range(2):
+        with pytest.raises(BaseException) as caught:
+            registry.handle(text("fail"))
+        assert type(caught.value).__name__ == error.__name__
+        assert registry.handle(text("x")) == "async"
+
+
+def test_handle_raises_an_error_whose_traceback_leads_to_the_line_of_the_async_handler() -> None:
+    registry = HandlerRegistry()
+
+    @registry.on("text")
+    async def fail(message: Message) -> None:
+        await asyncio.sleep(0)
+        raise ZeroDivisionError
+    with pytest.raises(ZeroDivisionError) as caught:
+        registry.handle(text("x"))
+    assert traceback.extract_tb(caught.value.__traceback__)[-1].name == "fail"
+    assert re.fullmatch(r"ZeroDivisionError at test_handlers.py:\d+", describe_error(caught.value))
+
+
+@pytest.mark.parametrize("is_async", [False, True], ids=["plain", "async"])
+@pytest.mark.parametrize("around_is_async", [False, True], ids=["in plain", "in async"])
+def test_handle_keeps_context_variables(is_async: bool, around_is_async: bool) -> None:
+    registry = HandlerRegistry()
+    user: contextvars.ContextVar[str] = contextvars.ContextVar("user")
+
+    async def read(message: Message) -> str:
+        return user.get()
+    registry.on("text")(read if is_async else lambda message: user.get())
+
+    async def pass_on(message: Message, handle: Any) -> Any:
+        user.set("anna")
+        return await handle(message)
+
+    def pass_on_plainly(message: Message, handle: Any) -> Any:
+        user.set("anna")
+        return handle(message)
+    registry.around(pass_on if around_is_async else pass_on_plainly)
+    assert contextvars.copy_context().run(registry.handle, text("x")) == "anna"
+
+
+def test_handle_is_refused_on_the_event_loop_where_it_would_wait_for_itself() -> None:
+    registry = HandlerRegistry()
+
+    @registry.on("text")
+    async def again(message: Message) -> Any:
+        return registry.handle(message)
+    with pytest.raises(HandlerError, match="await the other handler itself"):
+        registry.handle(text("x"))
+
+
+def test_event_loop_ends_with_its_registry_and_cancels_what_is_left() -> None:
+    ended = threading.Event()
+
+    async def work() -> None:
+        try:
+            await asyncio.sleep(1000)
+        finally:
+            ended.set()
+
+    async def leave_a_task(message: Message) -> None:
+        asyncio.ensure_future(work())
+        await asyncio.sleep(0)
+    with no_thread_left():
+        registry = HandlerRegistry()
+        registry.on("text")(leave_a_task)
+        registry.handle(text("x"))
+        assert not ended.is_set()
+        del registry
+        gc.collect()
+        assert ended.wait(PATIENCE)
+
+
+def test_registry_without_async_functions_starts_no_thread_and_imports_no_asyncio() -> None:
+    script = """
+        import sys, threading, kfserver
+        registry = kfserver.HandlerRegistry()
+        registry.around(lambda message, handle: handle(message))
+        registry.on("*")(lambda message: "plain")
+        registry.on_error(lambda message, error: None)
+        registry.handle_error(kfserver.Message({}), ValueError())
+        print(registry.handle(kfserver.Message({})), "asyncio" in sys.modules, threading.active_count())
+    """
+    assert run(script) == ("plain False 1\n", "")
+
+
+def run(script: str) -> Tuple[str, str]:
+    """Run a script in a process of its own, warnings as errors; what it prints."""
+    result = subprocess.run([sys.executable, "-W", "error", "-X", "dev", "-c", textwrap.dedent(script)], cwd=str(ROOT),
+                            capture_output=True, text=True, timeout=PATIENCE)
+    return result.stdout, result.stderr
+
+
+def test_event_loop_leaves_no_warning_at_the_end_of_the_process() -> None:
+    assert run("""
+        import asyncio, kfserver
+        registry = kfserver.HandlerRegistry()
+
+        @registry.on("*")
+        async def answer(message):
+            asyncio.ensure_future(asyncio.sleep(1000))
+            await asyncio.sleep(0)
+            return "async"
+        print(registry.handle(kfserver.Message({})))
+    """) == ("async\n", "")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_event_loop_is_made_again_in_a_forked_process() -> None:
+    out, err = run("""
+        import os, kfserver, warnings
+        warnings.simplefilter("ignore", DeprecationWarning)  # of a fork beside threads
+        registry = kfserver.HandlerRegistry()
+
+        @registry.on("*")
+        async def answer(message):
+            return "async"
+        for _ in range(2):
+            print(registry.handle(kfserver.Message({})), flush=True)
+            child = os.fork()
+            if not child:
+                print("child", registry.handle(kfserver.Message({})), flush=True)
+                os._exit(0)
+            os.waitpid(child, 0)
+        print(registry.handle(kfserver.Message({})))
+    """)
+    assert (out.split(), err) == (["async", "child", "async"] * 2 + ["async"], "")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("end", ["sys.exit()", "1 / 0", "return"])
+def test_async_handler_that_forks_ends_the_child_with_its_own_end(end: str) -> None:
+    out, err = run(f"""
+        import asyncio, os, sys, kfserver, warnings
+        warnings.simplefilter("ignore", DeprecationWarning)  # of a fork beside threads
+        registry = kfserver.HandlerRegistry()
+
+        @registry.on("text")
+        async def fork(message):
+            child = os.fork()
+            if not child:
+                {end}
+            return child
+
+        @registry.on("*")
+        async def answer(message):
+            return "goes on"
+        os.waitpid(registry.handle(kfserver.Message({{"MsgType": "text"}})), 0)
+        print(registry.handle(kfserver.Message({{}})))
+    """)
+    assert (out, err) == ("goes on\n", "")
+
+
+def test_handle_wakes_when_the_thread_of_the_loop_dies(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kfserver, "LOOP_CHECK_SECONDS", 0.01)
+    registry = HandlerRegistry()
+
+    @registry.on("text", "die")
+    async def die(message: Message) -> None:
+        loop: Any = asyncio.get_event_loop()
+        closed, is_closed = [True], loop.is_closed
+        loop.is_closed = lambda: closed.pop() if closed else is_closed()  # so the thread ends
+        loop.run_until_complete = lambda coroutine: coroutine.close()  # and cancels nothing
+        loop.stop()
+        await asyncio.sleep(1000)
+    registry.on("text")(coroutine)
+    with pytest.raises(BaseException) as caught:
+        registry.handle(text("die"))
+    assert type(caught.value).__name__ == "CancelledError"
+    assert registry.handle(text("x")) == "async"
+
+
+# ---- around
+
+
+@pytest.mark.parametrize("kinds", ["p", "a", "pp", "pa", "ap", "aa", "apa", "pap"])
+@pytest.mark.parametrize("is_async", [False, True], ids=["plain", "async"])
+def test_around_runs_outermost_first_and_plain_functions_on_the_thread_of_the_caller(
+        kinds: str, is_async: bool) -> None:
+    registry = HandlerRegistry()
+    threads: List[bool] = []
+
+    def add_around(number: int) -> None:
+        async def async_around(message: Message, handle: Any) -> str:
+            threads.append(threading.current_thread() is not here)
+            return f"{number}({await handle(message)})"
+
+        def plain_around(message: Message, handle: Any) -> str:
+            threads.append(threading.current_thread() is here)
+            return f"{number}({handle(message)})"
+        registry.around(async_around if kinds[number] == "a" else plain_around)
+
+    def plain(message: Message) -> str:
+        threads.append(threading.current_thread() is here)
+        return "plain"
+    for number in range(len(kinds)):
+        add_around(number)
+    registry.on("text")(coroutine if is_async else plain)
+    here = threading.current_thread()
+    answer = "async" if is_async else "plain"
+    assert registry.handle(text("x")) == "(".join([*map(str, range(len(kinds))), answer]) + ")" * len(kinds)
+    assert all(threads)
+
+
+def test_around_returns_the_function_unchanged() -> None:
+    function = answering("x")
+    assert HandlerRegistry().around(function) is function
+
+
+@pytest.mark.parametrize("function", [lambda message: None, generator, async_generator], ids=["one", "yield", "async"])
+def test_around_refuses_a_function_that_could_not_be_called(function: Any) -> None:
+    with pytest.raises(HandlerError, match=r"handle for around|yield"):
+        HandlerRegistry().around(function)
+
+
+def test_around_blocks_a_message_by_not_calling_handle() -> None:
+    registry, ran = HandlerRegistry(), []
+    registry.on("text")(ran.append)
+    registry.around(lambda message, handle: "closed")
+    assert registry.handle(text("x")) == "closed"
+    assert ran == []
+
+
+def test_around_can_give_the_handler_another_message_and_gets_what_it_raises() -> None:
+    registry = HandlerRegistry()
+
+    @registry.on("text")
+    def fail(message: Message) -> None:
+        raise KeyError(message.content)
+
+    @registry.around
+    async def replace(message: Message, handle: Callable[[Message], Awaitable[Any]]) -> str:
+        try:
+            await handle(text("other"))
+        except KeyError as error:
+            return f"caught {error}"
+        return ""
+    assert registry.handle(text("x")) == "caught 'other'"
+
+
+def test_around_does_not_run_for_what_nobody_takes() -> None:
+    registry = HandlerRegistry()
+    registry.around(lambda message, handle: "around")
+    assert registry.handle(text("x")) is None
+
+
+@pytest.mark.parametrize("inner", ["", "p", "a", "pa"])
+def test_around_can_give_up_an_async_handler_that_hangs(inner: str) -> None:
+    registry, cancelled = HandlerRegistry(), threading.Event()
+
+    @registry.on("text")
+    async def hang(message: Message) -> None:
+        try:
+            await asyncio.sleep(1000)
+        except asyncio.CancelledError:
+            cancelled.set()
+            raise
+
+    @registry.around
+    async def limit(message: Message, handle: Any) -> str:
+        try:
+            await asyncio.wait_for(handle(message), 0.05)
+        except asyncio.TimeoutError:
+            return "too late"
+        return ""
+
+    async def async_around(message: Message, handle: Any) -> Any:
+        return await handle(message)
+    for kind in inner:
+        registry.around(async_around if kind == "a" else lambda message, handle: handle(message))
+    assert registry.handle(text("x")) == "too late"
+    assert cancelled.wait(PATIENCE)
+
+
+def test_around_may_call_handle_from_another_thread_and_several_times() -> None:
+    registry = HandlerRegistry()
+    registry.on("text")(coroutine)
+
+    @registry.around
+    async def elsewhere(message: Message, handle: Any) -> List[Any]:
+        loop = asyncio.get_event_loop()
+        return await asyncio.gather(handle(message), loop.run_in_executor(None, handle, message), handle(message))
+    assert registry.handle(text("x")) == ["async"] * 3
+
+
+def test_around_is_not_left_waiting_by_a_plain_handler_that_raises_stop_iteration() -> None:
+    registry = HandlerRegistry()
+    registry.on("text")(lambda message: next(iter([])))
+
+    @registry.around
+    async def pass_on(message: Message, handle: Any) -> Any:
+        return await handle(message)
+    with pytest.raises(RuntimeError):  # what a coroutine makes of a StopIteration
+        registry.handle(text("x"))
+
+
 # ---- on_error
+
+
+def test_handle_error_waits_for_async_functions_and_runs_the_rest_when_one_fails() -> None:
+    registry, seen = HandlerRegistry(), []
+
+    @registry.on_error
+    async def fail(message: Message, error: BaseException) -> None:
+        await asyncio.sleep(0)
+        raise KeyError
+
+    @registry.on_error
+    async def note(message: Message, error: BaseException) -> None:
+        await asyncio.sleep(0)
+        seen.append(error)
+    error = ValueError()
+    assert [type(each) for each in registry.handle_error(text("x"), error)] == [KeyError]
+    assert seen == [error]
 
 
 def test_handle_error_runs_every_function_of_on_error() -> None:
@@ -311,7 +957,7 @@ def test_handle_tells_once_a_kind(caplog: pytest.LogCaptureFixture) -> None:
     assert len(told(caplog, text("a"), text("b"), event("x"), event("x"), event("y"))) == 3
 
 
-def test_handle_tells_of_so_many_kinds_and_no_more(caplog: pytest.LogCaptureFixture) -> None:
+def test_handle_tells_of_a_limited_number_of_kinds(caplog: pytest.LogCaptureFixture) -> None:
     assert len(told(caplog, *(event(str(number)) for number in range(MAX_KINDS_TOLD + 50)))) == MAX_KINDS_TOLD
 
 
