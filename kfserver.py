@@ -249,11 +249,11 @@ class Teller:
             report_bug(error, more)
 
     def guard(self, function: Callable[..., object], *arguments: Any) -> bool:
-        """Call what must not end the thread it runs on; whether it went well. Not even telling of an error may raise."""
+        """Call what must not end the thread it runs on; whether it went well. Not even telling of an error raises."""
         error = attempt(function, *arguments)
         if error:
             attempt(self.report_bug, error)
-            error.__traceback__ = None  # up to Python 3.10 it leads back to this frame, and only the collector frees both
+            error.__traceback__ = None  # which up to Python 3.10 leads back to this frame: a cycle
         return error is None
 
     def _count(self, kind: str) -> Optional[str]:
@@ -2928,6 +2928,8 @@ class Connection(BaseHTTPRequestHandler):
         """Send the answer to the request that was handed in, and turn to the next one."""
         request, header = self.asked, self._reader.framing.connection
         assert request
+        if request.problem:
+            request.problem.__traceback__ = None  # which leads back to the request, and to this connection
         then = self._await_next
         if request.problem or header == "close" or self.server.closing:
             header, then = "close", self._linger if request.problem else self.close
@@ -2987,8 +2989,8 @@ class Connection(BaseHTTPRequestHandler):
 
 
 class Listener(ThreadingHTTPServer):
-    """Holds what a server has from the system: an address or a Unix socket, a certificate, connections, and the selector
-    that watches them. Raises OSError when it cannot listen, `SettingsError` for a bad certificate."""
+    """Holds what a server has from the system: an address or a Unix socket, a certificate, connections, and the
+    selector that watches them. Raises OSError when it cannot listen, `SettingsError` for a bad certificate."""
 
     # Connections that the system may hold for us before they are accepted; it cuts this down to what it allows.
     request_queue_size = 4096
@@ -3132,7 +3134,7 @@ class PushServer(Listener):
         try:
             while not self.closing:
                 self.teller.guard(self._turn, poll_interval)
-            self.teller.guard(self._turn, 0.0)  # clients that have come, and what has come from them, are still answered
+            self.teller.guard(self._turn, 0.0)  # what has come is still answered
             self.selector.unregister(self.woken)
             self._watch_address(False)
             self.server_close()
