@@ -2877,8 +2877,9 @@ class Connection(BaseHTTPRequestHandler):
             self.server.watch(self, events or (selectors.EVENT_WRITE if self._unsent else selectors.EVENT_READ))
 
     def _begin_tls(self) -> None:
-        """Begin a session when the client has sent something: it takes 50 KiB, which silent clients must not cost."""
-        if not self.socket.recv(1, socket.MSG_PEEK):
+        """Begin a session when the client has sent something: it takes 50 KiB, which silent clients must not cost. The
+        first byte tells that it is a handshake (RFC 8446, section 5.1)."""
+        if self.socket.recv(1, socket.MSG_PEEK) != b"\x16":
             self.close()
             return
         assert self.server.tls
@@ -3165,12 +3166,14 @@ class PushServer(Listener):
 
     def _work_off_backlog(self) -> None:
         """Do steps that were put off, in order, for as long as a turn has time for them. Those that are put off
-        meanwhile have to wait for the next turn."""
+        meanwhile have to wait for the next turn. While handshakes are left over, nobody else is let in."""
         until = time.monotonic() + BACKLOG_SECONDS
         for _ in range(len(self.backlog)):
             self.backlog.popitem(last=False)[0].ready()
             if not self.backlog or time.monotonic() > until:
-                return
+                break
+        if self.backlog and next(iter(self.backlog)).phase == HANDSHAKE:
+            self._watch_address(False)
 
     def _answer_complete(self) -> None:
         """Answer all that is complete, together: so their messages share a write to the disk."""
@@ -3231,9 +3234,6 @@ class PushServer(Listener):
 
     def _accept(self) -> None:
         """Accept clients that wait, but not so many that the accepted must wait."""
-        if self.backlog and next(iter(self.backlog)).phase == HANDSHAKE:  # left over from the last turn
-            self._watch_address(False)
-            return
         for accepted in range(ACCEPT_BURST):
             if len(self.connections) >= self._limit and next(iter(self.connections)).is_new():
                 self._watch_address(False)

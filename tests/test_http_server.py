@@ -20,10 +20,32 @@ import weakref
 from typing import Any, Callable, Iterator, List, Sequence, Tuple
 
 import pytest
-from support import PATIENCE, Client, Receiver, RecordingEndpoint, local, no_thread_left, post, push, receiver, wait_until
+from support import (
+    PATIENCE,
+    Client,
+    Receiver,
+    RecordingEndpoint,
+    local,
+    no_thread_left,
+    post,
+    push,
+    receiver,
+    wait_until,
+)
 
 import kfserver
-from kfserver import BODY, HEAD, IDLE, PAUSE_SECONDS, Connection, PushServer, Request, RequestReader, Response, parse_framing
+from kfserver import (
+    BODY,
+    HEAD,
+    IDLE,
+    PAUSE_SECONDS,
+    Connection,
+    PushServer,
+    Request,
+    RequestReader,
+    Response,
+    parse_framing,
+)
 
 GET = b"GET / HTTP/1.1\r\nHost: kf\r\n\r\n"
 # What a smuggler hides behind a request that two readers understand differently.

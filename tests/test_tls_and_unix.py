@@ -457,15 +457,15 @@ def watching(files: Files, monkeypatch: pytest.MonkeyPatch) -> Iterator[Receiver
 @pytest.mark.parametrize("order", [("chain.pem", "key.pem"), ("key.pem", "chain.pem")], ids=lambda order: order[0])
 def test_push_server_serves_a_renewed_certificate(
         files: Files, certificate: Certificate, order: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    with watching(files, monkeypatch) as kf:
-        with TlsClient(kf.server.server_port, certificate.client_context()) as client:
-            assert client.ask(GET).status == 200
-            for name in order:
-                assert is_served(kf, certificate.chain)
-                files.replace(name)
-            wait_until(lambda: is_served(kf, files.new_chain))
-            assert not is_served(kf, certificate.chain)
-            assert client.ask(post(push())).body == b"success"  # connections go on
+    with watching(files, monkeypatch) as kf, contextlib.ExitStack() as clients:
+        client = clients.enter_context(TlsClient(kf.server.server_port, certificate.client_context()))
+        assert client.ask(GET).status == 200
+        for name in order:
+            assert is_served(kf, certificate.chain)
+            files.replace(name)
+        wait_until(lambda: is_served(kf, files.new_chain))
+        assert not is_served(kf, certificate.chain)
+        assert client.ask(post(push())).body == b"success"  # connections go on
 
 
 @needs_openssl

@@ -39,8 +39,7 @@ def attacks(connections: int) -> dict[str, Attack]:
     """All kinds."""
     return {"drip": Attack(f"{connections:,} that send a byte every 2 s", connections, 2.0),
             "silent": Attack(f"{connections:,} that send nothing", connections, 0.0),
-            "tls": Attack(f"{connections:,} that send nothing, TLS", connections, 0.0, True),
-            "tls-drip": Attack(f"{connections:,} that send a byte every 2 s, TLS", connections, 2.0, True)}
+            "tls": Attack(f"{connections:,} that send nothing, TLS", connections, 0.0, True)}
 
 
 @contextmanager
@@ -102,7 +101,8 @@ def cost(live: Live, watch: Watch, before: tuple[float, int]) -> Iterator[Findin
                   f"below {limit:,}, and back", files < limit and live.files <= before[1])
     yield Finding("- threads: most / after", f"{int(watch.most('threads'))} / {live.threads}")
     errors = live.errors()
-    yield Finding("- errors in the log", f"{len(errors)} {errors[0][:80] if errors else ''}".strip(), "none", not errors)
+    told = f"{len(errors)} {errors[0][:80] if errors else ''}".strip()
+    yield Finding("- errors in the log", told, "none", not errors)
 
 
 def open_files_limit(pid: int) -> int:
