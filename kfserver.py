@@ -262,11 +262,11 @@ class Teller:
             report_bug(error, more)
 
     def guard(self, function: Callable[..., object], *arguments: Any) -> bool:
-        """Call what must not end the thread it runs on; whether it went well. Not even telling of an error may raise."""
+        """Call what must not end the thread it runs on; whether it went well. Not even telling of an error raises."""
         error = attempt(function, *arguments)
         if error:
             attempt(self.report_bug, error)
-            error.__traceback__ = None  # up to Python 3.10 it leads back to this frame, and only the collector frees both
+            error.__traceback__ = None  # which up to Python 3.10 leads back to this frame: a cycle
         return error is None
 
     def _count(self, kind: str) -> Optional[str]:
@@ -4619,8 +4619,9 @@ class Connection(BaseHTTPRequestHandler):
             self.server.watch(self, events or (selectors.EVENT_WRITE if self._unsent else selectors.EVENT_READ))
 
     def _begin_tls(self) -> None:
-        """Begin a session when the client has sent something: it takes 50 KiB, which silent clients must not cost."""
-        if not self.socket.recv(1, socket.MSG_PEEK):
+        """Begin a session when the client has sent something: it takes 50 KiB, which silent clients must not cost. The
+        first byte tells that it is a handshake (RFC 8446, section 5.1)."""
+        if self.socket.recv(1, socket.MSG_PEEK) != b"\x16":
             self.close()
             return
         assert self.server.tls
@@ -4670,6 +4671,8 @@ class Connection(BaseHTTPRequestHandler):
         """Send the answer to the request that was handed in, and turn to the next one."""
         request, header = self.asked, self._reader.framing.connection
         assert request
+        if request.problem:
+            request.problem.__traceback__ = None  # which leads back to the request, and to this connection
         then = self._await_next
         if request.problem or header == "close" or self.server.closing:
             header, then = "close", self._linger if request.problem else self.close
@@ -4729,8 +4732,8 @@ class Connection(BaseHTTPRequestHandler):
 
 
 class Listener(ThreadingHTTPServer):
-    """Holds what a server has from the system: an address or a Unix socket, a certificate, connections, and the selector
-    that watches them. Raises OSError when it cannot listen, `SettingsError` for a bad certificate."""
+    """Holds what a server has from the system: an address or a Unix socket, a certificate, connections, and the
+    selector that watches them. Raises OSError when it cannot listen, `SettingsError` for a bad certificate."""
 
     # Connections that the system may hold for us before they are accepted; it cuts this down to what it allows.
     request_queue_size = 4096
@@ -4874,7 +4877,7 @@ class PushServer(Listener):
         try:
             while not self.closing:
                 self.teller.guard(self._turn, poll_interval)
-            self.teller.guard(self._turn, 0.0)  # clients that have come, and what has come from them, are still answered
+            self.teller.guard(self._turn, 0.0)  # what has come is still answered
             self.selector.unregister(self.woken)
             self._watch_address(False)
             self.server_close()
@@ -4905,12 +4908,14 @@ class PushServer(Listener):
 
     def _work_off_backlog(self) -> None:
         """Do steps that were put off, in order, for as long as a turn has time for them. Those that are put off
-        meanwhile have to wait for the next turn."""
+        meanwhile have to wait for the next turn. While handshakes are left over, nobody else is let in."""
         until = time.monotonic() + BACKLOG_SECONDS
         for _ in range(len(self.backlog)):
             self.backlog.popitem(last=False)[0].ready()
             if not self.backlog or time.monotonic() > until:
-                return
+                break
+        if self.backlog and next(iter(self.backlog)).phase == HANDSHAKE:
+            self._watch_address(False)
 
     def _answer_complete(self) -> None:
         """Answer all that is complete, together: so their messages share a write to the disk."""
@@ -4971,9 +4976,6 @@ class PushServer(Listener):
 
     def _accept(self) -> None:
         """Accept clients that wait, but not so many that the accepted must wait."""
-        if self.backlog and next(iter(self.backlog)).phase == HANDSHAKE:  # left over from the last turn
-            self._watch_address(False)
-            return
         for accepted in range(ACCEPT_BURST):
             if len(self.connections) >= self._limit and next(iter(self.connections)).is_new():
                 self._watch_address(False)

@@ -8,6 +8,7 @@ no HTTP library would send.
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import os
 import select
@@ -15,13 +16,36 @@ import socket
 import threading
 import time
 import timeit
+import weakref
 from typing import Any, Callable, Iterator, List, Sequence, Tuple
 
 import pytest
-from support import PATIENCE, Client, Receiver, no_thread_left, post, push, receiver, wait_until
+from support import (
+    PATIENCE,
+    Client,
+    Receiver,
+    RecordingEndpoint,
+    local,
+    no_thread_left,
+    post,
+    push,
+    receiver,
+    wait_until,
+)
 
 import kfserver
-from kfserver import BODY, HEAD, IDLE, PAUSE_SECONDS, Connection, PushServer, Request, Response, parse_framing
+from kfserver import (
+    BODY,
+    HEAD,
+    IDLE,
+    PAUSE_SECONDS,
+    Connection,
+    PushServer,
+    Request,
+    RequestReader,
+    Response,
+    parse_framing,
+)
 
 GET = b"GET / HTTP/1.1\r\nHost: kf\r\n\r\n"
 # What a smuggler hides behind a request that two readers understand differently.
@@ -629,6 +653,159 @@ def test_push_server_measures_time_from_the_first_byte(kf: Receiver, pieces: Lis
         client.send(piece)
     kf.connect().ask(GET)  # when this is answered, the pieces have been read
     assert connection.deadline == begun
+
+
+# ---- PushServer: a turn is short and fair
+
+
+def test_push_server_answers_one_request_of_a_connection_a_turn() -> None:
+    with receiver(started=False) as kf:
+        greedy, honest = kf.connect(), kf.connect()
+        greedy.send(GET * 100 + post(push(number=1)))
+        honest.send(post(push(number=2)))
+        kf.start()  # so that both have come at once
+        assert honest.read_answer().body == b"success"
+        assert [request.method for request in kf.requests].index("POST") < 3
+        assert [greedy.read_answer().status for _ in range(101)] == [200] * 101
+
+
+@pytest.mark.parametrize("request_bytes", [GET, post(push()), chunked(b"2\r\nhe\r\n0\r\n\r\n")],
+                         ids=["GET", "POST", "chunked"])
+def test_push_server_goes_on_in_turn_with_clients_that_pipeline(request_bytes: bytes) -> None:
+    with receiver(started=False) as kf:
+        clients = [kf.connect() for _ in range(5)]
+        for client in clients:
+            client.send(request_bytes * 20 + GET.replace(b"/ ", b"/end "))
+        kf.start()
+        for client in clients:
+            statuses = [client.read_answer().status for _ in range(21)]
+            assert len(set(statuses)) <= 2
+            client.send(GET)
+            assert client.read_answer().status == 200
+
+
+def test_push_server_answers_what_was_pipelined_before_the_client_said_no_more(kf: Receiver) -> None:
+    client = kf.connect()
+    client.send(post(push()) * 30)
+    client.socket.shutdown(socket.SHUT_WR)
+    assert [client.read_answer().body for _ in range(30)] == [b"success"] * 30
+    assert client.at_end()
+
+
+def test_push_server_reads_no_more_from_a_client_that_does_not_read() -> None:
+    with receiver(NarrowServer) as kf:
+        client = kf.connect()
+        flood(client)
+        wait_until(lambda: all(connection.events == select.EPOLLOUT >> 1 for connection in kf.server.connections))
+        count = len(kf.requests)
+        assert kf.connect().ask(post(push())).body == b"success"
+        assert len(kf.requests) == count + 1
+
+
+def test_push_server_loses_only_the_connection_whose_memory_runs_out(
+        kf: Receiver, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    feed = RequestReader.feed
+
+    def feed_while_there_is_memory(reader: RequestReader, data: bytes) -> None:
+        if b"large" in data:
+            raise MemoryError
+        feed(reader, data)
+    monkeypatch.setattr(RequestReader, "feed", feed_while_there_is_memory)
+    kept = kf.connect()
+    assert kept.ask(GET).status == 200
+    for _ in range(20):
+        client = kf.connect()
+        client.send(post(b"large"))
+        wait_until(client.has_ended)
+    assert kept.ask(post(push())).body == b"success"
+    assert [record.levelname for record in caplog.records] == ["ERROR"]
+    wait_until(lambda: len(kf.server.connections) == 1)
+
+
+def test_push_server_leaves_nothing_to_the_garbage_collector(kf: Receiver) -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        clients = [kf.connect() for _ in range(40)]
+        wait_until(lambda: len(kf.server.connections) == 40)
+        connections = [weakref.ref(connection) for connection in list(kf.server.connections)]
+        for number, client in enumerate(clients):
+            client.send((GET, b"garbage\r\n\r\n", GET * 50, b"POST / HT", post(b"?"))[number % 5])
+            client.reset() if number % 3 else client.socket.close()
+        wait_until(lambda: len(kf.server.connections) == 0)
+        kf.connect().ask(GET)  # the turn that closed the last of them is over
+        wait_until(lambda: not any(connection() for connection in connections))
+    finally:
+        gc.enable()
+
+
+# ---- PushServer: its health, its end, and forks
+
+
+def test_push_server_alive_tells_whether_the_loop_turns(kf: Receiver, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert kf.server.alive()
+    monkeypatch.setattr(kfserver, "STUCK_SECONDS", 0.2)
+    kf.endpoint.open.clear()
+    kf.connect().send(GET)
+    wait_until(lambda: not kf.server.alive())
+    kf.endpoint.open.set()
+    wait_until(kf.server.alive)
+
+
+def test_push_server_calls_each_second_and_survives_its_errors(
+        monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    threads: List[str] = []
+
+    def fail() -> None:
+        threads.append(threading.current_thread().name)
+        raise ZeroDivisionError
+    monkeypatch.setattr(kfserver, "TICK_SECONDS", 0.0)
+    with receiver() as kf:
+        kf.server.each_second = fail
+        wait_until(lambda: len(threads) >= 3)
+        assert kf.connect().ask(post(push())).body == b"success"
+        assert set(threads) == {kf._loop.name}
+    assert [record.levelname for record in caplog.records] == ["ERROR"]
+
+
+def test_push_server_close_gives_up_a_loop_that_is_stuck(
+        kf: Receiver, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(kfserver, "CLOSE_SECONDS", 0.0)
+    kf.endpoint.open.clear()
+    kf.connect().send(GET)
+    wait_until(lambda: kf.requests)
+    kf.server.close(0.0)
+    assert [record.levelname for record in caplog.records] == ["ERROR"]
+    with pytest.raises(ConnectionRefusedError):
+        kf.connect()
+
+
+def test_push_server_abandon_frees_the_address_of_a_server_that_was_never_started() -> None:
+    server = PushServer(local(), RecordingEndpoint(local()))
+    server.abandon()
+    with pytest.raises(ConnectionRefusedError):
+        Client(server.server_port)
+    server.abandon()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # from 3.12 on, Python warns of forks beside threads
+def test_push_server_after_fork_takes_nothing_from_the_parent(kf: Receiver) -> None:
+    client = kf.connect()
+    assert client.ask(GET).status == 200
+    child = os.fork()
+    if not child:
+        status = 1
+        try:
+            sockets = [kf.server.socket, *[connection.socket for connection in kf.server.connections]]
+            kf.server.after_fork()
+            kf.server.close(PATIENCE)  # has nothing to wait for
+            status = int(any(each.fileno() >= 0 for each in sockets))
+        finally:
+            os._exit(status)
+    assert os.WEXITSTATUS(os.waitpid(child, 0)[1]) == 0
+    assert client.ask(post(push())).body == b"success"
+    assert kf.connect().ask(post(push())).body == b"success"
 
 
 # ---- PushServer

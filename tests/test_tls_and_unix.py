@@ -410,6 +410,114 @@ def test_push_server_close_finishes_the_request_in_flight(kf: Receiver, connect:
     assert not closing.is_alive()
 
 
+# ---- TLS: a certificate that is renewed
+
+
+class Files(NamedTuple):
+    """Where a server looks for its certificate and key, and those that will take their place."""
+
+    folder: pathlib.Path
+    new_chain: str
+
+    def replace(self, name: str) -> None:
+        """Put the new file of that name into service."""
+        shutil.copy(str(self.folder / f"new_{name}"), str(self.folder / f"{name}.new"))
+        os.replace(str(self.folder / f"{name}.new"), str(self.folder / name))
+
+
+@pytest.fixture
+def files(certificate: Certificate, tmp_path: pathlib.Path) -> Files:
+    """A copy of the certificate, and a new one for the other key."""
+    shutil.copy(certificate.chain, str(tmp_path / "chain.pem"))
+    shutil.copy(certificate.key, str(tmp_path / "key.pem"))
+    shutil.copy(certificate.other_key, str(tmp_path / "new_key.pem"))
+    openssl(tmp_path, "req", "-x509", "-new", "-key", "new_key.pem", "-out", "new_chain.pem", "-days", "3", "-sha256",
+            "-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1")
+    return Files(tmp_path, str(tmp_path / "new_chain.pem"))
+
+
+def is_served(kf: Receiver, chain: str) -> bool:
+    """Whether a client that trusts this certificate alone is answered."""
+    try:
+        with TlsClient(kf.server.server_port, ssl.create_default_context(cafile=chain)) as client:
+            return client.ask(post(push())).body == b"success"
+    except ssl.SSLError:
+        return False
+
+
+@contextlib.contextmanager
+def watching(files: Files, monkeypatch: pytest.MonkeyPatch) -> Iterator[Receiver]:
+    """A server that looks at its files in every turn."""
+    monkeypatch.setattr(kfserver, "TICK_SECONDS", 0.0)
+    with receiver(tls_cert=str(files.folder / "chain.pem"), tls_key=str(files.folder / "key.pem")) as kf:
+        yield kf
+
+
+@needs_openssl
+@pytest.mark.parametrize("order", [("chain.pem", "key.pem"), ("key.pem", "chain.pem")], ids=lambda order: order[0])
+def test_push_server_serves_a_renewed_certificate(
+        files: Files, certificate: Certificate, order: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with watching(files, monkeypatch) as kf, contextlib.ExitStack() as clients:
+        client = clients.enter_context(TlsClient(kf.server.server_port, certificate.client_context()))
+        assert client.ask(GET).status == 200
+        for name in order:
+            assert is_served(kf, certificate.chain)
+            files.replace(name)
+        wait_until(lambda: is_served(kf, files.new_chain))
+        assert not is_served(kf, certificate.chain)
+        assert client.ask(post(push())).body == b"success"  # connections go on
+
+
+@needs_openssl
+def test_push_server_keeps_the_certificate_when_the_new_one_cannot_be_used(
+        files: Files, certificate: Certificate, monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture) -> None:
+    def errors() -> List[str]:
+        return [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR]
+    with watching(files, monkeypatch) as kf:
+        (files.folder / "chain.pem").write_text("broken")
+        wait_until(errors)
+        for _ in range(3):
+            assert is_served(kf, certificate.chain)
+        os.remove(str(files.folder / "chain.pem"))
+        wait_until(lambda: len(errors()) == 2)
+        assert is_served(kf, certificate.chain)
+        assert len(errors()) == 2
+        assert all("chain.pem" in text and "stays in service" in text for text in errors())
+
+
+@needs_openssl
+@pytest.mark.parametrize("limit", [1, 3])
+def test_push_server_shakes_hands_with_everyone_who_comes_at_once(certificate: Certificate, limit: int) -> None:
+    with scene(certificate, max_connections=limit) as here:
+        answers: List[bytes] = []
+
+        def ask() -> None:
+            answers.append(here.connect().ask(post(push(), "Connection: close")).body)
+        threads = [threading.Thread(target=ask, daemon=True) for _ in range(limit)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(PATIENCE)
+        assert answers == [b"success"] * limit
+
+
+@needs_openssl
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # from 3.12 on, Python warns of forks beside threads
+def test_push_server_after_fork_ends_no_session_of_the_parent(kf: Receiver, connect: Connect) -> None:
+    client = connect()
+    assert client.ask(GET).status == 200
+    child = os.fork()
+    if not child:
+        try:
+            kf.server.after_fork()
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    assert client.ask(post(push())).body == b"success"
+
+
 # ---- TLS: certificates that cannot be used
 
 
@@ -575,6 +683,42 @@ def test_kf_server_speaks_tls_on_a_unix_socket(path: str, certificate: Certifica
     with serve(path, **certificate.settings()), UnixClient(path) as client:
         client.socket = certificate.client_context().wrap_socket(client.socket, server_hostname="localhost")
         assert client.ask(post(push())).body == b"success"
+
+
+@needs_unix
+def test_kf_server_leaves_the_socket_alone_that_another_server_put_in_its_place(path: str) -> None:
+    with serve(path):
+        os.unlink(path)
+        other = serve(path).start()
+    try:
+        assert is_answered(path)
+    finally:
+        other.stop()
+    assert not os.path.exists(path)
+
+
+@needs_unix
+def test_kf_server_removes_its_socket_though_its_rights_were_changed(path: str) -> None:
+    with serve(path):
+        os.chmod(path, 0o600)
+    assert not os.path.exists(path)
+
+
+@needs_unix
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # from 3.12 on, Python warns of forks beside threads
+def test_push_server_after_fork_leaves_the_socket_file(path: str) -> None:
+    with serve(path) as server:
+        child = os.fork()
+        if not child:
+            try:
+                assert server._http
+                server._http.after_fork()
+                server._http.close(0.0)
+            finally:
+                os._exit(0)
+        os.waitpid(child, 0)
+        assert is_answered(path)
 
 
 @needs_unix
