@@ -1602,6 +1602,9 @@ _RESCUE = (
 # Why a journal cannot be had.
 _TAKEN = ("the journal {} is in another process's hands: stop that one, or serve from one process with threads, or set "
           "--redis instead of --journal for several")
+# What tells a file from all others, whatever its name: its device and inode.
+Identity = Tuple[int, int]
+_IDENTITY = operator.attrgetter("st_dev", "st_ino")
 # A statement and its values.
 Change = Tuple[str, Sequence[Any]]
 # Runs a job once, so many seconds from now.
@@ -1643,7 +1646,7 @@ class JournalFile:
         self.errors = (sqlite3.Error, OSError, SettingsError)
         self._connect = functools.partial(sqlite3.connect, isolation_level=None, check_same_thread=False)
         self._names = [self.path + suffix for suffix in ("-lock", "", "-wal", "-shm")]
-        self._opened: List[Optional[Tuple[int, int]]] = []  # the identities of the files when they were opened
+        self._opened: Dict[str, Identity] = {}  # the files by their names, as they were opened
         self._let_go: Callable[[], object] = int  # frees the lock; at first there is none
         self.db = self._connect(":memory:")
         self.db.close()  # whoever uses it before it is opened gets one of the errors
@@ -1653,7 +1656,7 @@ class JournalFile:
 
         Raises `JournalTaken`, another `SettingsError` for a file that is not ours, or another of ``errors``.
         """
-        is_ours = bool(self._opened) and self._opened[0] == _identify(self._names[0])
+        is_ours = self._has_lock()
         if not is_ours:
             self._release()
             self._take_lock()
@@ -1670,7 +1673,8 @@ class JournalFile:
             if not is_ours:
                 self._release()
             raise
-        self._opened = [_identify(name) for name in self._names]
+        found = ((name, _identify(name)) for name in self._names)
+        self._opened = {name: identity for name, identity in found if identity}
 
     def _take_lock(self) -> None:
         """Hold the right to write until the process ends, in whatever way: the system frees the lock then."""
@@ -1687,7 +1691,7 @@ class JournalFile:
             if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
                 raise
             raise JournalTaken(_TAKEN.format(self.path)) from None
-        self._opened = [_identify(number)]
+        self._opened = {self._names[0]: _IDENTITY(os.fstat(number))}
         if self.has_moved():  # the process that had it has just removed it
             self._release()
             raise JournalTaken(_TAKEN.format(self.path))
@@ -1702,13 +1706,18 @@ class JournalFile:
             lock.close()
             raise JournalTaken(_TAKEN.format(self.path)) from None
 
+    def _has_lock(self) -> bool:
+        """Whether the lock was taken, and its file is still in its place."""
+        name = self._names[0]
+        return name in self._opened and self._opened[name] == _identify(name)
+
     def _release(self) -> None:
         """Free the lock. Its file goes first, if it is still ours."""
-        if fcntl and self._opened and self._opened[0] == _identify(self._names[0]):
+        if fcntl and self._has_lock():
             with contextlib.suppress(OSError):
                 os.unlink(self._names[0])
         self._let_go()
-        self._let_go, self._opened = int, []
+        self._let_go, self._opened = int, {}
 
     def _refuse_company(self) -> None:
         """Raise `JournalTaken` if anybody else has the file open: the lock's file may have been deleted meanwhile, and
@@ -1760,7 +1769,10 @@ class JournalFile:
 
     def has_moved(self) -> bool:
         """Whether a file that was opened is not in its place any more."""
-        return any(_identify(name) != opened for name, opened in zip(self._names, self._opened))
+        try:
+            return list(map(_IDENTITY, map(os.stat, self._opened))) != list(self._opened.values())
+        except OSError:
+            return True
 
     def rescue(self) -> List[Change]:
         """What writes into another file all that this one still holds; nothing if it cannot be read."""
@@ -1780,7 +1792,7 @@ class JournalFile:
         """In a forked child: let go of the parent's files. SQLite must not close them here: it would write to them."""
         null = os.open(os.devnull, os.O_RDONLY)
         for number in _list_descriptors():
-            if _identify(number) in self._opened:
+            if _identify(number) in self._opened.values():
                 os.dup2(null, number, inheritable=False)
         os.close(null)
         # A frozen cycle is never collected, not even at the end: its connection is never closed.
@@ -1975,13 +1987,12 @@ def _storable(text: str) -> str:
     return text.encode("utf-8", "replace").decode()
 
 
-def _identify(file: Union[str, int]) -> Optional[Tuple[int, int]]:
-    """What tells a file from all others: its device and inode; None if there is none by that name or descriptor."""
+def _identify(file: Union[str, int]) -> Optional[Identity]:
+    """The identity of the file with this name or descriptor; None if there is none."""
     try:
-        status = os.stat(file)
+        return _IDENTITY(os.stat(file))
     except OSError:
         return None
-    return status.st_dev, status.st_ino
 
 
 def _list_descriptors() -> List[int]:

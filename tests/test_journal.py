@@ -806,7 +806,7 @@ def write_text(path: str, text: str) -> None:
     pytest.param(functools.partial(write_text, text="x" * 5000), "not a journal of kfserver", id="more text"),
     pytest.param(functools.partial(write_text, text="SQLite format 3\0"), "not a journal of kfserver", id="cut off"),
     pytest.param(functools.partial(write_database, application_id=0), "not a journal of kfserver", id="a database"),
-    pytest.param(functools.partial(write_database, application_id=1), "not a journal of kfserver", id="a program's own"),
+    pytest.param(functools.partial(write_database, application_id=1), "not a journal of kfserver", id="of a program"),
     pytest.param(functools.partial(write_database, application_id=JOURNAL_ID, version=JOURNAL_VERSION + 1),
                  "written by a newer kfserver", id="newer"),
 ])
