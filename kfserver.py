@@ -90,8 +90,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import PurePath
 from socketserver import TCPServer
 from types import MappingProxyType, ModuleType, TracebackType
-from typing import (TYPE_CHECKING, Any, Callable, Deque, Dict, Generator, Iterable, Iterator, List, Mapping, NamedTuple,
-                    NoReturn, Optional, Pattern, Sequence, Set, TextIO, Tuple, Type, TypeVar, Union)
+from typing import (TYPE_CHECKING, Any, Callable, Collection, Deque, Dict, Generator, Iterable, Iterator, List, Mapping,
+                    NamedTuple, NoReturn, Optional, Pattern, Sequence, Set, TextIO, Tuple, Type, TypeVar, Union)
 from urllib.parse import parse_qsl, quote, urlencode, urlsplit
 from xml.parsers.expat import ErrorString, ParserCreate
 
@@ -1539,6 +1539,8 @@ JOURNAL_VERSION = 2
 LOCK_SECONDS = 1.0
 # Seconds between two attempts to write a file that could not be written.
 LOOK_AGAIN_SECONDS = 1.0
+# Seconds after which a change of a folder gives it another time than the last one; FAT counts in steps of 2 s.
+FOLDER_SECONDS = 3.0
 # Finished messages between two clean-ups.
 TRIM_EVERY = 1000
 # Seconds that a session is kept: the platform lets nobody be answered 48 hours after the last message.
@@ -1647,6 +1649,8 @@ class JournalFile:
         self._connect = functools.partial(sqlite3.connect, isolation_level=None, check_same_thread=False)
         self._names = [self.path + suffix for suffix in ("-lock", "", "-wal", "-shm")]
         self._opened: Dict[str, Identity] = {}  # the files by their names, as they were opened
+        self._folder = os.path.dirname(self.path)
+        self._seen: Optional[Tuple[Identity, int]] = None  # the folder when its files were in their places
         self._let_go: Callable[[], object] = int  # frees the lock; at first there is none
         self.db = self._connect(":memory:")
         self.db.close()  # whoever uses it before it is opened gets one of the errors
@@ -1666,7 +1670,7 @@ class JournalFile:
             self.db = self._connect(self.path, timeout=LOCK_SECONDS)
             version = _read_version(self.db, self.path)
             if not is_ours:
-                self._refuse_company()
+                _refuse_company(self.db, self.path)
             self._lay_out(version)
         except self.errors:
             self.db.close()
@@ -1674,7 +1678,7 @@ class JournalFile:
                 self._release()
             raise
         found = ((name, _identify(name)) for name in self._names)
-        self._opened = {name: identity for name, identity in found if identity}
+        self._opened, self._seen = {name: identity for name, identity in found if identity}, None
 
     def _take_lock(self) -> None:
         """Hold the right to write until the process ends, in whatever way: the system frees the lock then."""
@@ -1691,7 +1695,7 @@ class JournalFile:
             if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
                 raise
             raise JournalTaken(_TAKEN.format(self.path)) from None
-        self._opened = {self._names[0]: _IDENTITY(os.fstat(number))}
+        self._opened, self._seen = {self._names[0]: _IDENTITY(os.fstat(number))}, None
         if self.has_moved():  # the process that had it has just removed it
             self._release()
             raise JournalTaken(_TAKEN.format(self.path))
@@ -1718,19 +1722,6 @@ class JournalFile:
                 os.unlink(self._names[0])
         self._let_go()
         self._let_go, self._opened = int, {}
-
-    def _refuse_company(self) -> None:
-        """Raise `JournalTaken` if anybody else has the file open: the lock's file may have been deleted meanwhile, and
-        older versions had another lock. SQLite grants an exclusive lock only to who is alone."""
-        try:
-            for statement in ("PRAGMA locking_mode = EXCLUSIVE", "BEGIN EXCLUSIVE", "COMMIT"):
-                self.db.execute(statement).fetchall()
-        except self.errors as error:
-            if "locked" in str(error):
-                raise JournalTaken(_TAKEN.format(self.path)) from error
-            raise
-        for statement in ("PRAGMA locking_mode = NORMAL", "PRAGMA user_version"):
-            self.db.execute(statement).fetchall()  # the lock is freed by the next reading
 
     def _make_private(self) -> None:
         """Make the file, for this user alone; SQLite gives its companions the same mode. Closing a descriptor frees
@@ -1770,9 +1761,16 @@ class JournalFile:
     def has_moved(self) -> bool:
         """Whether a file that was opened is not in its place any more."""
         try:
-            return list(map(_IDENTITY, map(os.stat, self._opened))) != list(self._opened.values())
+            folder = os.stat(self._folder)
+            if (_IDENTITY(folder), folder.st_mtime_ns) == self._seen:
+                return False  # nothing was deleted or renamed in the folder: one look instead of four
+            if list(map(_IDENTITY, map(os.stat, self._opened))) != list(self._opened.values()):
+                return True
         except OSError:
             return True
+        if time.time() - folder.st_mtime > FOLDER_SECONDS:
+            self._seen = _IDENTITY(folder), folder.st_mtime_ns
+        return False
 
     def rescue(self) -> List[Change]:
         """What writes into another file all that this one still holds; nothing if it cannot be read."""
@@ -1790,11 +1788,7 @@ class JournalFile:
 
     def after_fork(self) -> None:
         """In a forked child: let go of the parent's files. SQLite must not close them here: it would write to them."""
-        null = os.open(os.devnull, os.O_RDONLY)
-        for number in _list_descriptors():
-            if _identify(number) in self._opened.values():
-                os.dup2(null, number, inheritable=False)
-        os.close(null)
+        _drop_descriptors(self._opened.values())
         # A frozen cycle is never collected, not even at the end: its connection is never closed.
         kept: List[object] = [self.db]
         kept.append(kept)
@@ -1995,12 +1989,17 @@ def _identify(file: Union[str, int]) -> Optional[Identity]:
         return None
 
 
-def _list_descriptors() -> List[int]:
-    """The numbers of the files that this process has open, and maybe of some others."""
+def _drop_descriptors(identities: Collection[Identity]) -> None:
+    """Let this process's descriptors of some files lead to nothing. They are not closed: SQLite keeps their numbers."""
     try:
-        return [int(name) for name in os.listdir("/dev/fd")]
-    except OSError:  # no /proc
-        return list(range(3, 4096))
+        numbers = [int(name) for name in os.listdir("/dev/fd")]
+    except OSError:  # there is no /proc
+        numbers = list(range(3, 4096))
+    null = os.open(os.devnull, os.O_RDONLY)  # it cannot be locked for writing, so SQLite deletes nothing
+    for number in numbers:
+        if _identify(number) in identities:
+            os.dup2(null, number, inheritable=False)
+    os.close(null)
 
 
 def read_rows(db: sqlite3.Connection, state: int) -> List[Row]:
@@ -2014,6 +2013,21 @@ def _read_version(db: sqlite3.Connection, path: str) -> int:
     if mark or version or db.execute("SELECT 1 FROM sqlite_master").fetchone():
         _check_marks(mark, version, path)
     return int(version)
+
+
+def _refuse_company(db: sqlite3.Connection, path: str) -> None:
+    """Raise `JournalTaken` if another process has the file open: the lock's file may have been deleted, and older
+    versions had another lock. SQLite grants its exclusive lock only to a process that is alone."""
+    import sqlite3
+    try:
+        for statement in ("PRAGMA locking_mode = EXCLUSIVE", "BEGIN EXCLUSIVE", "COMMIT"):
+            db.execute(statement).fetchall()
+    except sqlite3.OperationalError as error:
+        if "locked" in str(error):
+            raise JournalTaken(_TAKEN.format(path)) from error
+        raise
+    for statement in ("PRAGMA locking_mode = NORMAL", "PRAGMA user_version"):
+        db.execute(statement).fetchall()  # the lock is freed by the next reading
 
 
 def _refuse_foreign_file(path: str) -> None:
