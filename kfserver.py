@@ -89,8 +89,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import PurePath
 from socketserver import TCPServer
 from types import MappingProxyType, ModuleType, TracebackType
-from typing import (TYPE_CHECKING, Any, Callable, Deque, Dict, Generator, Iterable, Iterator, List, Mapping, NamedTuple,
-                    NoReturn, Optional, Sequence, Set, TextIO, Tuple, Type, TypeVar, Union)
+from typing import (TYPE_CHECKING, Any, Callable, Collection, Deque, Dict, Generator, Iterable, Iterator, List, Mapping,
+                    NamedTuple, NoReturn, Optional, Sequence, Set, TextIO, Tuple, Type, TypeVar, Union)
 from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlencode, urlsplit
 from xml.parsers.expat import ErrorString, ExpatError, ParserCreate
 
@@ -2113,6 +2113,8 @@ JOURNAL_VERSION = 2
 LOCK_SECONDS = 1.0
 # Seconds between two attempts to write a file that could not be written.
 LOOK_AGAIN_SECONDS = 1.0
+# Seconds after which a change of a folder gives it another time than the last one; FAT counts in steps of 2 s.
+FOLDER_SECONDS = 3.0
 # Finished messages between two clean-ups.
 TRIM_EVERY = 1000
 # Seconds that a session is kept: the platform lets nobody be answered 48 hours after the last message.
@@ -2176,6 +2178,9 @@ _RESCUE = (
 # Why a journal cannot be had.
 _TAKEN = ("the journal {} is in another process's hands: stop that one, or serve from one process with threads, or set "
           "--redis instead of --journal for several")
+# What tells a file from all others, whatever its name: its device and inode.
+Identity = Tuple[int, int]
+_IDENTITY = operator.attrgetter("st_dev", "st_ino")
 # A statement and its values.
 Change = Tuple[str, Sequence[Any]]
 # Runs a job once, so many seconds from now.
@@ -2217,7 +2222,9 @@ class JournalFile:
         self.errors = (sqlite3.Error, OSError, SettingsError)
         self._connect = functools.partial(sqlite3.connect, isolation_level=None, check_same_thread=False)
         self._names = [self.path + suffix for suffix in ("-lock", "", "-wal", "-shm")]
-        self._opened: List[Optional[Tuple[int, int]]] = []  # the identities of the files when they were opened
+        self._opened: Dict[str, Identity] = {}  # the files by their names, as they were opened
+        self._folder = os.path.dirname(self.path)
+        self._seen: Optional[Tuple[Identity, int]] = None  # the folder when its files were in their places
         self._let_go: Callable[[], object] = int  # frees the lock; at first there is none
         self.db = self._connect(":memory:")
         self.db.close()  # whoever uses it before it is opened gets one of the errors
@@ -2227,7 +2234,7 @@ class JournalFile:
 
         Raises `JournalTaken`, another `SettingsError` for a file that is not ours, or another of ``errors``.
         """
-        is_ours = bool(self._opened) and self._opened[0] == _identify(self._names[0])
+        is_ours = self._has_lock()
         if not is_ours:
             self._release()
             self._take_lock()
@@ -2237,14 +2244,15 @@ class JournalFile:
             self.db = self._connect(self.path, timeout=LOCK_SECONDS)
             version = _read_version(self.db, self.path)
             if not is_ours:
-                self._refuse_company()
+                _refuse_company(self.db, self.path)
             self._lay_out(version)
         except self.errors:
             self.db.close()
             if not is_ours:
                 self._release()
             raise
-        self._opened = [_identify(name) for name in self._names]
+        found = ((name, _identify(name)) for name in self._names)
+        self._opened, self._seen = {name: identity for name, identity in found if identity}, None
 
     def _take_lock(self) -> None:
         """Hold the right to write until the process ends, in whatever way: the system frees the lock then."""
@@ -2261,7 +2269,7 @@ class JournalFile:
             if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
                 raise
             raise JournalTaken(_TAKEN.format(self.path)) from None
-        self._opened = [_identify(number)]
+        self._opened, self._seen = {self._names[0]: _IDENTITY(os.fstat(number))}, None
         if self.has_moved():  # the process that had it has just removed it
             self._release()
             raise JournalTaken(_TAKEN.format(self.path))
@@ -2276,26 +2284,18 @@ class JournalFile:
             lock.close()
             raise JournalTaken(_TAKEN.format(self.path)) from None
 
+    def _has_lock(self) -> bool:
+        """Whether the lock was taken, and its file is still in its place."""
+        name = self._names[0]
+        return name in self._opened and self._opened[name] == _identify(name)
+
     def _release(self) -> None:
         """Free the lock. Its file goes first, if it is still ours."""
-        if fcntl and self._opened and self._opened[0] == _identify(self._names[0]):
+        if fcntl and self._has_lock():
             with contextlib.suppress(OSError):
                 os.unlink(self._names[0])
         self._let_go()
-        self._let_go, self._opened = int, []
-
-    def _refuse_company(self) -> None:
-        """Raise `JournalTaken` if anybody else has the file open: the lock's file may have been deleted meanwhile, and
-        older versions had another lock. SQLite grants an exclusive lock only to who is alone."""
-        try:
-            for statement in ("PRAGMA locking_mode = EXCLUSIVE", "BEGIN EXCLUSIVE", "COMMIT"):
-                self.db.execute(statement).fetchall()
-        except self.errors as error:
-            if "locked" in str(error):
-                raise JournalTaken(_TAKEN.format(self.path)) from error
-            raise
-        for statement in ("PRAGMA locking_mode = NORMAL", "PRAGMA user_version"):
-            self.db.execute(statement).fetchall()  # the lock is freed by the next reading
+        self._let_go, self._opened = int, {}
 
     def _make_private(self) -> None:
         """Make the file, for this user alone; SQLite gives its companions the same mode. Closing a descriptor frees
@@ -2334,7 +2334,17 @@ class JournalFile:
 
     def has_moved(self) -> bool:
         """Whether a file that was opened is not in its place any more."""
-        return any(_identify(name) != opened for name, opened in zip(self._names, self._opened))
+        try:
+            folder = os.stat(self._folder)
+            if (_IDENTITY(folder), folder.st_mtime_ns) == self._seen:
+                return False  # nothing was deleted or renamed in the folder: one look instead of four
+            if list(map(_IDENTITY, map(os.stat, self._opened))) != list(self._opened.values()):
+                return True
+        except OSError:
+            return True
+        if time.time() - folder.st_mtime > FOLDER_SECONDS:
+            self._seen = _IDENTITY(folder), folder.st_mtime_ns
+        return False
 
     def rescue(self) -> List[Change]:
         """What writes into another file all that this one still holds; nothing if it cannot be read."""
@@ -2352,11 +2362,7 @@ class JournalFile:
 
     def after_fork(self) -> None:
         """In a forked child: let go of the parent's files. SQLite must not close them here: it would write to them."""
-        null = os.open(os.devnull, os.O_RDONLY)
-        for number in _list_descriptors():
-            if _identify(number) in self._opened:
-                os.dup2(null, number, inheritable=False)
-        os.close(null)
+        _drop_descriptors(self._opened.values())
         # A frozen cycle is never collected, not even at the end: its connection is never closed.
         kept: List[object] = [self.db]
         kept.append(kept)
@@ -2549,21 +2555,25 @@ def _storable(text: str) -> str:
     return text.encode("utf-8", "replace").decode()
 
 
-def _identify(file: Union[str, int]) -> Optional[Tuple[int, int]]:
-    """What tells a file from all others: its device and inode; None if there is none by that name or descriptor."""
+def _identify(file: Union[str, int]) -> Optional[Identity]:
+    """The identity of the file with this name or descriptor; None if there is none."""
     try:
-        status = os.stat(file)
+        return _IDENTITY(os.stat(file))
     except OSError:
         return None
-    return status.st_dev, status.st_ino
 
 
-def _list_descriptors() -> List[int]:
-    """The numbers of the files that this process has open, and maybe of some others."""
+def _drop_descriptors(identities: Collection[Identity]) -> None:
+    """Let this process's descriptors of some files lead to nothing. They are not closed: SQLite keeps their numbers."""
     try:
-        return [int(name) for name in os.listdir("/dev/fd")]
-    except OSError:  # no /proc
-        return list(range(3, 4096))
+        numbers = [int(name) for name in os.listdir("/dev/fd")]
+    except OSError:  # there is no /proc
+        numbers = list(range(3, 4096))
+    null = os.open(os.devnull, os.O_RDONLY)  # it cannot be locked for writing, so SQLite deletes nothing
+    for number in numbers:
+        if _identify(number) in identities:
+            os.dup2(null, number, inheritable=False)
+    os.close(null)
 
 
 def read_rows(db: sqlite3.Connection, state: int) -> List[Row]:
@@ -2577,6 +2587,21 @@ def _read_version(db: sqlite3.Connection, path: str) -> int:
     if mark or version or db.execute("SELECT 1 FROM sqlite_master").fetchone():
         _check_marks(mark, version, path)
     return int(version)
+
+
+def _refuse_company(db: sqlite3.Connection, path: str) -> None:
+    """Raise `JournalTaken` if another process has the file open: the lock's file may have been deleted, and older
+    versions had another lock. SQLite grants its exclusive lock only to a process that is alone."""
+    import sqlite3
+    try:
+        for statement in ("PRAGMA locking_mode = EXCLUSIVE", "BEGIN EXCLUSIVE", "COMMIT"):
+            db.execute(statement).fetchall()
+    except sqlite3.OperationalError as error:
+        if "locked" in str(error):
+            raise JournalTaken(_TAKEN.format(path)) from error
+        raise
+    for statement in ("PRAGMA locking_mode = NORMAL", "PRAGMA user_version"):
+        db.execute(statement).fetchall()  # the lock is freed by the next reading
 
 
 def _refuse_foreign_file(path: str) -> None:

@@ -812,7 +812,7 @@ def write_text(path: str, text: str) -> None:
     pytest.param(functools.partial(write_text, text="x" * 5000), "not a journal of kfserver", id="more text"),
     pytest.param(functools.partial(write_text, text="SQLite format 3\0"), "not a journal of kfserver", id="cut off"),
     pytest.param(functools.partial(write_database, application_id=0), "not a journal of kfserver", id="a database"),
-    pytest.param(functools.partial(write_database, application_id=1), "not a journal of kfserver", id="a program's own"),
+    pytest.param(functools.partial(write_database, application_id=1), "not a journal of kfserver", id="of a program"),
     pytest.param(functools.partial(write_database, application_id=JOURNAL_ID, version=JOURNAL_VERSION + 1),
                  "written by a newer kfserver", id="newer"),
 ])
@@ -924,6 +924,7 @@ def replace(name: str) -> None:
 def test_kf_server_loses_nothing_when_its_files_are_deleted_or_replaced(
         start: Start, shop: Shop, path: str, suffix: str, harm: Callable[[str], None]) -> None:
     server = start(shop.registry)
+    os.utime(os.path.dirname(path), (NOW, NOW))  # nothing was made or deleted there for long
     assert outcomes(server, push(number=1)) == ["accepted"]
     shop.open.clear()
     server.feed(push(number=2))
