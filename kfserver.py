@@ -91,7 +91,7 @@ from socketserver import TCPServer
 from types import MappingProxyType, ModuleType, TracebackType
 from typing import (TYPE_CHECKING, Any, Callable, Deque, Dict, Generator, Iterable, Iterator, List, Mapping, NamedTuple,
                     NoReturn, Optional, Pattern, Sequence, Set, TextIO, Tuple, Type, TypeVar, Union)
-from urllib.parse import parse_qsl, quote, urlencode, urlsplit
+from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlencode, urlsplit
 from xml.parsers.expat import ErrorString, ParserCreate
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ except ImportError:  # Windows has no such limits
     resource = None  # type: ignore[assignment]
 
 __version__ = "1.0.0"
-__all__ = ["HandlerRegistry", "Image", "KfServer", "Message", "SendApi", "Settings"]
+__all__ = ["HandlerRegistry", "Image", "KfServer", "Message", "SendApi", "Settings", "Text"]
 
 log = logging.getLogger("kfserver")
 
@@ -168,11 +168,11 @@ class HandlerError(KfError):
 
 
 class ReplyError(KfError):
-    """A reply did not reach the user, through no fault of the handler's, which is therefore not run again."""
+    """A reply did not reach the user, or it is not known whether it did. The handler is not run again because of it."""
 
 
 class NetworkError(ReplyError):
-    """The send API could not be reached, or did not answer sensibly, as often as it was tried."""
+    """The user does not have the reply, because the send API was away or busy: it can be sent again later."""
 
 
 def printable(text: str) -> str:
@@ -228,6 +228,10 @@ def _setting(default: Any, text: str, low: Optional[float] = None, high: Optiona
     return dataclasses.field(default=default, metadata={"help": text, "low": low, "high": high, "choices": choices})
 
 
+# An access token, or a function that returns the current one.
+AccessToken = Union[str, Callable[[], str]]
+
+
 def _secret(text: str) -> Any:
     """A text field of `Settings` that must not show when settings are printed."""
     return dataclasses.field(default="", repr=False, metadata={"help": text, "low": None, "high": None, "choices": ()})
@@ -254,7 +258,7 @@ class Settings:
     tls_key: str = _setting("", "file of the certificate's private key; default: in the file of --tls-cert")
     app_key: str = _secret("App Key of the console, to send what handlers return")
     app_secret: str = _secret("App Secret of the console")
-    access_token: str = _secret("an access token got elsewhere, instead of --app-key and --app-secret")
+    access_token: AccessToken = _secret("instead of --app-key: an access token, or @FILE that always holds a valid one")
     api_base: str = _setting("https://openapi.baidu.com", "where the send API is")
     user_type: int = _setting(2, "whom replies go to: 1 guests, 2 users with a Baidu account", 1, 2)
     third_party: bool = _setting(False, "send as a third-party platform, with the authorised app's --access-token")
@@ -323,8 +327,10 @@ def check_setting(field: dataclasses.Field[Any], value: Any) -> None:
     """Raise `SettingsError` unless the setting takes the value."""
     low, high, choices = field.metadata["low"], field.metadata["high"], field.metadata["choices"]
     kinds, words = {"int": ((int,), "a whole number"), "float": ((int, float), "a number"),
-                    "bool": ((bool,), "true or false"), "str": ((str,), "text")}[str(field.type)]
+                    "bool": ((bool,), "true or false"), "str": ((str,), "text"),
+                    "AccessToken": ((str,), "text, or a function that returns it")}[str(field.type)]
     good = isinstance(value, kinds) and isinstance(value, bool) == (kinds == (bool,))
+    good = good or str(field.type) == "AccessToken" and callable(value)
     if low is not None:
         words += f" from {low:g} to {high:g}" if high is not None else f", {low} or more"
         good = good and low <= value <= (float("inf") if high is None else high)
@@ -362,13 +368,22 @@ class Response(NamedTuple):
     headers: Tuple[Tuple[str, str], ...] = ()
 
 
+class Text(NamedTuple):
+    """An answer that is a text, for a user whose ``user_type`` is known: 1 guest, 2 Baidu account, 0 as the settings
+    say. Return it from a handler, as a plain str."""
+
+    content: str
+    user_type: int = 0
+
+
 class Image(NamedTuple):
-    """An answer that shows the picture at ``url``: return it from a handler."""
+    """An answer that shows the picture at ``url``: return it from a handler. ``user_type`` is that of `Text`."""
 
     url: str
+    user_type: int = 0
 
 
-Answer = Union[str, Image]
+Answer = Union[str, Text, Image]
 Answers = Union[None, Answer, Sequence[Answer]]
 
 
@@ -1848,31 +1863,43 @@ def connect_redis(url: str) -> Tuple[Any, Type[Exception]]:
 
 
 # ---- 12 Replies -----------------------------------------------------------------------------------------------------
-# Law: what handlers return goes to the user through the platform's send API. Knows nothing of registries and threads;
-# whoever sends waits here until the platform has the reply, or until it is clear that it will not.
+# Law: what handlers return goes to the user through the platform's send API. Every call here ends within a deadline
+# and never sleeps: whoever sends decides when to try again. Knows nothing of registries and queues.
 
 # Replies that the platform allows to one message of the user.
 QUOTA = 5
-# Seconds for the platform to take a request and to answer it.
+# Seconds for one exchange with the platform, from the name's look-up to the last byte of the answer.
 SEND_TIMEOUT = 5.0
-# Seconds before the further tries of a request that met a network error, each shortened at random by up to half, so
-# that many workers do not come back in step.
-SEND_DELAYS = (0.5, 2.0, 8.0)
+# Seconds that a reply is tried before its message counts as failed.
+RETRY_REPLY_SECONDS = 600.0
+# Seconds before a reply's second, third, … try; the last one also stands for all later tries.
+RETRY_REPLY_DELAYS = (0.5, 2.0, 8.0, 30.0)
+# Failures in a row after which the send API counts as away.
+AWAY_AFTER = 3
+# Seconds before an API that is away is tried again: at first, and at most. They double with each try.
+PROBE_SECONDS = (1.0, 30.0)
+# Seconds that an idle connection is kept: servers close theirs after 5 s or more, and a request must not meet that.
+KEEP_SECONDS = 4.0
 # Seconds before its end at which a token is not used any more.
 TOKEN_MARGIN = 60.0
 # Bytes of an answer that are read: real ones have about 300.
 MAX_ANSWER = 64 * 1024
+# Brackets in an answer: real ones have two, and the JSON parser of the library recurses with each.
+MAX_BRACKETS = 100
 # Systems without Unix sockets get a number that no address family has.
 UNIX_FAMILY = getattr(socket, "AF_UNIX", -1)
+ResultT = TypeVar("ResultT")
 
 TOKEN_PATH = "/oauth/2.0/token"
 SEND_PATH = "/rest/2.0/smartapp/message/custom/send"
 THIRD_PARTY_SEND_PATH = "/rest/2.0/smartapp/message/custom/sendbytp"
 
-# The gateway's numbers for a token that is invalid or expired: with a new one the same request goes through.
+# The gateway's numbers for a token that is invalid or expired: the same request succeeds with a new one.
 _TOKEN_ERRORS = ("110", "111")
+# Busy, try again later: 5000 is the API's; 2 (unavailable), 4 and 18 (too many requests at a time) are the gateway's.
+_BUSY_ERRORS = ("2", "4", "18", "5000")
 _API_ADVICE: Mapping[str, str] = MappingProxyType({
-    "3001": "a parameter is wrong: mostly an empty text, or a picture's address that is no https URL",
+    "3001": "a parameter is wrong: mostly an empty text, or a picture's address that does not start with https",
     "30022": "the openid is not of this app: check that --app-key belongs to the app that the message came to",
     "90001": "over the quota: five replies to each message of the user, within 48 hours of it",
     "90002": "customer service is not enabled: enable it in the platform's console",
@@ -1882,68 +1909,129 @@ _API_ADVICE: Mapping[str, str] = MappingProxyType({
 
 
 class ApiError(ReplyError):
-    """The send API refused. ``number`` is its errno or error_code as text; the message says why and what to do."""
+    """The send API refused, and would refuse again. ``number`` is its errno or error_code as text; the message says why
+    and what to do."""
 
     def __init__(self, number: str, words: str) -> None:
-        advice = _API_ADVICE.get(number, "see the platform's page on the send API")
-        super().__init__(f"the send API answered {number} ({words}): {advice}")
+        super().__init__(number, words)
         self.number = number
+
+    def __str__(self) -> str:
+        advice = _API_ADVICE.get(self.number, "see the platform's page on the send API")
+        return f"the send API answered {self.number} ({self.args[1]}): {advice}"
+
+
+def _refusal(number: str, words: str) -> ReplyError:
+    """The error for a number of the API or of its gateway."""
+    if number in _BUSY_ERRORS:
+        return NetworkError(f"the send API is busy: it answered {number} ({words})")
+    return ApiError(number, words)
+
+
+class NoAnswer(OSError):
+    """A request was sent in full, and no answer came, or a broken one: the server may have done what it asks."""
+
+
+def run_within(seconds: float, function: Callable[..., ResultT], *arguments: Any) -> ResultT:
+    """The result of a function that cannot be interrupted, like the look-up of a name: it runs on a thread of its own.
+
+    Raises what the function raises, and TimeoutError after ``seconds``: the function may then still be running.
+    """
+    results: List[ResultT] = []
+    errors: List[BaseException] = []
+    done = threading.Event()
+
+    def run() -> None:
+        error = attempt(lambda: results.append(function(*arguments)))
+        errors.extend([error] if error else [])
+        done.set()
+    try:
+        threading.Thread(target=run, name="kfserver-wait", daemon=True).start()
+    except RuntimeError:  # there are no more threads; Python 3.12 and later start none at exit
+        run()
+    if not done.wait(seconds):
+        raise TimeoutError("no answer in time")
+    if errors:
+        raise errors.pop()  # not kept here: the error refers to this frame, and would keep itself alive
+    return results[0]
 
 
 class HttpClient:
     """HTTP with the one server at ``base``, on connections that are kept: as many as requests are under way at once.
 
-    ``base`` is http://… or https://…, perhaps with a path, or unix:PATH. ``tls`` is for https, instead of the default.
+    ``base`` is http://… or https://…, perhaps with a path, or unix:PATH. ``timeout`` is the seconds for one exchange,
+    from the look-up of the name to the last byte. ``tls`` is for https, instead of the default. ``proxy`` is the
+    address of an HTTP proxy.
     """
 
-    def __init__(self, base: str, timeout: float, tls: Optional[ssl.SSLContext] = None) -> None:
+    def __init__(self, base: str, timeout: float, tls: Optional[ssl.SSLContext] = None, proxy: str = "") -> None:
         parts = urlsplit(base)
-        self._host, self._prefix = parts.netloc, parts.path.rstrip("/")
-        if parts.scheme == "https":
-            self._connect: Any = functools.partial(http.client.HTTPSConnection, self._host, timeout=timeout,
-                                                   context=tls or ssl.create_default_context())
-        elif parts.scheme == "unix":
-            self._connect, self._prefix = functools.partial(_UnixConnection, parts.path, timeout=timeout), ""
-        else:
-            self._connect = functools.partial(http.client.HTTPConnection, self._host, timeout=timeout)
-        self._kept: Deque[http.client.HTTPConnection] = deque()
+        self._timeout = timeout
+        self._tls = (tls or ssl.create_default_context()) if parts.scheme == "https" else None
+        self._server = (parts.hostname or "localhost", parts.port or (443 if self._tls else 80))
+        self._unix, self._prefix = (parts.path, "") if parts.scheme == "unix" else ("", parts.path.rstrip("/"))
+        self._proxy = urlsplit(proxy) if proxy else None
+        if self._proxy and not self._tls:
+            self._prefix = f"http://{parts.netloc}{self._prefix}"  # RFC 9112, section 3.2.2: a proxy wants it all
+        self._kept: Deque[_Connection] = deque()
         self._closed = False
 
     def exchange(self, method: str, path: str, body: bytes = b"", kind: str = "") -> Tuple[int, bytes]:
         """One request, with a body of that Content-Type or without, and its answer: the status and the body, cut at
-        MAX_ANSWER. Raises OSError and HTTPException."""
-        connection = self._take_kept() or self._connect()
+        MAX_ANSWER. Raises `NoAnswer` if the server may have the request, else OSError, HTTPException or ValueError."""
+        headers = {"Content-Type": kind} if body else {}
+        if self._proxy and not self._tls:
+            headers.update(_proxy_login(self._proxy))
+        ends = time.monotonic() + self._timeout
+        request = (method, self._prefix + path, body, headers)
+        kept = self._take_kept()
+        if kept:
+            try:
+                return self._try(kept, ends, request)
+            except OSError:
+                if kept.sent:
+                    raise
+                # The server has just closed it, and does not have the whole request.
+        return self._try(_Connection(self._server, self._tls), ends, request)
+
+    def _try(self, connection: _Connection, ends: float, request: Tuple[Any, ...]) -> Tuple[int, bytes]:
+        connection.ends, connection.sent = ends, False
         try:
-            connection.request(method, self._prefix + path, body or None, {"Content-Type": kind} if body else {})
-            response = connection.getresponse()
-            answer = response.read(MAX_ANSWER)
-            if response.length and len(answer) < MAX_ANSWER:
-                raise http.client.IncompleteRead(answer, response.length)
-        except BaseException:
+            if connection.sock is None:
+                connection.open(self._unix, self._proxy)
+            answer = connection.ask(*request)
+        except BaseException as error:
             connection.close()
+            if connection.sent and isinstance(error, Exception):
+                raise NoAnswer(str(error) or type(error).__name__) from error
             raise
-        if self._closed or response.will_close or not response.isclosed():
-            connection.close()
-        else:
-            self._kept.append(connection)
-        return response.status, answer
+        self._keep(connection)
+        return answer
 
     def probe(self) -> None:
         """Connect, and keep the connection for the next request. Raises OSError when nobody listens."""
-        connection = self._connect()
+        connection = _Connection(self._server, self._tls)
+        connection.ends = time.monotonic() + self._timeout
         try:
-            connection.connect()
-        except OSError:
+            connection.open(self._unix, self._proxy)
+        except BaseException:
             connection.close()
             raise
-        self._kept.append(connection)
+        self._keep(connection)
 
-    def _take_kept(self) -> Optional[http.client.HTTPConnection]:
-        """A kept connection on which the server has said nothing since: what it says unasked is farewell."""
+    def _keep(self, connection: _Connection) -> None:
+        connection.idle_since = time.monotonic()
+        self._kept.append(connection)
+        if self._closed:
+            self.close()
+
+    def _take_kept(self) -> Optional[_Connection]:
+        """A kept connection that the server has not closed; anything that it sends unasked means that it closes."""
         while self._kept:
             with contextlib.suppress(IndexError):  # another thread may take the last
                 connection = self._kept.pop()
-                if not _is_readable(connection.sock):
+                fresh = time.monotonic() - connection.idle_since < KEEP_SECONDS
+                if fresh and connection.sock and not _is_readable(connection.sock):
                     return connection
                 connection.close()
         return None
@@ -1956,17 +2044,105 @@ class HttpClient:
                 self._kept.pop().close()
 
 
-class _UnixConnection(http.client.HTTPConnection):
-    """A connection to a Unix socket."""
+class _Connection(http.client.HTTPConnection):
+    """A connection whose exchange has an end: ``ends``, of time.monotonic. What waits longer raises TimeoutError.
 
-    def __init__(self, path: str, timeout: float) -> None:
-        super().__init__("localhost", timeout=timeout)
-        self._path = path
+    ``sent`` is whether the server may have the whole of the last request, ``idle_since`` when the last one ended.
+    """
 
-    def connect(self) -> None:
-        self.sock = socket.socket(UNIX_FAMILY)
-        self.sock.settimeout(self.timeout)
-        self.sock.connect(self._path)
+    def __init__(self, server: Tuple[str, int], tls: Optional[ssl.SSLContext]) -> None:
+        super().__init__(*server)
+        self._tls = tls
+        self.default_port = 443 if tls else 80  # what the Host header need not say
+        self.ends = self.idle_since = 0.0
+        self.sent = False
+
+    def left(self) -> float:
+        """Seconds until the end. Raises TimeoutError."""
+        seconds = self.ends - time.monotonic()
+        if seconds <= 0:
+            raise TimeoutError("no answer in time")
+        return seconds
+
+    def open(self, unix: str, proxy: Optional[SplitResult]) -> None:
+        """Connect to the Unix socket or, if there is none, to the server, through the proxy if there is one."""
+        if unix:
+            self.sock = socket.socket(UNIX_FAMILY)
+            self.sock.settimeout(self.left())
+            self.sock.connect(unix)
+        else:
+            self._open_tcp(*((proxy.hostname, proxy.port or 80) if proxy else (self.host, self.port)))
+            self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if self._tls:
+            if proxy:
+                self._open_tunnel(_proxy_login(proxy))
+            self.sock.settimeout(self.left())  # the library takes this for the handshake as a whole
+            self.sock = self._tls.wrap_socket(self.sock, server_hostname=self.host)
+
+    def _open_tcp(self, host: Optional[str], port: int) -> None:
+        found = run_within(self.left(), socket.getaddrinfo, host, port, 0, socket.SOCK_STREAM)
+        for number, (*_, address) in enumerate(found, 1):
+            try:
+                self.sock = socket.create_connection(address[:2], self.left())
+                return
+            except OSError:
+                if number == len(found):
+                    raise
+
+    def _open_tunnel(self, headers: Mapping[str, str]) -> None:
+        """Have the proxy connect us to the server: RFC 9110, section 9.3.6."""
+        host = f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+        lines = [f"CONNECT {host} HTTP/1.1", f"Host: {host}", *(f"{name}: {headers[name]}" for name in headers)]
+        self.send("\r\n".join([*lines, "\r\n"]).encode())
+        with self.response_class(self.sock, method="CONNECT") as response:
+            response.begin()
+            if response.status != 200:
+                raise OSError(f"the proxy answered {response.status}")
+
+    def ask(self, method: str, path: str, body: bytes, headers: Dict[str, str]) -> Tuple[int, bytes]:
+        """One request and its answer. Closes the connection if it cannot be used again."""
+        self.request(method, path, body or None, headers)
+        self.sent = True
+        with self.getresponse() as response:
+            answer = response.read(MAX_ANSWER)
+            if response.length and len(answer) < MAX_ANSWER:
+                raise http.client.IncompleteRead(answer, response.length)
+            if response.will_close or not response.isclosed():
+                self.close()
+        return response.status, answer
+
+    def send(self, data: Any) -> None:
+        """Send bytes, which http.client calls."""
+        self.sock.settimeout(self.left())
+        super().send(data)
+
+    def response_class(  # type: ignore[override]  # a class there, which is called in the same way
+            self, sock: socket.socket, *arguments: Any, **options: Any) -> http.client.HTTPResponse:
+        """The reader of an answer, which http.client calls."""
+        response = http.client.HTTPResponse(sock, *arguments, **options)
+        response.fp = io.BufferedReader(_TimedReader(self, sock, response.fp.detach()))
+        return response
+
+
+class _TimedReader(io.RawIOBase):
+    """What a socket receives until the connection's end: the time limit of a socket starts anew with each byte."""
+
+    def __init__(self, connection: _Connection, sock: socket.socket, raw: io.RawIOBase) -> None:
+        self._connection, self._sock, self._raw = connection, sock, raw
+
+    def readable(self) -> bool:
+        """Yes."""
+        return True
+
+    def readinto(self, buffer: Any) -> Optional[int]:
+        """What has come, as soon as something has."""
+        self._sock.settimeout(self._connection.left())
+        return self._raw.readinto(buffer)
+
+    def close(self) -> None:
+        """Let go of the socket."""
+        self._raw.close()
+        super().close()
 
 
 def _is_readable(connection: socket.socket) -> bool:
@@ -1975,93 +2151,247 @@ def _is_readable(connection: socket.socket) -> bool:
         return bool(selector.select(0))
 
 
+def find_proxy(base: str) -> str:
+    """The proxy to the address, as the standard library finds it: HTTPS_PROXY, HTTP_PROXY, NO_PROXY or the system's
+    own; empty for none. Raises `SettingsError`, without the address, which can hold a password."""
+    from urllib.request import getproxies, proxy_bypass  # costs 0.2 MiB, so only who sends imports it
+    parts = urlsplit(base)
+    proxy = getproxies().get(parts.scheme, "")
+    if not proxy or proxy_bypass(parts.netloc):
+        return ""
+    proxy = proxy if "://" in proxy else f"http://{proxy}"
+    if not re.fullmatch(r"https?://([^/?#@\s]*@)?[^/?#@\s]+/?", proxy) or not _is_base(re.sub("//.*@", "//", proxy)):
+        raise SettingsError(f"{parts.scheme.upper()}_PROXY takes the address of an HTTP proxy, as http://proxy:3128")
+    return proxy
+
+
+def _proxy_login(proxy: SplitResult) -> Dict[str, str]:
+    """The header that names us to the proxy, if its address has a user: RFC 7617."""
+    if not proxy.username:
+        return {}
+    words = f"{unquote(proxy.username)}:{unquote(proxy.password or '')}"
+    return {"Proxy-Authorization": "Basic " + base64.b64encode(words.encode()).decode()}
+
+
+def _explain(error: Optional[BaseException]) -> str:
+    """The error's kind, and its text unless that may quote what a server wrote."""
+    return type(error).__name__ + (f": {error}" if isinstance(error, OSError) else "")
+
+
 def _json_or_none(text: bytes) -> Any:
+    if text.count(b"[") + text.count(b"{") > MAX_BRACKETS:
+        return None
     try:
         return json.loads(text.decode("utf-8"))
-    except (ValueError, RecursionError):
+    except ValueError:
         return None
 
 
-class SendApi:
-    """The platform's send API, with the app's own access token. Safe to use from any thread.
+class CircuitBreaker:
+    """Whether the send API is worth a try: after AWAY_AFTER failures in a row it counts as away, and then one thread at
+    a time may try it, with growing pauses. ``timer`` gives seconds."""
 
-    ``rest`` waits so many seconds between tries, ``clock`` gives Unix seconds, ``random`` a number from 0 to 1.
+    def __init__(self, timer: Callable[[], float]) -> None:
+        self._timer = timer
+        self._lock = threading.Lock()  # guards all below
+        self._failures = 0  # in a row
+        self._pause = 0.0  # seconds from the last try to the next
+        self._next_try = 0.0
+        self._prober = 0  # the thread that tries, or 0
+
+    def pause(self) -> float:
+        """Seconds until `begin` may succeed; 0 for now."""
+        with self._lock:
+            if self._failures < AWAY_AFTER:
+                return 0.0
+            return PROBE_SECONDS[0] if self._prober else max(0.0, self._next_try - self._timer())
+
+    def begin(self) -> bool:
+        """Whether this thread may try; if so, it calls `end` afterwards."""
+        with self._lock:
+            if self._failures >= AWAY_AFTER:
+                if self._prober or self._timer() < self._next_try:
+                    return False
+                self._prober = threading.get_ident()
+            return True
+
+    def end(self, problem: str) -> None:
+        """A try of this thread has ended: well if ``problem`` is empty, else because of that."""
+        with self._lock:
+            was_away = self._failures >= AWAY_AFTER
+            self._failures = self._failures + 1 if problem else 0
+            is_away = self._failures >= AWAY_AFTER
+            if self._prober == threading.get_ident() or is_away > was_away:
+                self._pause = min(self._pause * 2, PROBE_SECONDS[1]) if was_away else PROBE_SECONDS[0]
+                self._next_try = self._timer() + self._pause
+                self._prober = 0
+        if is_away > was_away:
+            log.warning("the send API counts as away after %d failures in a row, the last one: %s; replies wait, and "
+                        "one at a time is tried", AWAY_AFTER, problem)
+        elif was_away > is_away:
+            log.warning("the send API is back")
+
+
+class SendApi:
+    """The platform's send API. Safe to use from any thread. A call takes one exchange and, at times, one or two more
+    for a new token, each within ``timeout`` seconds; it never sleeps.
+
+    ``clock`` gives Unix seconds, ``timer`` seconds that never jump. Raises `SettingsError` for a file of the access
+    token that cannot be read, or a proxy that cannot be used.
+
+    What the sending methods raise says what can be done next. `ApiError`: the platform refuses, and would again.
+    `NetworkError`: the user does not have the reply, and it can be sent again later. Another `ReplyError`: the user may
+    have it.
     """
 
-    def __init__(self, settings: Settings, rest: Callable[[float], object] = time.sleep,
-                 clock: Callable[[], float] = time.time, random: Callable[[], float] = random.random) -> None:
+    def __init__(self, settings: Settings, clock: Callable[[], float] = time.time,
+                 timer: Callable[[], float] = time.monotonic, timeout: float = SEND_TIMEOUT) -> None:
         self._settings = settings
-        self._client = HttpClient(settings.api_base, SEND_TIMEOUT)
-        self._rest, self._clock, self._random = rest, clock, random
-        self._lock = threading.Lock()  # guards the two below, and that only one thread fetches a token
-        self._token = settings.access_token
-        self._expires = float("inf") if settings.access_token else 0.0
+        self._client = HttpClient(settings.api_base, timeout, proxy=find_proxy(settings.api_base))
+        self._breaker = CircuitBreaker(timer)
+        self._clock, self._timeout = clock, timeout
+        self._lock = threading.Lock()  # guards all below; its holder gets a token for all who wait
+        self._token, self._expires = "", float("inf")
+        self._attempts = 0  # to get a token, that have ended
+        self._failure: Optional[Tuple[Type[ReplyError], Tuple[str, ...]]] = None  # of the last of them
+        self._source: Optional[Callable[[], str]] = None  # of the next token
+        given = settings.access_token
+        if not given:
+            self._source, self._expires = self._fetch_token, 0.0
+        elif not isinstance(given, str):
+            self._source = functools.partial(self._call_for_token, given)
+        elif given.startswith("@"):
+            self._token = read_token(given[1:])
+            self._source = functools.partial(self._call_for_token, functools.partial(read_token, given[1:]))
+        else:
+            self._token = given
 
-    def send_text(self, open_id: str, text: str) -> None:
-        """Send a text to the user. Raises `ApiError` when the platform refuses, `NetworkError` when it is away."""
-        self._send({"open_id": open_id, "msg_type": "text", "content": text, "pic_url": ""})
+    def send(self, open_id: str, answer: Answer) -> None:
+        """Send what a handler returns to the user."""
+        if not self._breaker.begin():
+            raise NetworkError("the send API counts as away, and another reply is tried first")
+        problem = "an error inside kfserver"
+        try:
+            self._send(open_id, Text(answer) if isinstance(answer, str) else answer)
+            problem = ""
+        except ApiError:
+            problem = ""  # the API is there, and refuses
+            raise
+        except ReplyError as error:
+            problem = str(error)
+            raise
+        finally:
+            self._breaker.end(problem)
 
-    def send_image(self, open_id: str, url: str) -> None:
-        """Send the picture at ``url`` to the user. Raises as `send_text` does."""
-        self._send({"open_id": open_id, "msg_type": "image", "content": "", "pic_url": url})
+    def send_text(self, open_id: str, text: str, user_type: int = 0) -> None:
+        """Send a text to the user. ``user_type`` is 1 or 2; 0 means that of the settings."""
+        self.send(open_id, Text(text, user_type))
+
+    def send_image(self, open_id: str, url: str, user_type: int = 0) -> None:
+        """Send the picture at ``url`` to the user."""
+        self.send(open_id, Image(url, user_type))
+
+    def pause(self) -> float:
+        """Seconds until a reply may be tried, because the API counts as away; 0 for now."""
+        return self._breaker.pause()
 
     def close(self) -> None:
         """Close the connections that are kept."""
         self._client.close()
 
-    def _send(self, fields: Dict[str, str]) -> None:
-        form = urlencode({"user_type": self._settings.user_type, **fields}, errors="replace")
+    def _send(self, open_id: str, answer: Union[Text, Image]) -> None:
+        kind, text, url = ("image", "", answer.url) if isinstance(answer, Image) else ("text", answer.content, "")
+        form = urlencode({"user_type": answer.user_type or self._settings.user_type, "open_id": open_id,
+                          "msg_type": kind, "content": text, "pic_url": url}, errors="replace")
         token = self._get_token("")
         number, words = self._post(token, form)
-        if number in _TOKEN_ERRORS and not self._settings.access_token:
-            number, words = self._post(self._get_token(token), form)
+        if number in _TOKEN_ERRORS and self._source:
+            newer = self._get_token(token)
+            if newer == token:
+                raise NetworkError(f"the send API answered {number} ({words}): the access token has expired, and there "
+                                   "is no other one yet")
+            number, words = self._post(newer, form)
         if number != "0":
-            raise ApiError(number, words)
+            raise _refusal(number, words)
 
     def _post(self, token: str, form: str) -> Tuple[str, str]:
-        """The platform's number and words for one reply; the number of success is 0."""
+        """The platform's number and words for one reply. The number is 0 only if every number of the answer is."""
         path = THIRD_PARTY_SEND_PATH if self._settings.third_party else SEND_PATH
-        answer = self._ask("POST", f"{path}?{urlencode({'access_token': token})}", form)
-        number = answer.get("error_code", answer.get("errno", "no errno"))
-        return self._clean(number, token), self._clean(answer.get("error_msg") or answer.get("msg") or "", token)
+        status, answer = self._ask(f"{path}?{urlencode({'access_token': token})}", form, ReplyError)
+        for number, words in (("error_code", "error_msg"), ("errno", "msg")):
+            if answer.get(number) is False or answer.get(number) not in (None, "", 0, "0"):
+                return self._clean(answer[number], token), self._clean(answer.get(words) or "", token)
+        if status >= 400:
+            return f"status {status}", ""
+        return ("0" if answer.get("errno") in (0, "0") else "no errno"), ""
 
     def _get_token(self, refused: str) -> str:
-        """A token that has time left, and is not the refused one: another thread may have fetched one meanwhile."""
+        """A token that has time left, and is not the refused one if there is another. Threads that come while a thread
+        gets one share what comes of it, a failure too."""
+        seen = self._attempts
         with self._lock:
-            if self._token == refused or self._clock() >= self._expires:
-                self._fetch_token()
+            shared = self._attempts != seen
+            if self._token and self._token != refused and (shared or self._clock() < self._expires):
+                return self._token
+            if shared and self._failure:
+                kind, arguments = self._failure
+                raise kind(*arguments)
+            self._failure = None
+            try:
+                if self._source:
+                    self._token = self._source()
+            except ReplyError as error:
+                self._failure = type(error), error.args
+                raise
+            finally:
+                self._attempts += 1
             return self._token
 
-    def _fetch_token(self) -> None:
-        answer = self._ask("GET", TOKEN_PATH + "?" + urlencode({
-            "grant_type": "client_credentials", "client_id": self._settings.app_key,
-            "client_secret": self._settings.app_secret, "scope": "smartapp_snsapi_base"}))
-        if not (isinstance(answer.get("access_token"), str) and answer["access_token"]):
-            number = answer.get("error") or answer.get("error_code") or "no access_token"
-            words = answer.get("error_description") or answer.get("error_msg") or ""
-            raise ApiError(self._clean(number), self._clean(words))
-        self._token = answer["access_token"]
-        self._expires = self._clock() + _seconds(answer.get("expires_in")) - TOKEN_MARGIN
+    def _call_for_token(self, function: Callable[[], str]) -> str:
+        tokens: List[object] = []
+        error = attempt(lambda: tokens.append(run_within(self._timeout, function)))
+        if error:
+            raise NetworkError(f"no access token: {describe_error(error)}")
+        if not (isinstance(tokens[0], str) and tokens[0]):
+            raise NetworkError("no access token: the function of Settings(access_token=function) returned no text")
+        return tokens[0]
 
-    def _ask(self, method: str, path: str, form: str = "") -> Dict[str, Any]:
-        """The JSON object that the platform answers; network errors and 5xx are tried again, after a while."""
-        for delay in (*SEND_DELAYS, None):
-            try:
-                status, text = self._client.exchange(method, path, form.encode(), "application/x-www-form-urlencoded")
-                answer, problem = _json_or_none(text), f"status {status}"
-                if status < 500:
-                    break
-            except (OSError, http.client.HTTPException) as error:
-                problem = type(error).__name__
-            if delay is None:
-                raise NetworkError(f"the send API was tried {len(SEND_DELAYS) + 1} times, at last: {problem}; "
-                                   "the network or the platform is down, or --api-base is wrong") from None
-            self._rest(delay * (1 - self._random() / 2))
+    def _fetch_token(self) -> str:
+        """A new token, asked for by POST: in a URL the secret would reach the logs of servers and proxies."""
+        _, answer = self._ask(TOKEN_PATH, urlencode({
+            "grant_type": "client_credentials", "client_id": self._settings.app_key,
+            "client_secret": self._settings.app_secret, "scope": "smartapp_snsapi_base"}), NetworkError)
+        token = answer.get("access_token")
+        if not (isinstance(token, str) and token):
+            number = answer.get("error") or answer.get("error_code") or answer.get("errno") or "no access_token"
+            words = answer.get("error_description") or answer.get("error_msg") or answer.get("msg") or ""
+            raise _refusal(self._clean(number), self._clean(words))
+        self._expires = self._clock() + _seconds(answer.get("expires_in")) - TOKEN_MARGIN
+        return token
+
+    def _ask(self, path: str, form: str, unsure: Type[ReplyError]) -> Tuple[int, Dict[str, Any]]:
+        """The status and the JSON object that the platform answers to a form. Raises `NetworkError` if it surely has
+        not done what the form asks, ``unsure`` if it may have."""
+        status, text, problem, kind = 0, b"", "", unsure
+        try:
+            status, text = self._client.exchange("POST", path, form.encode(), "application/x-www-form-urlencoded")
+        except NoAnswer as error:
+            problem = f"did not answer ({_explain(error.__cause__)})"
+        except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: a name that cannot be encoded
+            problem, kind = f"cannot be reached ({self._clean(_explain(error))})", NetworkError
+        answer = _json_or_none(text)
         if 300 <= status < 400:
-            raise NetworkError(f"the send API redirects (status {status}), which is not followed: correct --api-base")
-        if not isinstance(answer, dict):
-            raise NetworkError(f"the send API answered no JSON object (status {status}): correct --api-base")
-        return answer
+            problem, kind = f"redirects (status {status}), which is not followed: correct --api-base", NetworkError
+        elif status >= 500 or status == 429:
+            problem, kind = f"is out of order (status {status})", NetworkError
+        elif not problem and not isinstance(answer, dict):
+            if status >= 400:
+                raise ApiError(f"status {status}", "and no JSON object")
+            problem = f"answered no JSON object (status {status})"
+        if problem:
+            advice = "" if kind is NetworkError else "; the reply may have arrived, so it is not sent again"
+            raise kind(f"the send API {problem}{advice}")
+        return status, answer
 
     def _clean(self, words: object, token: str = "") -> str:
         """Words of the platform, fit for a log: without secrets, short, and in one line."""
@@ -2071,25 +2401,67 @@ class SendApi:
         return printable(" ".join(text[:200].split()))
 
 
+def read_token(path: str) -> str:
+    """The access token that a file holds. Raises `SettingsError`."""
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            token = file.read(MAX_ANSWER).strip()
+    except (OSError, ValueError) as error:
+        token, problem = "", getattr(error, "strerror", None) or "it is not a text"
+    else:
+        problem = "" if re.fullmatch("[!-~]+", token) else "it must hold one word"
+    if problem:
+        raise SettingsError(f"{setting_names('access_token')} cannot use its file: {problem}")
+    return token
+
+
 def _seconds(value: object) -> float:
-    """A lifetime as the platform tells it, as a number or text; 0 for what is neither."""
+    """A lifetime as the platform tells it, as a number or text; 0 for anything else."""
     try:
         seconds = float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError):
         return 0.0
     except OverflowError:
         return float("inf")
-    return seconds if seconds > 0 else 0.0  # neither is "not a number"
+    return seconds if seconds > 0 else 0.0  # NaN compares false, so it becomes 0 as well
 
 
 def list_answers(answers: Answers) -> List[Answer]:
     """What a handler returned, as a list without empty texts. Raises `HandlerError` for what cannot be sent."""
-    listed = list(answers) if isinstance(answers, (list, tuple)) and not isinstance(answers, Image) else [answers]
-    for answer in listed:
-        if not (answer is None or isinstance(answer, (str, Image))):
-            raise HandlerError("a handler returns None, a text, Image(url) or a list of these, "
+    given: Any = answers
+    if not isinstance(answers, (list, tuple)) or isinstance(answers, (Text, Image)):
+        given = [answers]
+    listed: List[Answer] = []
+    for answer in given:
+        if isinstance(answer, (Text, Image)) and isinstance(answer[0], str):
+            if answer.user_type not in (0, 1, 2) or isinstance(answer.user_type, bool):
+                raise HandlerError(f"user_type is 1 (guest) or 2 (Baidu account), not {answer.user_type!r}")
+        elif not (answer is None or isinstance(answer, str)):
+            raise HandlerError("a handler returns None, a text, Image(url), Text(content) or a list of these, "
                                f"not {type(answer).__name__}")
-    return [answer for answer in listed if answer]
+        if answer and (isinstance(answer, Image) or answer[0]):
+            listed.append(answer)
+    return listed
+
+
+def encode_replies(answers: Iterable[Answer]) -> str:
+    """Answers as JSON, for the journal."""
+    return json.dumps([answer if isinstance(answer, str) else [type(answer).__name__, *answer] for answer in answers])
+
+
+def decode_replies(text: str) -> List[Answer]:
+    """What `encode_replies` was given. Raises ValueError for any other text."""
+    kinds: Mapping[object, Any] = {"Text": Text, "Image": Image}
+    try:
+        return list_answers([each if isinstance(each, str) else kinds[each[0]](*each[1:]) for each in json.loads(text)])
+    except (LookupError, TypeError, HandlerError) as error:
+        raise ValueError("not the replies of a message") from error
+
+
+def retry_delay(tries: int, random: Callable[[], float] = random.random) -> float:
+    """Seconds from a reply's try number ``tries`` to the next, shortened at random by up to half, so that many replies
+    do not come back in step. ``random`` gives a number from 0 to 1."""
+    return RETRY_REPLY_DELAYS[min(tries, len(RETRY_REPLY_DELAYS)) - 1] * (1 - random() / 2)
 
 
 class Outbox:
@@ -2107,26 +2479,30 @@ class Outbox:
         self._left = QUOTA
 
     def __call__(self, answers: Answers) -> None:
-        """Send the answers, one after the other. Raises `HandlerError` above the quota, before any is sent."""
+        """Send the answers, one after the other, each in one try. Raises as `check` and `send` do."""
+        for answer in self.check(answers):
+            self.send(answer)
+
+    def check(self, answers: Answers) -> List[Answer]:
+        """The answers as a list. Raises `HandlerError` for what cannot be sent, and then nothing is sent."""
         listed = list_answers(answers)
         if len(listed) > self._left:
             raise HandlerError(f"the platform takes {QUOTA} replies to one message, and there are more: join some")
-        for answer in listed:
-            self._left -= 1
-            try:
-                self._send(answer)
-            except ReplyError:
-                self._count("replies_failed")
-                raise
+        if listed and not self._openid:
+            raise HandlerError("this message has no sender to reply to (a platform's event): return None for it")
+        return listed
 
-    def _send(self, answer: Answer) -> None:
+    def send(self, answer: Answer) -> None:
+        """Send one answer, in one try. Raises as `SendApi` does; then none of the later answers may overtake it."""
+        self._left -= 1
         if self._api is None:
             log.warning("reply not sent: key=%s; set --app-key and --app-secret, or --access-token", self._key)
             return
-        if isinstance(answer, Image):
-            self._api.send_image(self._openid, answer.url)
-        else:
-            self._api.send_text(self._openid, answer)
+        try:
+            self._api.send(self._openid, answer)
+        except ReplyError:
+            self._count("replies_failed")
+            raise
         self._count("replies_sent")
 
 
@@ -3851,14 +4227,12 @@ def _show_error(error: BaseException) -> None:
 class PrintedReplies:
     """Works like a `SendApi`, but for the network: every reply is printed, and so arrives."""
 
-    def send_text(self, open_id: str, text: str) -> None:
-        """Print a text to the user."""
+    def send(self, open_id: str, answer: Answer) -> None:
+        """Print a text, or the address of a picture, to the user."""
+        words = answer if isinstance(answer, str) else answer[0]
+        mark = "[image] " if isinstance(answer, Image) else ""
         # Further lines of a text stand deeper than the beginning of the next.
-        _show(f"to {open_id or 'nobody'}: {text}".replace("\n", "\n  "))
-
-    def send_image(self, open_id: str, url: str) -> None:
-        """Print the address of a picture to the user."""
-        _show(f"to {open_id or 'nobody'}: [image] {url}")
+        _show(f"to {open_id}: {mark}{words}".replace("\n", "\n  "))
 
 
 class Chat:
@@ -4070,7 +4444,7 @@ def read_setting(name: str, text: str) -> Any:
     """The value that a text on the command line or in the environment means for a setting. Raises `SettingsError`."""
     field = SETTING_FIELDS[name]
     words = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
-    convert: Mapping[str, Callable[[str], Any]] = {"int": int, "float": float, "str": str,
+    convert: Mapping[str, Callable[[str], Any]] = {"int": int, "float": float, "str": str, "AccessToken": str,
                                                    "bool": lambda word: words[word.strip().lower()]}
     try:
         value = convert[str(field.type)](text)

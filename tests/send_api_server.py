@@ -1,7 +1,7 @@
 """The platform's send API, played by a real HTTP server on loopback: strictly, and with any trouble a test asks for.
 
 It takes a request only if its method, path, query, headers and form are exactly the published ones. Anything else is
-answered 400 and kept in ``breaches``, which must be empty at the end of every test. What shall go wrong is put into
+answered 400 and kept in ``breaches``, which must be empty at the end of every test. What is to go wrong is put into
 ``send_troubles`` or ``token_troubles`` beforehand: each spoils one request, and the rest go well.
 
 As a program it prints its address, serves until its input ends, and prints what it counted as JSON.
@@ -10,6 +10,7 @@ As a program it prints its address, serves until its input ends, and prints what
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import pathlib
 import socket
@@ -20,7 +21,7 @@ import sys
 import threading
 from collections import deque
 from http.server import BaseHTTPRequestHandler
-from typing import Any, Callable, Deque, Dict, List, NamedTuple, Optional, Set
+from typing import Any, Callable, Deque, Dict, List, NamedTuple, Optional, Set, Tuple
 from urllib.parse import parse_qsl, urlsplit
 
 PUBLISHED: Dict[str, Any] = json.loads(
@@ -86,31 +87,31 @@ class Exchange(BaseHTTPRequestHandler):
             self.connection.shutdown(socket.SHUT_RDWR)
         self.api.ended(self.connection)
 
-    def do_GET(self) -> None:
-        """A request for a token."""
-        self._serve(self.api.token_troubles, self._read_token_request)
-
     def do_POST(self) -> None:
-        """A reply."""
-        self._serve(self.api.send_troubles, self._read_reply)
+        """A request for a token, or a reply."""
+        if self.path.partition("?")[0] == TOKEN_PATH:
+            self._serve("token", self._read_token_request)
+        else:
+            self._serve("send", self._read_reply)
 
-    def _serve(self, troubles: Deque[Trouble], read: Callable[[], Callable[[], None]]) -> None:
-        self.api.count(self.command)
+    def _serve(self, kind: str, read: Callable[[], Callable[[], None]]) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"] or 0)).decode("ascii")
+        trouble = self.api.count(kind)
         try:
             expect(self.headers["Host"] == urlsplit(self.api.base).netloc, "Host is not this server")
+            expect("Proxy-Authorization" not in self.headers, "the proxy's password is none of our business")
+            expect(self.headers["Content-Type"] == "application/x-www-form-urlencoded", "not a form")
+            self.form = read_fields(body)
             self.answer_well = read()
         except (Breach, ValueError) as breach:
-            self.api.breaches.append(f"{self.command}: {breach}")
+            self.api.breaches.append(f"{kind}: {breach}")
             self.answer({"error_msg": "bad request"}, 400)
             return
-        trouble = self.api.next_trouble(troubles)
         trouble(self) if trouble else self.answer_well()
 
     def _read_token_request(self) -> Callable[[], None]:
-        path, _, query = self.path.partition("?")
-        fields, published = read_fields(query), PUBLISHED["token"]["query"]
-        expect(path == TOKEN_PATH, "the token is somewhere else")
-        expect("Content-Length" not in self.headers and "Transfer-Encoding" not in self.headers, "GET with a body")
+        fields, published = self.form, PUBLISHED["token"]["query"]
+        expect(self.path == TOKEN_PATH, "the token is asked for with a query, which is logged")
         expect(fields.keys() == published.keys(), "not the published fields")
         expect(all(fields[name] == published[name] for name in ("grant_type", "scope")), "another grant or scope")
         return lambda: self._grant(fields)
@@ -123,11 +124,9 @@ class Exchange(BaseHTTPRequestHandler):
             self.answer(PUBLISHED["token"]["failure"], 401)
 
     def _read_reply(self) -> Callable[[], None]:
-        body = self.rfile.read(int(self.headers["Content-Length"] or 0)).decode("ascii")
         path, _, query = self.path.partition("?")
-        tokens, form = read_fields(query), read_fields(body)
+        tokens, form = read_fields(query), self.form
         expect(path == self.api.send_path, "replies go somewhere else")
-        expect(self.headers["Content-Type"] == "application/x-www-form-urlencoded", "not a form")
         expect(tokens.keys() == PUBLISHED["send"]["query"].keys(), "the query is the token, and nothing else")
         expect(form.keys() == PUBLISHED["send"]["form"].keys(), "not the published fields")
         expect(form["user_type"] in ("1", "2"), "an unknown user_type")
@@ -176,6 +175,7 @@ class SendApiServer:
         self.send_requests = self.token_requests = self.connections = 0
         self.tokens: Set[str] = set()  # those that are valid now
         self.open: Set[socket.socket] = set()  # connections that are open now
+        self.over = threading.Event()  # the server is being closed
         self._issued: Set[str] = set()
         self._lock = threading.Lock()  # guards all above
         self._listener = Listener(self)
@@ -193,6 +193,7 @@ class SendApiServer:
 
     def close(self) -> None:
         """Hang up on everybody, and stop."""
+        self.over.set()
         self._listener.shutdown()
         self._thread.join()
         self.hang_up()
@@ -223,18 +224,17 @@ class SendApiServer:
         with self._lock:
             self.open.discard(connection)
 
-    def count(self, method: str) -> None:
-        """Count a request."""
-        with self._lock:
-            if method == "GET":
-                self.token_requests += 1
-            else:
-                self.send_requests += 1
+    def count(self, kind: str) -> Optional[Trouble]:
+        """Count a request for a token or to send; what is to become of it, None if it is to go well.
 
-    def next_trouble(self, troubles: Deque[Trouble]) -> Optional[Trouble]:
-        """What shall become of this request; None if it shall go well."""
+        In one step: whoever waits for the count may rely on it that the next request does not get this one's trouble.
+        """
         with self._lock:
-            return troubles.popleft() if troubles else None
+            if kind == "token":
+                self.token_requests += 1
+                return self.token_troubles.popleft() if self.token_troubles else None
+            self.send_requests += 1
+            return self.send_troubles.popleft() if self.send_troubles else None
 
     def issue_token(self) -> str:
         """A new token, shaped as the published one is."""
@@ -264,6 +264,85 @@ def serve_tls(listener: socket.socket, certificate: str) -> ssl.SSLSocket:
     return context.wrap_socket(listener, server_side=True, do_handshake_on_connect=False)
 
 
+# ---- A proxy between the client and the platform
+
+
+class Passage(BaseHTTPRequestHandler):
+    """One connection of a client to the proxy."""
+
+    protocol_version = "HTTP/1.1"
+    server: Proxy
+
+    def do_CONNECT(self) -> None:
+        """A tunnel to the platform."""
+        if self._may_pass():
+            host, _, port = self.path.rpartition(":")
+            with socket.create_connection((host, int(port)), ENDURANCE) as platform:
+                self.send_response(200)
+                self.end_headers()
+                back = threading.Thread(target=relay, args=(platform, self.connection))
+                back.start()
+                relay(self.connection, platform)
+                back.join()
+        self.close_connection = True
+
+    def do_POST(self) -> None:
+        """A request that names the platform in its first line."""
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        if self._may_pass():
+            parts = urlsplit(self.path)
+            platform = http.client.HTTPConnection(parts.netloc, timeout=ENDURANCE)
+            with contextlib.closing(platform):
+                kind = {"Host": self.headers["Host"], "Content-Type": self.headers["Content-Type"]}
+                platform.request("POST", f"{parts.path}?{parts.query}" if parts.query else parts.path, body, kind)
+                with platform.getresponse() as response:
+                    answer = response.read()
+            self.send_response(response.status)
+            self.send_header("Content-Length", str(len(answer)))
+            self.end_headers()
+            self.wfile.write(answer)
+
+    def _may_pass(self) -> bool:
+        self.server.asked.append((self.command, self.path, self.headers["Proxy-Authorization"] or ""))
+        if self.server.refuses:
+            self.send_error(407)
+        return not self.server.refuses
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Nothing."""
+
+
+def relay(source: socket.socket, target: socket.socket) -> None:
+    """Carry bytes one way until their end."""
+    with contextlib.suppress(OSError):
+        for data in iter(lambda: source.recv(65536), b""):
+            target.sendall(data)
+    with contextlib.suppress(OSError):
+        target.shutdown(socket.SHUT_RDWR)
+
+
+class Proxy(socketserver.ThreadingTCPServer):
+    """An HTTP proxy. ``asked`` holds the method, the target and the credentials of each request that came."""
+
+    daemon_threads = True
+
+    def __init__(self, refuses: bool = False) -> None:
+        super().__init__(("127.0.0.1", 0), Passage)
+        self.refuses = refuses
+        self.asked: List[Tuple[str, str, str]] = []
+        self.address = f"127.0.0.1:{self.server_address[1]}"
+        self._thread = threading.Thread(target=self.serve_forever, args=(0.002,))
+
+    def __enter__(self) -> Proxy:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.shutdown()
+        self._thread.join()
+        self.server_close()
+
+
 # ---- Troubles: what a request gets instead of its answer
 
 Trouble = Callable[[Exchange], None]
@@ -287,6 +366,18 @@ def gateway_refuses(number: int, words: str) -> Trouble:
 def redirects(url: str) -> Trouble:
     """The way to another place."""
     return says({"errno": 0, "msg": "success"}, 302, f"Location: {url}")
+
+
+def drips(head: bytes) -> Trouble:
+    """The beginning of an answer, and then a blank again and again, until the client hangs up."""
+
+    def drip(exchange: Exchange) -> None:
+        exchange.close_connection = True
+        exchange.wfile.write(head)
+        with contextlib.suppress(OSError):
+            while not exchange.api.over.wait(0.01):
+                exchange.wfile.write(b" ")
+    return drip
 
 
 def writes(data: bytes) -> Trouble:

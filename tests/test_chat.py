@@ -200,12 +200,6 @@ def lines(text: str) -> str:
         user: /raw {"MsgType": "video", "FromUserName": "zoe"}
           nobody takes this; to take it, write: @registry.on("video")
     """, id="nobody takes the type"),
-    pytest.param(['/raw {"event": "AUDIT", "tpAppId": 5}'], """
-        user: /raw {"event": "AUDIT", "tpAppId": 5}
-          @registry.on('event') -> fields
-          @registry.on('text', 'fields') -> fields
-          to nobody: {"event": "AUDIT", "tpAppId": "5"}
-    """, id="packet without a sender"),
     pytest.param(["/raw <xml><Event>enter</Event><FromUserName>zoe</FromUserName></xml>"], """
         user: /raw <xml><Event>enter</Event><FromUserName>zoe</FromUserName></xml>
           @registry.on('event') -> fields
@@ -251,6 +245,12 @@ def test_chat_shows_an_error_runs_on_error_and_goes_on(line: str, told: str, rec
     status, printed = recite(line, "quiet")
     assert re.search(rf"^  {told}\n  to user: sorry\nuser: quiet\n", printed, re.MULTILINE)
     assert status == 1
+
+
+def test_chat_refuses_a_reply_to_a_packet_without_a_sender(recite: Recite) -> None:
+    status, printed = recite('/raw {"event": "AUDIT", "tpAppId": 5}')
+    assert "kfserver.HandlerError: this message has no sender to reply to" in printed
+    assert (status, "  to " in printed) == (1, False)
 
 
 def test_chat_shows_only_the_steps_of_an_error_that_are_the_handlers_own(recite: Recite) -> None:
