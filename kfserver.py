@@ -2131,7 +2131,7 @@ class _TimedReader(io.RawIOBase):
         self._connection, self._sock, self._raw = connection, sock, raw
 
     def readable(self) -> bool:
-        """Yes."""
+        """Yes: `io.BufferedReader` asks."""
         return True
 
     def readinto(self, buffer: Any) -> Optional[int]:
