@@ -3229,7 +3229,8 @@ class _Connection(http.client.HTTPConnection):
         self.sock.settimeout(self.left())
         super().send(data)
 
-    def response_class(self, sock: socket.socket, *arguments: Any, **options: Any) -> http.client.HTTPResponse:
+    def response_class(  # type: ignore[override]  # a class there, which is called in the same way
+            self, sock: socket.socket, *arguments: Any, **options: Any) -> http.client.HTTPResponse:
         """The reader of an answer, which http.client calls."""
         response = http.client.HTTPResponse(sock, *arguments, **options)
         response.fp = io.BufferedReader(_TimedReader(self, sock, response.fp.detach()))
@@ -3243,7 +3244,7 @@ class _TimedReader(io.RawIOBase):
         self._connection, self._sock, self._raw = connection, sock, raw
 
     def readable(self) -> bool:
-        """Yes."""
+        """Yes: `io.BufferedReader` asks."""
         return True
 
     def readinto(self, buffer: Any) -> Optional[int]:
@@ -3412,17 +3413,16 @@ class SendApi:
         self._client.close()
 
     def _send(self, open_id: str, answer: Union[Text, Image]) -> None:
-        text, url = ("", answer.url) if isinstance(answer, Image) else (answer.content, "")
+        kind, text, url = ("image", "", answer.url) if isinstance(answer, Image) else ("text", answer.content, "")
         form = urlencode({"user_type": answer.user_type or self._settings.user_type, "open_id": open_id,
-                          "msg_type": "image" if isinstance(answer, Image) else "text", "content": text, "pic_url": url},
-                         errors="replace")
+                          "msg_type": kind, "content": text, "pic_url": url}, errors="replace")
         token = self._get_token("")
         number, words = self._post(token, form)
         if number in _TOKEN_ERRORS and self._source:
             newer = self._get_token(token)
             if newer == token:
-                raise NetworkError(f"the send API answered {number} ({words}): the access token has expired, and "
-                                   "--access-token has no other one yet")
+                raise NetworkError(f"the send API answered {number} ({words}): the access token has expired, and there "
+                                   "is no other one yet")
             number, words = self._post(newer, form)
         if number != "0":
             raise _refusal(number, words)
