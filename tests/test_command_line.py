@@ -546,7 +546,8 @@ def test_program_finishes_what_waits_when_its_terminal_closes(ignored: bool) -> 
 
 @pytest.mark.parametrize(("environment", "told"), [
     ({"KF_TOKN": "", "KF_TOKEN": "", "KF_ZZZZ": "", "HOME": ""},
-     ["KF_TOKN in the environment is not a setting: did you mean KF_TOKEN?", "KF_ZZZZ in the environment is not a setting"]),
+     ["KF_TOKN in the environment is not a setting: did you mean KF_TOKEN?",
+      "KF_ZZZZ in the environment is not a setting"]),
     ({"KF_PORT": "8080"}, []),
     ({"KF_PORT": "tcp://10.0.0.1:80"}, ["KF_PORT in the environment comes from Kubernetes and is not a setting"]),
     ({"KF_PORT": "tcp://10.0.0.1:80", "KF_SERVICE_HOST": "10.0.0.1", "KF_SERVICE_PORT_HTTP": "80", "KF_PORT_80_TCP": "",
