@@ -6279,7 +6279,7 @@ def parse_arguments(parser: argparse.ArgumentParser, arguments: Sequence[str]) -
         near = difflib.get_close_matches(name.lower(), parser._option_string_actions, n=1)
         hint = f"did you mean {near[0]}?" if near else f"see {parser.prog} --help"
         raise SettingsError(f"no option {name}: {hint}" if name.startswith("-") else
-                            f"an argument too much: {name!r}; see {parser.prog} --help")
+                            f"one argument too many: {name!r}; see {parser.prog} --help")
     return parsed
 
 
@@ -6538,12 +6538,12 @@ def _advice(settings: Settings, environment: Mapping[str, str], has_terminal: bo
     known = [f"KF_{name.upper()}" for name in SETTING_FIELDS]
     foreign = sorted(name for name, value in environment.items() if _is_of_kubernetes(name, value))
     if foreign:
-        yield f"{foreign[0]} in the environment is of Kubernetes and no setting" + (
+        yield f"{foreign[0]} in the environment comes from Kubernetes and is not a setting" + (
             f", as are {len(foreign) - 1} more" if foreign[1:] else "")
     for name in sorted(set(environment) - {*known, *foreign}):
         if name.startswith("KF_"):
             near = difflib.get_close_matches(name, known, n=1)
-            yield f"{name} in the environment is no setting" + (f": did you mean {near[0]}?" if near else "")
+            yield f"{name} in the environment is not a setting" + (f": did you mean {near[0]}?" if near else "")
     if not settings.token:
         yield "no token is set: anyone who reaches this port can push; set --token (KF_TOKEN)"
     if not (settings.app_key or settings.access_token):

@@ -129,7 +129,7 @@ def test_main_names_a_bad_setting(arguments: List[str], environment: Dict[str, s
     (["--tokn=secret"], "no option --tokn: did you mean --token?"),
     (["push", "--jsno", "http://kf"], "no option --jsno: did you mean --json?"),
     (["--zzzzzz"], "no option --zzzzzz: see kfserver.py --help"),
-    (["chat", "hi"], "an argument too much: 'hi'; see kfserver.py chat --help"),
+    (["chat", "hi"], "one argument too many: 'hi'; see kfserver.py chat --help"),
     (["pusch"], "no command 'pusch': did you mean push?"),
     (["zzz"], "no command 'zzz': there are serve, push, chat, journal, help"),
     (["help", "pusch"], "no command 'pusch': did you mean push?"),
@@ -619,12 +619,13 @@ def test_program_finishes_what_waits_when_its_terminal_closes(ignored: bool) -> 
 
 @pytest.mark.parametrize(("environment", "told"), [
     ({"KF_TOKN": "", "KF_TOKEN": "", "KF_ZZZZ": "", "HOME": ""},
-     ["KF_TOKN in the environment is no setting: did you mean KF_TOKEN?", "KF_ZZZZ in the environment is no setting"]),
+     ["KF_TOKN in the environment is not a setting: did you mean KF_TOKEN?",
+      "KF_ZZZZ in the environment is not a setting"]),
     ({"KF_PORT": "8080"}, []),
-    ({"KF_PORT": "tcp://10.0.0.1:80"}, ["KF_PORT in the environment is of Kubernetes and no setting"]),
+    ({"KF_PORT": "tcp://10.0.0.1:80"}, ["KF_PORT in the environment comes from Kubernetes and is not a setting"]),
     ({"KF_PORT": "tcp://10.0.0.1:80", "KF_SERVICE_HOST": "10.0.0.1", "KF_SERVICE_PORT_HTTP": "80", "KF_PORT_80_TCP": "",
       "KF_PORT_80_TCP_ADDR": "", "KF_REDIS_PORT": "", "KF_REDIS_SERVICE_HOST": ""},
-     ["KF_PORT in the environment is of Kubernetes and no setting, as are 6 more"]),
+     ["KF_PORT in the environment comes from Kubernetes and is not a setting, as are 6 more"]),
 ], ids=["misspelt", "a port", "Kubernetes' port", "all of Kubernetes"])
 def test_program_tells_of_variables_that_are_no_settings(environment: Dict[str, str], told: List[str]) -> None:
     assert list(kfserver._advice(Settings(token="t", access_token="a"), environment, False)) == told

@@ -599,9 +599,10 @@ def test_push_by_tls_checks_the_certificate(
 @pytest.mark.parametrize(("spoken", "wrong"), [("http", "https"), ("https", "http")])
 @pytest.mark.parametrize("count", [1, 3])
 def test_push_says_that_the_scheme_is_wrong(spoken: str, wrong: str, count: int, certificate: str) -> None:
-    with receiver(tls_cert=certificate if spoken == "https" else "") as running:
-        with pytest.raises(SettingsError, match=f"the receiver speaks {spoken} at this port, not {wrong}: push to"):
-            push(url_of(running).replace("http", wrong), "--count", count)
+    told = f"the receiver speaks {spoken} at this port, not {wrong}: push to {spoken}://"
+    tls_cert = certificate if spoken == "https" else ""
+    with receiver(tls_cert=tls_cert) as running, pytest.raises(SettingsError, match=told):
+        push(url_of(running).replace("http", wrong), "--count", count)
 
 
 @pytest.mark.parametrize("spoken", [
