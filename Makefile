@@ -34,7 +34,7 @@ $(VENV)/installed:
 test: $(VENV)/installed ## Run the tests on $(PYTHON), warnings as errors
 	@$(VENV)/bin/python tests/side_by_side.py $(VENV)/bin/python -m pytest $(PYTEST_OPTIONS)
 
-test-all: ## Run the tests on every interpreter from 3.7 to 3.13 that is found
+test-all: ## Run the tests on every CPython from 3.7 on that is found, however new
 	sh tests/each_python.sh $(MAKE) --no-print-directory test
 
 .venv/check/installed: Makefile
