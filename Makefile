@@ -12,6 +12,8 @@ RUFF := ruff==0.17.6
 RUFF_OPTIONS := --no-cache --target-version py37 --line-length 120 \
 	--select E,F,W,B,C4,SIM,RET,UP,PIE --ignore UP006,UP007,UP035,UP045
 MYPY_OPTIONS := --strict --ignore-missing-imports --python-version 3.7 --cache-dir /dev/null
+# How long each of the four readers is fuzzed under the guidance of coverage.
+FUZZ_SECONDS ?= 60
 SOURCES := kfserver.py handlers.py
 export PYTHONDONTWRITEBYTECODE := 1
 
@@ -46,8 +48,17 @@ check: .venv/check/installed ## Types and style
 	.venv/check/bin/mypy $(MYPY_OPTIONS) $(SOURCES)
 	.venv/check/bin/ruff check $(RUFF_OPTIONS) $(SOURCES) tests
 
-fuzz: $(VENV)/installed ## 200,000 mutated pushes through the endpoint
+# atheris has wheels for some versions of Python only: the first that it can be installed on is taken.
+.venv/fuzz/installed:
+	for python in $(PYTHON) python3.13 python3.12 python3.11; do \
+		$$python -m venv --clear .venv/fuzz 2>/dev/null && .venv/fuzz/bin/python -m pip install --quiet \
+			--disable-pip-version-check --only-binary :all: atheris h11 cryptography && touch $@ && break; \
+	done; test -e $@
+
+fuzz: $(VENV)/installed .venv/fuzz/installed ## Mutated pushes and bytes, guided by coverage too, and a comparison with h11
 	$(VENV)/bin/python tests/fuzz.py --cases 200000
+	.venv/fuzz/bin/python tests/fuzz_guided.py --seconds $(FUZZ_SECONDS)
+	.venv/fuzz/bin/python tests/fuzz_h11.py --cases 100000
 
 crash: $(VENV)/installed ## Kill a server with a journal 100 times, and count every message
 	$(VENV)/bin/python tests/crash.py --kills 100
