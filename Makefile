@@ -5,7 +5,7 @@ TAG := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 VENV := .venv/$(TAG)
 # Warns on every import on older interpreters; there our own cipher is the one that is tested.
 CRYPTOGRAPHY := 'cryptography; python_version >= "3.9"'
-PYTEST_OPTIONS := -q -W error -p no:cacheprovider
+PYTEST_OPTIONS := -q -W error -p no:cacheprovider --continue-on-collection-errors
 # The newest releases that still understand Python 3.7, the oldest interpreter that kfserver runs on.
 MYPY := mypy==1.4.1
 RUFF := ruff==0.17.6

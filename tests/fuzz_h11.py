@@ -2,9 +2,9 @@
 
     .venv/fuzz/bin/python tests/fuzz_h11.py --cases 200000 --seed 1
 
-Two readers that disagree on where a request ends let an attacker smuggle one past the first. So what both accept they must
-frame alike, and what kfserver accepts and h11 refuses must have a reason that stands here in REASONS. That kfserver refuses
-what h11 accepts is no finding: it is the stricter of the two on purpose. Needs h11, which `make fuzz` installs.
+Two readers that disagree on where a request ends let an attacker smuggle one past the first. So what both accept they
+must frame alike, and what kfserver accepts and h11 refuses must have a reason that stands here in REASONS. kfserver may
+refuse what h11 accepts: it is the stricter of the two on purpose. Needs h11, which `make fuzz` installs.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ MAX_BODY = 1 << 20
 
 HEADS: List[bytes] = [
     b"Content-Length: 3\r\n", b"Content-Length: 3, 3\r\n", b"Content-Length : 3\r\n", b"content-length:3\r\n",
-    b"Content-Length:\t3 \r\n", b"Content-Length: 03\r\n", b"Content-Length: 3\r\n\tfolded: 1\r\n", b"Content-Length:\r\n",
-    b"Content-Length: 3\nX: y\r\n", b"Transfer-Encoding: chunked\r\n", b"Transfer-Encoding: Chunked\r\n",
+    b"Content-Length:\t3 \r\n", b"Content-Length: 03\r\n", b"Content-Length: 3\r\n\tfolded: 1\r\n",
+    b"Content-Length:\r\n", b"Content-Length: 3\nX: y\r\n", b"Transfer-Encoding: chunked\r\n",
+    b"Transfer-Encoding: Chunked\r\n",
     b"Transfer-Encoding: identity\r\n", b"Transfer-Encoding: gzip, chunked\r\n", b"Transfer-Encoding:\x0bchunked\r\n",
     b"Transfer-Encoding: chunked, chunked\r\n", b"Transfer_Encoding: chunked\r\n", b"Connection: keep-alive\r\n",
     b"Connection: close\r\n", b"Connection: Upgrade\r\nUpgrade: h2c\r\n", b"Expect: 100-continue\r\n", b"Host: kf\r\n",
@@ -40,8 +41,9 @@ LINES: List[bytes] = [
     b"POST /\xe4 HTTP/1.1", b"POST / HTTP/1.1 ", b"\r\nPOST / HTTP/1.1", b"POST / http/1.1", b"POST / HTTP/01.1"]
 BODIES: List[bytes] = [
     b"", b"abc", b"3\r\nabc\r\n0\r\n\r\n", b"3;x=\"y\"\r\nabc\r\n0\r\nT: x\r\n\r\n", b"03\r\nabc\r\n00\r\n\r\n",
-    b"3 \r\nabc\r\n0\r\n\r\n", b"3\nabc\n0\n\n", b"0x3\r\nabc\r\n0\r\n\r\n", b"3\r\nabcd\r\n0\r\n\r\n", b"+3\r\nabc\r\n0\r\n\r\n",
-    b"-3\r\nabc\r\n0\r\n\r\n", b"3;\r\nabc\r\n0\r\n\r\n", b"3\r\nabc\r\n0\r\nbad trailer\r\n\r\n", b"3_0\r\nabc\r\n0\r\n\r\n"]
+    b"3 \r\nabc\r\n0\r\n\r\n", b"3\nabc\n0\n\n", b"0x3\r\nabc\r\n0\r\n\r\n", b"3\r\nabcd\r\n0\r\n\r\n",
+    b"+3\r\nabc\r\n0\r\n\r\n", b"-3\r\nabc\r\n0\r\n\r\n", b"3;\r\nabc\r\n0\r\n\r\n",
+    b"3\r\nabc\r\n0\r\nbad trailer\r\n\r\n", b"3_0\r\nabc\r\n0\r\n\r\n"]
 
 # What kfserver accepts and h11 does not, by h11's words, and why it may be accepted.
 REASONS: Dict[str, str] = {
@@ -121,7 +123,7 @@ def origin_form(target: str) -> str:
 
 
 def compare(data: bytes) -> str:
-    """What the two readings say of each other: a word for the statistics. Starts with FOUND if they must not differ so."""
+    """How the two readings differ, for the statistics; starts with FOUND if they must not differ so."""
     ours, other = read_ours(data), read_h11(data)
     for mine, theirs in zip(ours.requests, other.requests):
         if mine != theirs:

@@ -2,9 +2,9 @@
 
     python3 tests/side_by_side.py python3 -m pytest -q
 
-The files are given out from one line, the slow ones first, each to whoever is free: so all cores are busy to the end. The
-output of those that passed is shown as they end, that of those that failed once more at the very end, then one closing line
-with the sums, in pytest's own form.
+The files wait in one line, the slow ones first, and each process that is free takes the next: so all cores are busy to
+the end. The output of files that pass is shown at once, that of files that fail at the end. The last line has the sums,
+in pytest's own form.
 """
 
 from __future__ import annotations
@@ -71,6 +71,12 @@ def count(every: List[Done]) -> Counter[str]:
     return sums
 
 
+def write_sums(sums: Counter[str]) -> str:
+    """The sums as pytest writes them."""
+    several = {word: word + "s" * (word in ("warning", "error") and sums[word] > 1) for word in WORDS}
+    return ", ".join(f"{sums[word]} {several[word]}" for word in WORDS if sums[word])
+
+
 def main(command: List[str]) -> int:
     """The exit status: that of a process that failed, or 0."""
     begun, every = time.monotonic(), bundles()
@@ -84,14 +90,13 @@ def main(command: List[str]) -> int:
     ended = []
     for _ in every:
         ended.append(done.get())
-        told = ended[-1].output.rstrip().rpartition("\n")[0] if not ended[-1].status else "a process has failed: see below"
-        print(told, flush=True)
+        dots = ended[-1].output.rstrip().rpartition("\n")[0]
+        print("a test has failed: see below" if ended[-1].status else dots, flush=True)
     failed = [each for each in ended if each.status]
     for each in failed:
-        print(each.output)
+        print(each.output.rstrip().rpartition("\n")[0] if each.closing_line() else each.output)
     sums = count(ended)
-    parts = [f"{sums[word]} {word}{'s' * (word in ('warning', 'error') and sums[word] > 1)}" for word in WORDS if sums[word]]
-    print(f"{', '.join(parts) or 'no tests ran'} in {time.monotonic() - begun:.2f}s", flush=True)
+    print(f"{write_sums(sums) or 'no tests ran'} in {time.monotonic() - begun:.2f}s", flush=True)
     return failed[0].status if failed else 0
 
 
