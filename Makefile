@@ -68,9 +68,10 @@ crash: $(VENV)/installed ## Kill a server with a journal 100 times, and count ev
 	.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check -r tests/bench/requirements.txt
 	touch $@
 
-bench: .venv-bench/installed ## Measure kfserver against its peers with wrk, and renew the README's tables
-	.venv-bench/bin/python tests/bench/bench.py --update-readme README.md
-	.venv-bench/bin/python tests/bench/growth.py --update-readme README.md
+bench: .venv-bench/installed ## Measure kfserver against its peers with wrk, and renew tables and plot
+	.venv-bench/bin/python tests/bench/bench.py $(BENCH_OPTIONS) --update-readme README.md \
+		--update-tables tests/bench/README.md --plot tests/bench/speed.svg
+	.venv-bench/bin/python tests/bench/growth.py $(BENCH_OPTIONS) --update-readme tests/bench/README.md
 
 promises: ## Measure what the README promises: latency, exactly once, idle cost, slow clients, nginx, replies
 	$(PYTHON) tests/bench/promises.py
