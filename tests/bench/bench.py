@@ -52,9 +52,9 @@ ROWS: Mapping[str, str] = {
     "asgi-https": "asgi with uvicorn's own TLS.",
     "journal": "kfserver --journal. What was answered survives a crash of the process; a power cut may take the last "
     "moment's messages, and leaves the file in order (SQLite's synchronous=NORMAL). Repeats are known after a restart.",
-    "huey": "FastAPI that enqueues each message into huey's SQLite queue before it answers, with fsync=False: it "
+    "huey": "FastAPI that enqueues each message into huey's SQLite queue before it answers, with fsync=False. That "
     "survives a crash of the process; a power cut may damage the file (synchronous=OFF, less than journal gives). A "
-    "consumer, a second process, runs the handlers. Repeats are dropped by memory, and no longer known after a restart.",
+    "second process, the consumer, runs the handlers. Repeats are dropped by memory, no longer known after a restart.",
     "journal-full": "kfserver --journal --journal-sync full. What was answered survives a power cut too: each group of "
     "messages that come together waits for the disk once.",
     "huey-full": "the same as huey with fsync=True: what was answered survives a power cut; each message waits for the "
