@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pathlib
+import shutil
 import sys
 from typing import Any, Iterator, List, Optional, Sequence, Tuple, Union
 from urllib.parse import urlencode
@@ -13,7 +14,7 @@ import pytest
 TESTS = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(TESTS.parent))
 
-from support import Shop  # noqa: E402  (the folder above is on the path only from here on)
+from support import Certificate, Shop  # noqa: E402  (the folder above is on the path only from here on)
 
 from kfserver import (  # noqa: E402
     ClaimCache,
@@ -114,6 +115,14 @@ def shop() -> Iterator[Shop]:
     made = Shop()
     yield made
     made.open.set()
+
+
+@pytest.fixture(scope="session")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Certificate:
+    """A certificate that signs itself."""
+    if not shutil.which("openssl"):
+        pytest.skip("there is no openssl program")
+    return Certificate.make(tmp_path_factory.mktemp("certificate"))
 
 
 @pytest.fixture

@@ -15,21 +15,20 @@ import argparse
 import collections
 import contextlib
 import http.client
-import json
 import pathlib
 import random
 import shutil
-import signal
 import socket
 import sqlite3
-import subprocess
 import sys
 import tempfile
 import threading
 import time
 from typing import Dict, Iterator, List, NamedTuple, Optional, Set, Tuple
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+
+from support import Program, push  # noqa: E402  (kfserver, which it imports, is in the folder above)
 
 # Seconds that the platform waits for an answer, and that we wait for what must happen.
 TIMEOUT = 2.0
@@ -55,7 +54,7 @@ def handle(message):
 
 
 class Step(NamedTuple):
-    """A line of the trace: a handler begins with a message, or is through with it."""
+    """A line of the trace: a handler begins with a message, or has ended."""
 
     word: str
     key: str
@@ -73,12 +72,6 @@ class Life(NamedTuple):
         begun = {step.key for step in self.steps if step.word == "begin"}
         ended = {step.key for step in self.steps if step.word == "end"}
         return begun - ended, ended - self.finished
-
-
-def push_body(sender: str, number: int) -> bytes:
-    """A text message, as the platform sends it."""
-    return json.dumps({"ToUserName": "app", "FromUserName": sender, "CreateTime": 1482048670, "MsgType": "text",
-                       "Content": "hi", "MsgId": number}).encode()
 
 
 def key_of(sender: str, number: int) -> str:
@@ -108,7 +101,7 @@ class Sender(threading.Thread):
         self._hang_up()
 
     def _push(self, number: int) -> None:
-        while not self._is_taken(push_body(self.name, number)):
+        while not self._is_taken(push(self.name, number)):
             self._hang_up()
             time.sleep(0.01)
 
@@ -139,30 +132,29 @@ class Server:
 
     def start(self) -> None:
         """Start the process; it listens some time later."""
-        command = [sys.executable, str(ROOT / "kfserver.py"), "--host", "127.0.0.1", "--port", str(self.port),
-                   "--journal", "kf.db", "--workers", str(WORKERS), "--dedup-size", "1000000", "--log-level", "error"]
-        with open(self._folder / "output", "ab") as output:
-            self._process = subprocess.Popen(command, cwd=str(self._folder), stdout=output, stderr=output)
+        options = ["--port", self.port, "--journal", "kf.db", "--workers", WORKERS, "--dedup-size", 10 ** 6]
+        self._program = Program(*options, "--log-level", "error", folder=self._folder)
 
     def wait_until_up(self) -> None:
         """Return when the server listens."""
         deadline = time.monotonic() + PATIENCE
         while not is_listening(self.port):
-            if self._process.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError("the server does not start:\n" + (self._folder / "output").read_text())
+            if self._program.process.poll() is not None or time.monotonic() > deadline:
+                self._program.process.kill()
+                self._program.wait()
+                raise RuntimeError("the server does not start:\n" + self._program.output)
             time.sleep(0.01)
 
     def kill(self) -> Life:
         """End the process without a warning, and look at what it left."""
-        self._process.kill()
-        self._process.wait(PATIENCE)
+        self._program.kill()
         return self._look_back()
 
     def stop(self) -> Life:
         """End the process in peace: it handles what it has taken."""
-        self._process.send_signal(signal.SIGTERM)
-        if self._process.wait(PATIENCE):
-            raise RuntimeError("the server left messages undone:\n" + (self._folder / "output").read_text())
+        with self._program as program:
+            if program.end():
+                raise RuntimeError("the server left messages undone:\n" + program.output)
         return self._look_back()
 
     def _look_back(self) -> Life:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import http.client
 import pathlib
-import subprocess
 import sys
 import time
 from urllib.parse import urlencode
@@ -12,7 +11,9 @@ from urllib.parse import urlencode
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from kfserver import sign  # noqa: E402  (the folder above is not on the path of a script)
+from support import Program  # noqa: E402  (kfserver, which it imports, is in the folder above)
+
+from kfserver import sign  # noqa: E402
 
 TOKEN = "demo-token"
 PACKET = """<xml>
@@ -27,15 +28,15 @@ PACKET = """<xml>
 
 def main() -> int:
     command = [sys.executable, str(ROOT / "kfserver.py"), "--host", "127.0.0.1", "--port", "0", "--token", TOKEN]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, universal_newlines=True, cwd=str(ROOT)) as server:
-        assert server.stdout is not None
+    with Program(command=command, folder=ROOT, log_apart=True) as server:
         print("$", " ".join(["python3", "kfserver.py"] + command[2:]))
-        line = server.stdout.readline()
-        print(line, end="", flush=True)
-        answer = push(int(line.rstrip().rstrip("/").rpartition(":")[2]))
-        server.terminate()
-        print(server.stdout.read(), end="")
-    return 0 if answer == b"success" and server.returncode == 0 else 1
+        server.read_until("listening on ")
+        print(server.output, end="", flush=True)
+        shown, answer = len(server.output), push(server.port)
+        status = server.end()
+        print(server.output[shown:], end="")
+        print(server.log, end="", file=sys.stderr)
+    return 0 if answer == b"success" and status == 0 else 1
 
 
 def push(port: int) -> bytes:

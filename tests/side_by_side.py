@@ -1,33 +1,103 @@
-"""Run a test command on the test files in two processes at once: most of the tests' time is the start of programs.
+"""Run a test command on all test files, several processes at a time: most of the tests' time is the start of programs.
 
     python3 tests/side_by_side.py python3 -m pytest -q
 
-The first half's output is shown as it comes, the other's after it; one that fails is shown last.
+The files wait in one line, the slow ones first, and each process that is free takes the next: so all cores are busy to
+the end. The output of files that pass is shown at once, that of files that fail at the end. The last line has the sums,
+in pytest's own form.
 """
 
 from __future__ import annotations
 
+import collections
+import os
 import pathlib
+import queue
+import re
 import subprocess
 import sys
-import tempfile
-from typing import List
+import threading
+import time
+from typing import Counter, List, NamedTuple
 
 TESTS = pathlib.Path(__file__).resolve().parent
 
+# The files that take a second or more, the slowest first. A list that is out of date costs time, and nothing else.
+SLOWEST = ("test_replies.py", "test_command_line.py", "test_readme.py", "test_push.py", "test_shared_claims.py",
+           "test_hostile.py", "test_tls_and_unix.py", "test_crash.py", "test_fuzz.py", "test_http_server.py")
+# How many of the other files share a process: a start of pytest takes longer than most of them.
+TOGETHER = 5
+# The words of pytest's closing line, in its order.
+WORDS = ("failed", "passed", "skipped", "deselected", "xfailed", "xpassed", "warning", "error")
+
+
+class Done(NamedTuple):
+    """What a process told, and its exit status."""
+
+    output: str
+    status: int
+
+    def closing_line(self) -> str:
+        """pytest's last line, as ``3 passed, 1 skipped in 0.12s``; empty if it did not get so far."""
+        found = re.findall(r"^=*\s*(\d+ [a-z]+(?:, \d+ [a-z]+)* in [\d.]+s.*)$", self.output, re.MULTILINE)
+        return found[-1] if found else ""
+
+
+def bundles() -> List[List[str]]:
+    """All test files, those first that take longest, the quick ones several together."""
+    slow = [str(TESTS / name) for name in SLOWEST if (TESTS / name).exists()]
+    quick = sorted({str(path) for path in TESTS.glob("test_*.py")} - set(slow))
+    return [[path] for path in slow] + [quick[at:at + TOGETHER] for at in range(0, len(quick), TOGETHER)]
+
+
+def run(command: List[str], line: queue.Queue[List[str]], done: queue.Queue[Done]) -> None:
+    """Run the command on one bundle after the other, until the line is empty."""
+    while True:
+        try:
+            files = line.get_nowait()
+        except queue.Empty:
+            return
+        ended = subprocess.run([*command, *files], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        done.put(Done(ended.stdout.decode("utf-8", "replace"), ended.returncode))
+
+
+def count(every: List[Done]) -> Counter[str]:
+    """The sums of all closing lines; a process that failed without one is an error."""
+    sums: Counter[str] = collections.Counter()
+    for each in every:
+        for number, word in re.findall(r"(\d+) ([a-z]+)", each.closing_line()):
+            sums[re.sub("s$", "", word)] += int(number)
+        sums["error"] += bool(each.status and not each.closing_line())
+    return sums
+
+
+def write_sums(sums: Counter[str]) -> str:
+    """The sums as pytest writes them."""
+    several = {word: word + "s" * (word in ("warning", "error") and sums[word] > 1) for word in WORDS}
+    return ", ".join(f"{sums[word]} {several[word]}" for word in WORDS if sums[word])
+
 
 def main(command: List[str]) -> int:
-    """The exit status: that of the half that failed, or 0."""
-    files = sorted(map(str, TESTS.glob("test_*.py")))
-    half = len(files) // 2
-    with tempfile.TemporaryFile() as told:
-        with subprocess.Popen([*command, *files[half:]], stdout=told, stderr=subprocess.STDOUT) as other:
-            shown = subprocess.run([*command, *files[:half]]).returncode
-        told.seek(0)
-        sys.stdout.write(told.read().decode("utf-8", "replace"))
-    if shown:
-        print("the half that is shown first has failed")
-    return shown or other.returncode
+    """The exit status: that of a process that failed, or 0."""
+    begun, every = time.monotonic(), bundles()
+    line: queue.Queue[List[str]] = queue.Queue()
+    done: queue.Queue[Done] = queue.Queue()
+    for files in every:
+        line.put(files)
+    for _ in range(max(2, os.cpu_count() or 2)):
+        # A daemon, so that Ctrl-C ends them all: each is waiting for its own process, which gets the signal too.
+        threading.Thread(target=run, args=(command, line, done), daemon=True).start()
+    ended = []
+    for _ in every:
+        ended.append(done.get())
+        dots = ended[-1].output.rstrip().rpartition("\n")[0]
+        print("a test has failed: see below" if ended[-1].status else dots, flush=True)
+    failed = [each for each in ended if each.status]
+    for each in failed:
+        print(each.output.rstrip().rpartition("\n")[0] if each.closing_line() else each.output)
+    sums = count(ended)
+    print(f"{write_sums(sums) or 'no tests ran'} in {time.monotonic() - begun:.2f}s", flush=True)
+    return failed[0].status if failed else 0
 
 
 if __name__ == "__main__":

@@ -7,17 +7,24 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import pathlib
+import re
+import signal
 import socket
+import ssl
 import struct
+import subprocess
+import sys
 import threading
 import time
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Sequence, Type
+from typing import Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Type
 
 from kfserver import (
     ClaimCache,
     Endpoint,
     HandlerRegistry,
+    KfServer,
     Message,
     PushServer,
     Request,
@@ -153,20 +160,146 @@ class Client:
 
 
 class Shop:
-    """A registry with one handler for texts, which keeps their contents, fails for "bad", and waits while the shop is
-    closed."""
+    """A registry with one handler, which keeps the contents that it is given in ``served``, and waits while the shop is
+    not ``open``. The errors that `on_error` is told are in ``errors``.
 
-    def __init__(self) -> None:
+    ``answers`` maps a message's content to what the handler returns; a function is called with the message, an error is
+    raised. "bad" is an error unless it is given. `opened` runs it in a server.
+    """
+
+    def __init__(self, answers: Optional[Mapping[str, Any]] = None, kind: str = "text") -> None:
+        self._answers = {"bad": ZeroDivisionError("the till is empty"), **(answers or {})}
         self.registry = HandlerRegistry()
-        self.registry.on("text")(self._serve)
+        self.registry.on(kind)(self._serve)
+        self.registry.on_error(lambda message, error: self.errors.append(error))
         self.served: List[str] = []
+        self.errors: List[BaseException] = []
         self.open = threading.Event()
         self.open.set()
 
-    def _serve(self, message: Message) -> None:
+    def _serve(self, message: Message) -> Any:
         self.served.append(message.content)
         assert self.open.wait(PATIENCE)
-        assert message.content != "bad"
+        answer = self._answers.get(message.content)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer(message) if callable(answer) else answer
+
+    @contextlib.contextmanager
+    def opened(self, **settings: Any) -> Iterator[KfServer]:
+        """A server on a free port that serves the shop, for the length of a block."""
+        with KfServer(self.registry, local(**settings)) as server:
+            try:
+                yield server
+            finally:
+                self.open.set()  # or the server would wait for a handler that waits
+
+
+class Certificate(NamedTuple):
+    """A certificate that signs itself, for localhost and 127.0.0.1: paths of its file, of its key's, of a key that does
+    not belong to it, of its key under a pass phrase, and of key and certificate in one file."""
+
+    chain: str
+    key: str
+    other_key: str
+    locked_key: str
+    both: str
+
+    @classmethod
+    def make(cls, folder: pathlib.Path) -> Certificate:
+        """All files in a folder; the tests get it as the fixture ``certificate``."""
+        def openssl(*arguments: str) -> None:
+            subprocess.run(["openssl", *arguments], cwd=str(folder), check=True, stdin=subprocess.DEVNULL,
+                           stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=60)
+        for key in ("key.pem", "other_key.pem"):
+            openssl("ecparam", "-name", "prime256v1", "-genkey", "-noout", "-out", key)
+        openssl("req", "-x509", "-new", "-key", "key.pem", "-out", "chain.pem", "-days", "2", "-sha256", "-subj",
+                "/CN=localhost", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1")
+        openssl("ec", "-in", "key.pem", "-aes256", "-passout", "pass:secret", "-out", "locked_key.pem")
+        (folder / "both.pem").write_text((folder / "key.pem").read_text() + (folder / "chain.pem").read_text())
+        return cls(*(str(folder / f"{name}.pem") for name in cls._fields))
+
+    def settings(self) -> Dict[str, Any]:
+        """The settings that serve it."""
+        return {"tls_cert": self.chain, "tls_key": self.key}
+
+    def client_context(self) -> ssl.SSLContext:
+        """What a client trusts: this certificate, and no other."""
+        return ssl.create_default_context(cafile=self.chain)
+
+
+class Program:
+    """kfserver as a process on 127.0.0.1, on a free port unless ``options`` name one; warnings are errors.
+
+    ``output`` is what was read of its output. Its log is in the same text, in order, or in ``log`` after `wait` if
+    that is asked for. ``command`` may replace the interpreter and the script. ``more`` goes into its environment, in
+    which there is no other setting. A context manager: it is killed at the end, and when it runs too long.
+    """
+
+    def __init__(self, *options: object, folder: Optional[pathlib.Path] = None, command: Sequence[str] = (),
+                 log_apart: bool = False, **more: str) -> None:
+        command = command or [sys.executable, "-W", "error", str(ROOT / "kfserver.py"), "--host", "127.0.0.1",
+                              "--port", "0"]
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("KF_")}
+        self.process = subprocess.Popen(
+            [*command, *map(str, options)], cwd=folder and str(folder),
+            env={**environment, "PYTHONIOENCODING": "utf-8", **more}, encoding="utf-8", stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE if log_apart else subprocess.STDOUT)
+        # A read from a pipe has no time-out of its own.
+        self._watchdog = threading.Timer(6 * PATIENCE, self.process.kill)
+        self._watchdog.start()
+        self.output, self.log = "", ""
+
+    def __enter__(self) -> Program:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.kill()
+
+    def kill(self) -> None:
+        """End it without a warning, if it still runs."""
+        self.process.kill()
+        self.process.wait(PATIENCE)
+        for pipe in (self.process.stdout, self.process.stderr):
+            if pipe:
+                pipe.close()
+        self._watchdog.cancel()
+        self._watchdog.join()
+
+    def read_until(self, text: str) -> None:
+        """Read lines of its output up to one that holds the text."""
+        assert self.process.stdout
+        for line in self.process.stdout:
+            self.output += line
+            if text in line:
+                return
+        raise AssertionError(f"{text!r} does not stand in {self.output!r}")
+
+    @property
+    def port(self) -> int:
+        """The port that it tells in its first line, which is read if that has not been done."""
+        if "\n" not in self.output:
+            self.read_until("listening on ")
+        found = re.search(r"listening on https?://[^\s/]+:(\d+)", self.output)
+        assert found, self.output
+        return int(found.group(1))
+
+    def push(self, number: int = 1, content: str = "hi", sender: str = "user") -> None:
+        """Push a text, which must be taken."""
+        with Client(self.port) as client:
+            assert client.ask(post(push(sender, number, content))).body == b"success"
+
+    def end(self, number: int = signal.SIGTERM) -> int:
+        """Send a signal and `wait`."""
+        self.process.send_signal(number)
+        return self.wait()
+
+    def wait(self) -> int:
+        """Read what is left; the exit status."""
+        rest, log = self.process.communicate()
+        self.output += rest
+        self.log += log or ""
+        return self.process.returncode
 
 
 class Nowhere:

@@ -11,12 +11,9 @@ import decimal
 import gc
 import json
 import logging
-import os
 import pathlib
 import re
-import signal
 import socket
-import subprocess
 import sys
 import threading
 from typing import Any, Callable, Dict, FrozenSet, Iterator, List, NamedTuple, Optional, Tuple
@@ -24,7 +21,7 @@ from typing import Any, Callable, Dict, FrozenSet, Iterator, List, NamedTuple, O
 import pytest
 from conftest import TOKEN
 from send_api_server import SendApiServer, refuses
-from support import PATIENCE, ROOT, Answer, Client, local, no_thread_left, post, push, wait_until
+from support import PATIENCE, Answer, Client, Program, Shop, local, no_thread_left, post, push, wait_until
 
 import kfserver
 from kfserver import (
@@ -327,25 +324,12 @@ def get(path: str) -> bytes:
     return f"GET {path} HTTP/1.1\r\nHost: kf\r\n\r\n".encode()
 
 
-class Shop:
-    """A running server with a second listener, whose handlers keep what they are given, and wait while it is closed."""
+class MonitoredShop(Shop):
+    """A shop for all messages, in a server with a second listener."""
 
-    def __init__(self, **settings: Any) -> None:
-        self.served: List[Message] = []
-        self.open = threading.Event()
-        self.open.set()
-        registry = HandlerRegistry()
-        registry.on("*")(self._serve)
-        registry.on("text", "fail")(self._fail)
-        self.server = KfServer(registry, local(**{"admin": "127.0.0.1:0", **settings}))
-
-    def _serve(self, message: Message) -> str:
-        self.served.append(message)
-        assert self.open.wait(PATIENCE)
-        return "thank you"
-
-    def _fail(self, message: Message) -> None:
-        raise ZeroDivisionError("the till is empty")
+    def __init__(self, server_settings: Dict[str, Any]) -> None:
+        super().__init__({"hi": "thank you"}, kind="*")
+        self.server = KfServer(self.registry, local(**{"admin": "127.0.0.1:0", **server_settings}))
 
     def monitor(self, path: str) -> Answer:
         """What a monitor is answered."""
@@ -367,9 +351,9 @@ class Shop:
 
 
 @contextlib.contextmanager
-def open_shop(**settings: Any) -> Iterator[Shop]:
+def open_shop(**settings: Any) -> Iterator[MonitoredShop]:
     """A shop for the length of a block."""
-    shop = Shop(**settings)
+    shop = MonitoredShop(settings)
     with shop.server:
         try:
             yield shop
@@ -378,7 +362,7 @@ def open_shop(**settings: Any) -> Iterator[Shop]:
 
 
 @pytest.fixture
-def shop() -> Iterator[Shop]:
+def shop() -> Iterator[MonitoredShop]:
     """A shop with the usual settings."""
     with open_shop() as made:
         yield made
@@ -389,7 +373,7 @@ def test_kf_server_has_no_second_listener_unless_it_is_asked_for() -> None:
         assert server.admin_port == 0
 
 
-def test_kf_server_serves_metrics_as_prometheus_reads_them(shop: Shop) -> None:
+def test_kf_server_serves_metrics_as_prometheus_reads_them(shop: MonitoredShop) -> None:
     answer = shop.monitor("/metrics")
     assert answer.status == 200
     assert answer.headers["content-type"].startswith("text/plain")
@@ -397,7 +381,7 @@ def test_kf_server_serves_metrics_as_prometheus_reads_them(shop: Shop) -> None:
 
 
 @pytest.mark.parametrize("path", ["/metrics", "/healthz"])
-def test_kf_server_tells_the_public_nothing(shop: Shop, path: str) -> None:
+def test_kf_server_tells_the_public_nothing(shop: MonitoredShop, path: str) -> None:
     answer = shop.push(get(path))
     assert (answer.status, answer.body) == (200, kfserver.UP.body)
 
@@ -407,14 +391,14 @@ def test_kf_server_tells_the_public_nothing_beside_its_one_path() -> None:
         assert [shop.push(get(path)).status for path in ("/metrics", "/healthz")] == [404, 404]
 
 
-def test_kf_server_takes_no_pushes_on_the_second_listener(shop: Shop) -> None:
+def test_kf_server_takes_no_pushes_on_the_second_listener(shop: MonitoredShop) -> None:
     with Client(shop.server.admin_port) as client:
         assert client.ask(post(push())).status == 405
     shop.wait()
     assert shop.served == []
 
 
-def test_kf_server_closes_the_second_listener(shop: Shop) -> None:
+def test_kf_server_closes_the_second_listener(shop: MonitoredShop) -> None:
     port = shop.server.admin_port
     shop.server.stop()
     with pytest.raises(ConnectionRefusedError):
@@ -494,13 +478,13 @@ def test_kf_server_counts_pushes(settings: Dict[str, Any], request_bytes: bytes,
         assert pushes_of(shop.page())[counted] == 1
 
 
-def test_kf_server_counts_a_repeat_as_such(shop: Shop) -> None:
+def test_kf_server_counts_a_repeat_as_such(shop: MonitoredShop) -> None:
     for _ in range(3):
         shop.push(post(push()))
     assert pushes_of(shop.page()) == {("accepted", "text", "200"): 1, ("repeat", "text", "200"): 2}
 
 
-def test_kf_server_counts_no_questions_whether_it_is_up(shop: Shop) -> None:
+def test_kf_server_counts_no_questions_whether_it_is_up(shop: MonitoredShop) -> None:
     shop.push(get("/"))
     shop.monitor("/metrics")
     assert pushes_of(shop.page()) == {}
@@ -509,7 +493,7 @@ def test_kf_server_counts_no_questions_whether_it_is_up(shop: Shop) -> None:
 HOSTILE_TYPES = ['a"b', "a\\", "a\nb", "}", "é", "\U0001f600", "x" * 1000, "\x1d", "# HELP a b", *map(str, range(200))]
 
 
-def test_kf_server_takes_label_values_from_a_fixed_set_whatever_is_pushed(shop: Shop) -> None:
+def test_kf_server_takes_label_values_from_a_fixed_set_whatever_is_pushed(shop: MonitoredShop) -> None:
     for number, name in enumerate(HOSTILE_TYPES):
         for fields in ({"MsgType": name}, {"Event": name}, {"event": name}):
             shop.server.feed(json.dumps({**fields, "MsgId": number, "FromUserName": name, "ToUserName": name}).encode())
@@ -519,7 +503,7 @@ def test_kf_server_takes_label_values_from_a_fixed_set_whatever_is_pushed(shop: 
     assert statuses <= {"200", "400", "403", "404", "405", "413", "417", "431", "503", "505"}
 
 
-def test_kf_server_measures_answers_and_handlers(shop: Shop) -> None:
+def test_kf_server_measures_answers_and_handlers(shop: MonitoredShop) -> None:
     for number in range(4):
         shop.push(post(push(number=number)))
     shop.push(post(b"?"))
@@ -548,7 +532,7 @@ def test_kf_server_tells_how_much_there_is_to_do() -> None:
         assert page["kfserver_remembered_keys"] == 3
 
 
-def test_kf_server_counts_connections_of_clients(shop: Shop) -> None:
+def test_kf_server_counts_connections_of_clients(shop: MonitoredShop) -> None:
     with Client(shop.server.port) as one, Client(shop.server.port) as other:
         for client in (one, other):
             client.ask(get("/"))
@@ -558,7 +542,7 @@ def test_kf_server_counts_connections_of_clients(shop: Shop) -> None:
 
 def test_kf_server_counts_messages_that_failed() -> None:
     with open_shop(tries=1) as shop:
-        shop.push(post(push(content="fail")))
+        shop.push(post(push(content="bad")))
         shop.wait()
         page = shop.page()
     assert page["kfserver_messages_failed_total"] == 1
@@ -568,7 +552,7 @@ def test_kf_server_counts_messages_that_failed() -> None:
 def test_kf_server_counts_tries_that_another_follows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kfserver, "LONGEST_PAUSE", 0.01)
     with open_shop(tries=3) as shop:
-        shop.push(post(push(content="fail")))
+        shop.push(post(push(content="bad")))
         shop.wait()
         page = shop.page()
     assert (page["kfserver_handler_retries_total"], page["kfserver_messages_failed_total"]) == (2, 1)
@@ -590,12 +574,12 @@ def test_kf_server_counts_replies(counted: str) -> None:
 # ---- Health
 
 
-def test_healthz_is_well(shop: Shop) -> None:
+def test_healthz_is_well(shop: MonitoredShop) -> None:
     answer = shop.monitor("/healthz")
     assert (answer.status, answer.body) == (200, b"ok\n")
 
 
-def a_handler_runs(shop: Shop) -> Callable[[], None]:
+def a_handler_runs(shop: MonitoredShop) -> Callable[[], None]:
     """A message is being handled; what is returned ends that."""
     shop.open.clear()
     shop.push(post(push()))
@@ -603,7 +587,7 @@ def a_handler_runs(shop: Shop) -> Callable[[], None]:
     return shop.open.set
 
 
-def a_request_is_under_way(shop: Shop) -> Callable[[], None]:
+def a_request_is_under_way(shop: MonitoredShop) -> Callable[[], None]:
     """Half of a request has come; what is returned sends the rest, which is not too late."""
     client, request_bytes = Client(shop.server.port), post(push())
     client.send(request_bytes[:-5])
@@ -616,7 +600,8 @@ def a_request_is_under_way(shop: Shop) -> Callable[[], None]:
 
 
 @pytest.mark.parametrize("keep_busy", [a_handler_runs, a_request_is_under_way], ids=lambda keep: keep.__name__)
-def test_healthz_tells_that_the_server_is_draining(shop: Shop, keep_busy: Callable[[Shop], Callable[[], None]]) -> None:
+def test_healthz_tells_that_the_server_is_draining(
+        shop: MonitoredShop, keep_busy: Callable[[MonitoredShop], Callable[[], None]]) -> None:
     finish = keep_busy(shop)
     stopping = threading.Thread(target=shop.server.stop, daemon=True)
     stopping.start()

@@ -1,7 +1,8 @@
 """Clients that hold connections and never complete a request, as a process of their own; see hostage.py.
 
-Each connection sends nothing, or a byte of an endless head now and then. Whoever is sent away comes back at once. Ends
-with its standard input, and then tells how often it connected and was sent away.
+Each connection sends nothing, or now and then a byte: of an endless head, or of the first record of a TLS handshake.
+Each that is sent away comes back at once. Ends with its standard input, and then tells how often it connected and was
+sent away.
 """
 
 import argparse
@@ -18,6 +19,8 @@ import time
 from typing import NamedTuple
 
 HEAD = b"POST /kf HTTP/1.1\r\nHost: bench\r\nX-Never-Ending: "
+# A record of 16 KiB that begins a handshake, as far as a server looks before it has all of it.
+HELLO = bytes.fromhex("16 0301 3fff 01 003ffb 0303")
 TURN_SECONDS = 0.02
 
 
@@ -33,8 +36,8 @@ class Drop(NamedTuple):
 class Swarm:
     """The connections; ``drops`` is the heap of those that send, the next one first."""
 
-    def __init__(self, port: int, seconds: float) -> None:
-        self._port = port
+    def __init__(self, port: int, seconds: float, head: bytes) -> None:
+        self._port, self._head = port, head
         self._seconds = seconds
         self._selector = selectors.DefaultSelector()
         self._drops: list[Drop] = []
@@ -73,7 +76,7 @@ class Swarm:
             if connection.fileno() < 0:
                 continue  # closed, and replaced
             with contextlib.suppress(OSError):  # not yet connected, or just closed
-                self.counts["bytes"] += connection.send(HEAD[place:place + 1] or b"x")
+                self.counts["bytes"] += connection.send(self._head[place:place + 1] or b"x")
                 place += 1
             self._push(self._seconds, connection, place)
 
@@ -94,10 +97,11 @@ def main() -> None:
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--connections", type=int, default=5000)
     parser.add_argument("--seconds", type=float, default=0.0, help="between two bytes; 0: send nothing (default)")
+    parser.add_argument("--tls", action="store_true", help="the bytes are those of a TLS handshake")
     options = parser.parse_args()
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    swarm = Swarm(options.port, options.seconds)
+    swarm = Swarm(options.port, options.seconds, HELLO if options.tls else HEAD)
     for number in range(options.connections):
         swarm.open()
         if number % 100 == 0:

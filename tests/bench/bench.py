@@ -2,20 +2,21 @@
 
 All servers are started at once and stay idle but for the one that is loaded. The rounds go from server to server, so
 that a slow minute of the machine falls on all of them, and the tables show the medians. See requirements.txt for what
-the peers need; `--only kfserver` needs nothing but wrk.
+the peers need; `--only kfserver` needs nothing but wrk. Three comparisons: HTTP, HTTPS with one certificate for all,
+and servers that have each message in a file before they answer.
 """
 
 import argparse
 import signal
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import load
+import plot
 import report
 import servers
 import wire
@@ -35,6 +36,7 @@ PACKAGES = (
     "uvloop",
     "httptools",
     "aiohttp",
+    "huey",
 )
 ROWS: Mapping[str, str] = {
     "stock": "the standard library's ThreadingHTTPServer, as its manual shows it. It writes head and body of an answer "
@@ -45,12 +47,46 @@ ROWS: Mapping[str, str] = {
     "fastapi": "FastAPI under uvicorn with uvloop and httptools.",
     "aiohttp": "aiohttp's own server with uvloop.",
     "asgi": "no framework, the bare ASGI interface under uvicorn with uvloop and httptools: the upper bound.",
+    "kfserver-https": "kfserver with --tls-cert and --tls-key. All of these have one certificate, of the curve P-256.",
+    "fastapi-https": "fastapi with uvicorn's own TLS.",
+    "asgi-https": "asgi with uvicorn's own TLS.",
+    "journal": "kfserver --journal. What was answered survives a crash of the process; a power cut may take the last "
+    "moment's messages, and leaves the file in order (SQLite's synchronous=NORMAL). Repeats are known after a restart.",
+    "huey": "FastAPI that enqueues each message into huey's SQLite queue before it answers, with fsync=False. That "
+    "survives a crash of the process; a power cut may damage the file (synchronous=OFF, less than journal gives). A "
+    "second process, the consumer, runs the handlers. Repeats are dropped by memory, no longer known after a restart.",
+    "journal-full": "kfserver --journal --journal-sync full. What was answered survives a power cut too: each group of "
+    "messages that come together waits for the disk once.",
+    "huey-full": "the same as huey with fsync=True: what was answered survives a power cut; each message waits for the "
+    "disk by itself.",
 }
 COUNTS: Mapping[str, str] = {
     "socket_errors": "Connection errors",
     "timeouts": "Answers that took longer than 5 s",
     "repeats": "Pushes sent a second time, for want of further encrypted ones",
 }
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Servers that stand in one table, the first of which the others are compared with."""
+
+    title: str
+    names: tuple[str, ...]
+    body_format: str = "xml"
+
+
+HTTP = ("kfserver", *(server.name for server in servers.peers()))
+HTTPS = tuple(server.name for server in servers.https())
+DURABLE = tuple(server.name for server in servers.durable())
+COMPARISONS = (
+    Comparison("XML", HTTP),
+    Comparison("JSON", HTTP, "json"),
+    Comparison("HTTPS, XML", HTTPS),
+    Comparison("nothing lost in a crash, XML", DURABLE[:2]),
+    Comparison("nothing lost in a power cut, XML", DURABLE[2:]),
+)
+
 KEPT = Shape("xml", 32)
 CLOSED = Shape("xml", 8, keep_alive=False)
 
@@ -63,7 +99,30 @@ class Bar:
     shape: Shape
     factor: float
     latency: bool = False
+    own: str = "kfserver"
 
+
+# The README's table: its rows by the name of the plain server, and who stands for it over HTTPS and with a file.
+SUMMARY: Mapping[str, tuple[str, str, str]] = {
+    "**kfserver**": ("kfserver", "kfserver-https", "journal"),
+    "bare ASGI, uvicorn": ("asgi", "asgi-https", ""),
+    "aiohttp": ("aiohttp", "", ""),
+    "FastAPI, uvicorn": ("fastapi", "fastapi-https", "huey"),
+    "http.server": ("stock-nodelay", "", ""),
+    "WeRoBot, waitress": ("werobot", "", ""),
+    "Flask, wechatpy, gunicorn": ("flask-wechatpy", "", ""),
+}
+SUMMARY_HEAD = (
+    "pushes/s 每秒推送",
+    "32 kept 长连接",
+    "8 new 短连接",
+    "HTTPS, 32 kept",
+    "nothing lost 不丢消息, 32 kept",
+)
+PLOT_TITLES = (
+    "Pushes answered a second, 32 kept connections, one process each",
+    "每秒应答的推送数，32 个长连接，各一个进程",
+)
 
 # Held to the stock server both ways: to beat it only where Nagle's algorithm slows it down would prove little.
 BARS = (
@@ -76,6 +135,9 @@ BARS = (
     Bar("stock", CLOSED, 3.0),
     Bar("stock-nodelay", CLOSED, 3.0),
     Bar("fastapi", KEPT, 2.0, latency=True),
+    Bar("fastapi-https", KEPT, 1.0, own="kfserver-https"),
+    Bar("huey", KEPT, 1.0, own="journal"),
+    Bar("huey-full", KEPT, 1.0, own="journal-full"),
 )
 
 
@@ -92,7 +154,10 @@ def arguments() -> argparse.Namespace:
     encrypted = "the same, which is sent safe-mode pushes; {aes_key} and {app_id} are what it needs to know"
     parser.add_argument("--variant-encrypted", action="append", default=[], metavar="NAME=ARGS", help=encrypted)
     parser.add_argument("--output", default="", metavar="FILE", help="write the report there instead of printing it")
-    parser.add_argument("--update-readme", default="", metavar="FILE", help="put it between <!-- bench --> markers")
+    readme = "put the summary between <!-- bench --> markers, wherever they stand"
+    parser.add_argument("--update-readme", default="", metavar="FILE", help=readme)
+    parser.add_argument("--update-tables", default="", metavar="FILE", help="put the report between such markers there")
+    parser.add_argument("--plot", default="", metavar="FILE", help="draw the summary's first column as an SVG")
     parser.add_argument("--strict", action="store_true", help="exit with status 2 if a bar is missed")
     options = parser.parse_args()
     if options.quick:
@@ -103,6 +168,7 @@ def arguments() -> argparse.Namespace:
 def chosen(options: argparse.Namespace) -> list[servers.Server]:
     """The servers to measure, kfserver first."""
     every = [servers.kfserver("kfserver", options.kfserver_args), *variants(options), *servers.peers()]
+    every += [*servers.https(), *servers.durable()]
     known = [server.name for server in every]
     unknown = sorted(set(options.only or ()) - set(known))
     if unknown or len(set(known)) < len(known):
@@ -136,8 +202,7 @@ def measure(targets: Sequence[servers.Running], options: argparse.Namespace, fol
         print(f"{target.server.name}: {label(shape)}, {shape.body_format}", file=sys.stderr)
         measured = load.run(target, shape, options.seconds, batches.next(), folder)
         results.setdefault((target.server.name, shape), Series([])).runs.append(measured)
-        # Lets the server finish what was under way, so that it does not run into the next one's round.
-        time.sleep(0.3)
+        target.rest()
     return results
 
 
@@ -159,32 +224,74 @@ def label(shape: Shape) -> str:
 def compose(names: Sequence[str], results: Results, options: argparse.Namespace) -> str:
     """The whole report in Markdown."""
     how = (
-        f"Medians of {options.rounds} rounds of {options.seconds} s, servers interleaved, one process each, 127.0.0.1."
+        f"Medians of {options.rounds} rounds of {options.seconds} s, servers interleaved, 127.0.0.1, one process each "
+        "(huey: two). In brackets: relative to the first row."
     )
-    parts = [f"{report.machine()} {report.versions(PACKAGES)}.\n{how} In brackets: relative to kfserver."]
-    for body_format in ("xml", "json"):
+    parts = [f"{report.machine()} {report.versions(PACKAGES)}.\n{how}"]
+    for comparison in with_variants(names):
         for latency in (False, True):
-            parts.append(one_table(names, results, body_format, latency))
+            parts.append(one_table(comparison, results, latency))
     bars = "\n".join(bar_lines(results))
     return "\n\n".join(part for part in (*parts, *notes(names, results), bars) if part)
 
 
-def one_table(names: Sequence[str], results: Results, body_format: str, latency: bool) -> str:
-    """Requests per second or latency for one body format."""
-    columns = [shape for shape in shapes() if shape.body_format == body_format]
-    title = f"{body_format.upper()}, {'p99 latency in ms' if latency else 'requests per second'}"
-    rows = [[name, *(cell(results, name, shape, latency) for shape in columns)] for name in names]
+def with_variants(names: Sequence[str]) -> Iterator[Comparison]:
+    """The comparisons of what was measured; variants of kfserver stand in the tables of HTTP."""
+    known = {name for comparison in COMPARISONS for name in comparison.names}
+    for comparison in COMPARISONS:
+        wanted = [name for name in names if name in comparison.names]
+        if comparison.names == HTTP:
+            wanted = [name for name in names if name in HTTP or name not in known]
+        if wanted:
+            yield replace(comparison, names=tuple(wanted))
+
+
+def one_table(comparison: Comparison, results: Results, latency: bool) -> str:
+    """Requests per second or latency of one comparison."""
+    columns = [shape for shape in shapes() if shape.body_format == comparison.body_format]
+    title = f"{comparison.title}, {'p99 latency in ms' if latency else 'requests per second'}"
+    rows = [
+        [name, *(cell(results, name, comparison.names[0], shape, latency) for shape in columns)]
+        for name in comparison.names
+    ]
     return report.table([title, *(label(shape) for shape in columns)], rows)
 
 
-def cell(results: Results, name: str, shape: Shape, latency: bool) -> str:
-    """A figure, and its ratio to kfserver's."""
+def cell(results: Results, name: str, first: str, shape: Shape, latency: bool) -> str:
+    """A figure, and its ratio to that of the first row."""
     if (name, shape) not in results:
         return "–"
     figure = value(results, name, shape, latency)
-    if name == "kfserver" or ("kfserver", shape) not in results:
+    if name == first or (first, shape) not in results:
         return report.number(figure)
-    return f"{report.number(figure)} ({figure / value(results, 'kfserver', shape, latency):.2f})"
+    return f"{report.number(figure)} ({figure / value(results, first, shape, latency):.2f})"
+
+
+def summarize(results: Results) -> str:
+    """The README's table, and what it was measured on."""
+    rows = [
+        [row, *(report.number(results[key].rate) if key in results else "–" for key in keys)]
+        for row, keys in ((row, summary_keys(names)) for row, names in SUMMARY.items())
+        if any(key in results for key in keys)
+    ]
+    return f"{report.table(SUMMARY_HEAD, rows)}\n\n{report.machine()}"
+
+
+def summary_keys(names: tuple[str, str, str]) -> list[tuple[str, Shape]]:
+    """Which results stand in a row of the README's table."""
+    plain, https, durable = names
+    return [(plain, KEPT), (plain, CLOSED), (https, KEPT), (durable, KEPT)]
+
+
+def draw(path: Path, results: Results) -> None:
+    """Draw the first column of the README's table."""
+    bars = [
+        plot.Bar(row.strip("*"), results[names[0], KEPT].rate, names[0] == "kfserver")
+        for row, names in SUMMARY.items()
+        if (names[0], KEPT) in results
+    ]
+    if bars:
+        plot.write(path, PLOT_TITLES, sorted(bars, key=lambda bar: -bar.value))
 
 
 def value(results: Results, name: str, shape: Shape, latency: bool) -> float:
@@ -209,22 +316,22 @@ def counts(names: Sequence[str], results: Results, field: str, text: str) -> str
 
 def met(bar: Bar, results: Results) -> bool:
     """Whether kfserver reaches a bar."""
-    own, other = (value(results, name, bar.shape, bar.latency) for name in ("kfserver", bar.peer))
+    own, other = (value(results, name, bar.shape, bar.latency) for name in (bar.own, bar.peer))
     return own <= bar.factor * other if bar.latency else own >= bar.factor * other
 
 
 def measured_bars(results: Results) -> list[Bar]:
     """The bars whose both sides were measured."""
-    return [bar for bar in BARS if ("kfserver", bar.shape) in results and (bar.peer, bar.shape) in results]
+    return [bar for bar in BARS if (bar.own, bar.shape) in results and (bar.peer, bar.shape) in results]
 
 
 def bar_lines(results: Results) -> Iterator[str]:
     """A line of the report for each bar."""
     for bar in measured_bars(results):
-        own, other = (value(results, name, bar.shape, bar.latency) for name in ("kfserver", bar.peer))
+        own, other = (value(results, name, bar.shape, bar.latency) for name in (bar.own, bar.peer))
         verdict = "PASS" if met(bar, results) else "FAIL"
         what = f"p99 at most {bar.factor:g} x" if bar.latency else f"at least {bar.factor:g} x"
-        yield f"- {verdict}: {label(bar.shape)}: {what} {bar.peer}'s; it is {own / other:.2f} x"
+        yield f"- {verdict}: {bar.own}, {label(bar.shape)}: {what} {bar.peer}'s; it is {own / other:.2f} x"
 
 
 def wrong_lines(results: Results) -> list[str]:
@@ -252,13 +359,18 @@ def main() -> int:
     wanted = chosen(options)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kfserver-bench-")))
+        servers.make_certificate(folder)
         try:
             results = measure(start_all(stack, wanted, folder), options, folder)
         except servers.WrongAnswer as problem:
             print(f"WRONG: {problem}", file=sys.stderr)
             return 1
     text = compose([server.name for server in wanted], results, options)
-    print("\n".join(report.publish(text, "bench", options.output, options.update_readme)))
+    if options.update_readme:
+        report.update(Path(options.update_readme), "bench", summarize(results))
+    if options.plot:
+        draw(Path(options.plot), results)
+    print("\n".join(report.publish(text, "bench", options.output, options.update_tables)))
     return verdict(results, options.strict)
 
 

@@ -65,7 +65,7 @@ def run(target: servers.Running, shape: Shape, seconds: int, batch: int, folder:
     # One thread: on two cores, one is the server's.
     command = ["wrk", "--threads", "1", "--connections", str(shape.connections), "--duration", f"{seconds}s"]
     command += ["--timeout", "5s", "--script", str(servers.BENCH / "push.lua")]
-    command += [f"http://127.0.0.1:{target.port}/", "--", *arguments]
+    command += [f"http{'s' if target.server.tls else ''}://127.0.0.1:{target.port}/", "--", *arguments]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=seconds + 60, check=False)
     return parse(done.stdout.decode(errors="replace"))
 

@@ -18,10 +18,10 @@ import wire
 from live import Finding, Live, conclude, started
 from push_clients import RIGHT, Outcome, Push, paced, percentile, send_all, wrong_answers
 
-sys.path.insert(0, str(servers.ROOT))
+sys.path[:0] = [str(servers.ROOT), str(servers.ROOT / "tests")]
 
-from kfserver import (ClaimCache, Endpoint, Message, Metrics, Request, Response, Settings, Surroundings,  # noqa: E402
-                      parse)
+from kfserver import Endpoint, Message, Metrics, Request, Response, Settings, parse  # noqa: E402
+from support import Nowhere  # noqa: E402
 
 SLOW_PUSHES, SLOW_RATE, SLOW_SENDERS, SLOW_SECONDS, SLOW_P99_MS = 1000, 200, 500, 3.0, 50.0
 REPEATED_PUSHES, REPEAT_CLIENTS = 10_000, 16
@@ -163,8 +163,8 @@ def best(run: Callable[[], None]) -> float:
 
 def make_endpoint() -> Endpoint:
     """An endpoint that takes every push, and does no more with it."""
-    around = Surroundings(ClaimCache(10_000), lambda message, payload: lambda: None, time.time, time.monotonic)
-    return Endpoint(Settings(token=wire.TOKEN), around)
+    settings = Settings(token=wire.TOKEN)
+    return Endpoint(settings, Nowhere(settings), time.time, time.monotonic)
 
 
 def signed_requests(count: int) -> list[Request]:

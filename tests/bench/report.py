@@ -69,10 +69,10 @@ def publish(text: str, marker: str, output: str, readme: str) -> list[str]:
 
 
 def update(path: Path, marker: str, text: str) -> None:
-    """Replace what stands between `<!-- marker -->` and `<!-- /marker -->`."""
+    """Replace what stands between `<!-- marker -->` and `<!-- /marker -->`, in each place that is marked so."""
     begin, end = f"<!-- {marker} -->", f"<!-- /{marker} -->"
-    before, found_begin, rest = path.read_text(encoding="utf-8").partition(begin)
-    _, found_end, after = rest.partition(end)
-    if not (found_begin and found_end):
+    before = path.read_text(encoding="utf-8")
+    after, found = re.subn(f"{begin}.*?{end}", lambda _: f"{begin}\n{text}\n{end}", before, flags=re.DOTALL)
+    if not found or before.count(begin) != found or before.count(end) != found:
         raise SystemExit(f"{path} lacks {begin} or {end}")
-    path.write_text(f"{before}{begin}\n{text}\n{end}{after}", encoding="utf-8")
+    path.write_text(after, encoding="utf-8")

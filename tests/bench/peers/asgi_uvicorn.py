@@ -45,7 +45,8 @@ class PushApp:
 def main() -> None:
     """Serve until terminated."""
     options = arguments()
-    settings: dict[str, Any] = {"loop": "uvloop", "http": "httptools", "lifespan": "off", "access_log": False}
+    settings: dict[str, Any] = {"loop": "uvloop", "http": "httptools", "lifespan": "off", "access_log": False,
+                                "ssl_certfile": options.cert, "ssl_keyfile": options.key}
     uvicorn.run(PushApp(options.token), port=options.port, log_level="warning", **settings)
 
 

@@ -82,8 +82,10 @@ class Receiver:
 
 
 def arguments() -> argparse.Namespace:
-    """What the harness tells every peer: `port` and `token`."""
+    """What the harness tells every peer: `port` and `token`, and the files of a certificate if it is to serve HTTPS."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--token", required=True)
+    parser.add_argument("--cert")
+    parser.add_argument("--key")
     return parser.parse_args()

@@ -24,7 +24,8 @@ def main() -> None:
     """Serve until terminated."""
     options = arguments()
     app = create_app(options.token)
-    uvicorn.run(app, port=options.port, loop="uvloop", http="httptools", access_log=False, log_level="warning")
+    uvicorn.run(app, port=options.port, loop="uvloop", http="httptools", access_log=False, log_level="warning",
+                ssl_certfile=options.cert, ssl_keyfile=options.key)
 
 
 if __name__ == "__main__":
