@@ -4227,7 +4227,7 @@ class Inbox:
                 job.failing_since = job.failing_since or now
                 if self._api and now - job.failing_since < RETRY_REPLY_SECONDS:
                     job.reply_tries += 1
-                    return max(self._api.pause(), retry_delay(job.reply_tries))
+                    return max(float(self._api.pause()), retry_delay(job.reply_tries))
             if error:
                 self.metrics.count("replies_failed")
                 self._give_up(job, error)
@@ -5164,6 +5164,11 @@ class KfServer:
     def registry(self, registry: HandlerRegistry) -> None:
         """Put other handlers in service."""
         self._registry = self._inbox.registry = registry
+
+    def open(self) -> KfServer:
+        """Open the journal now, and begin what the last run left, not at the first push. Raises `SettingsError`."""
+        self._inbox.open()
+        return self
 
     def start(self) -> KfServer:
         """Listen, and serve from a thread of its own. Raises `SettingsError` when an address or a file cannot be had, and

@@ -119,7 +119,7 @@ def start(path: str) -> Iterator[Start]:
         def make(registry: HandlerRegistry, **settings: Any) -> KfServer:
             server = KfServer(registry, Settings(**{"journal": path, "grace": PATIENCE, **settings}))
             servers.callback(server.stop)
-            return server
+            return server.open()
         yield make
 
 
@@ -821,7 +821,7 @@ def test_kf_server_refuses_a_foreign_file_and_leaves_it_as_it_is(
     make(path)
     content = pathlib.Path(path).read_bytes()
     with pytest.raises(SettingsError, match=told) as caught:
-        KfServer(shop.registry, Settings(journal=path))
+        KfServer(shop.registry, Settings(journal=path)).open()
     assert path in str(caught.value)
     assert pathlib.Path(path).read_bytes() == content
     assert os.listdir(os.path.dirname(path)) == ["kf.db"]
@@ -846,7 +846,7 @@ def test_kf_server_says_in_one_line_that_the_journal_cannot_be_used(
         path: str, shop: Shop, make: Callable[[str], None]) -> None:
     make(path)
     with pytest.raises(SettingsError, match=r"^[^\n]*kf\.db[^\n]*--journal[^\n]*$"):
-        KfServer(shop.registry, Settings(journal=path))
+        KfServer(shop.registry, Settings(journal=path)).open()
 
 
 def test_main_says_in_one_line_that_the_journals_folder_is_missing(

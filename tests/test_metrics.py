@@ -11,9 +11,12 @@ import decimal
 import gc
 import json
 import logging
+import os
 import pathlib
 import re
+import signal
 import socket
+import subprocess
 import sys
 import threading
 from typing import Any, Callable, Dict, FrozenSet, Iterator, List, NamedTuple, Optional, Tuple
