@@ -4080,7 +4080,7 @@ class Inbox:
         return job
 
     def _list_in_hand(self) -> List[Tuple[str, bytes, int]]:
-        return [(job.message.key, encode_json(job.message.fields), job.tries) for job in self._dispatcher.jobs()]
+        return [(job.message.key, encode_json(dict(job.message.fields)), job.tries) for job in self._dispatcher.jobs()]
 
     # From a push to the queue, on the thread that answers
 
