@@ -3858,8 +3858,7 @@ class Dispatcher:
             seconds = self._handle(mailbox[0])
         finally:
             with self._lock:
-                if not self._ended:
-                    self._put_back(mailbox, seconds)
+                self._put_back(mailbox, seconds)
 
     def _put_back(self, mailbox: Mailbox, seconds: Optional[float]) -> None:
         if self._suspects:
@@ -3998,7 +3997,9 @@ class Inbox:
         self._local = ClaimCache(settings.dedup_size)
         self._conversations = Conversations(settings.sessions)
         self._shared = SharedClaims(settings.redis, self._local) if settings.redis else None
-        self._claims: Union[ClaimCache, SharedClaims] = self._shared or self._local
+        self._claims: Union[ClaimCache, SharedClaims] = self._local if self._shared is None else self._shared
+        self._sessions: Union[Conversations, SharedClaims] = (
+            self._conversations if self._shared is None else self._shared)
         self._dispatcher = Dispatcher(settings, self._handle, self._flush)
         self._journal: Optional[Journal] = None
         self._process = os.getpid()
@@ -4188,7 +4189,7 @@ class Inbox:
         return message.outbox
 
     def _load_session(self, sender: Tuple[str, str]) -> Dict[str, Any]:
-        text = (self._shared or self._conversations).load_session(json.dumps(sender))
+        text = self._sessions.load_session(json.dumps(sender))
         session: Dict[str, Any] = json.loads(text) if text else {}
         return session
 
@@ -4198,8 +4199,8 @@ class Inbox:
         if not isinstance(kept, dict):
             return None
         session = json.dumps(job.sender), encode_session(kept)
-        (self._shared or self._conversations).save_session(*session)
-        return None if self._shared else session
+        self._sessions.save_session(*session)
+        return session if self._shared is None else None
 
     def _leave_fork(self, error: Optional[BaseException]) -> None:
         """End a process that a handler has forked and that came back here: the queue is its parent's."""
@@ -4319,8 +4320,7 @@ class Inbox:
         with self._opening:
             if self._journal:
                 self._journal.close()
-        if self._shared:
-            self._shared.close()
+        self._claims.close()
         if self._api:
             self._api.close()
         return undone
