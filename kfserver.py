@@ -3305,7 +3305,7 @@ def make_tls_context(settings: Settings) -> ssl.SSLContext:
 
 
 def _remove_stale_socket(path: str) -> None:
-    """Remove the file of a Unix socket that a dead server left. OSError if a live one listens, or it is another file."""
+    """Remove the file of a Unix socket that a dead server left. OSError if a live one listens, or for another file."""
     if not os.path.lexists(path):
         return
     if not stat.S_ISSOCK(os.lstat(path).st_mode):
