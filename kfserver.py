@@ -4360,7 +4360,7 @@ HANDSHAKE_SECONDS = 0.2
 STUCK_SECONDS = 3.0
 # Seconds that `close` waits for the loop beyond the time that the connections get.
 CLOSE_SECONDS = 3.0
-# Descriptors kept free for what is no client's connection: logs, handlers' files, the send API.
+# Descriptors kept free for other things than connections: logs, handlers' files, the send API.
 RESERVED_FILES = 64
 # Pieces a chunked body may come in, and the bytes of a line between them: senders of tiny chunks only cost time.
 MAX_CHUNKS = 4096
@@ -4503,7 +4503,7 @@ class RequestReader:
             del self._buffer[:len(self._buffer) - len(self._buffer.lstrip(b"\r\n"))]
 
     def _read_head(self) -> Generator[None, None, Tuple[Any, bytes]]:
-        """The match of the request line, and the header lines with CR LF behind each."""
+        """The match of the request line, and the header lines, each with its CR LF."""
         self._skip_empty_lines()
         seen, end = 0, self._buffer.find(b"\r\n\r\n")
         while end < 0:
@@ -4569,7 +4569,7 @@ class RequestReader:
 
 
 def list_headers(response: Response) -> List[Tuple[str, str]]:
-    """The headers of a response, but for those that are the server's own affair."""
+    """The headers of a response that every server sends, ours and WSGI's alike."""
     return [("Content-Type", "text/plain; charset=utf-8"), ("Content-Length", str(len(response.body))),
             *response.headers]
 
@@ -5072,11 +5072,11 @@ def make_tls_context(settings: Settings) -> ssl.SSLContext:
 
 
 def _remove_stale_socket(path: str) -> None:
-    """Remove the file of a Unix socket that a dead server left. OSError if a live one listens, or it is no socket."""
+    """Remove the file of a Unix socket that a dead server left. OSError if a live one listens, or for another file."""
     if not os.path.lexists(path):
         return
     if not stat.S_ISSOCK(os.lstat(path).st_mode):
-        raise OSError(errno.EEXIST, "there is a file that is no socket")
+        raise OSError(errno.EEXIST, "there is another file, not a socket")
     with contextlib.closing(socket.socket(UNIX_FAMILY)) as probe:
         try:
             probe.connect(path)
