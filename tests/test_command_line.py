@@ -815,7 +815,7 @@ def test_program_leaves_signals_and_logs_to_a_forked_child() -> None:
 
 @pytest.mark.parametrize(("arguments", "told"), [
     (["--journal", "missing/kf.db"], "cannot write the journal missing/kf.db: No such file or directory"),
-    (["--journal", "text"], "text is no journal of kfserver"),
+    (["--journal", "text"], "text is not a journal of kfserver"),
     (["--tls-cert", "text"], "cannot use the certificate text"),
 ], ids=as_typed)
 def test_main_check_tries_the_parts(

@@ -70,8 +70,11 @@ POISONED = """
 def poison(message): os._exit(9)
 @registry.on("text")
 def fine(message): say("handled", message.content)
+@registry.on("text", "first")
+def first(message): all_fed.wait(5)
 @registry.on_error
 def failed(message, error): say("on_error", message.content, type(error).__name__)
+all_fed = threading.Event()
 """
 
 
@@ -87,8 +90,9 @@ with make(tries={tries}, workers={workers}) as server:
 def test_inbox_gives_up_a_message_that_ends_the_process_each_time(programs: Programs, tries: int) -> None:
     begin = f"""
 server = make(tries={tries}, workers=1)
-for number, content in enumerate(["a", "poison", "b", "c"]):
+for number, content in enumerate(["first", "poison", "b", "c"], 1):
     server.feed(push("user", number, content))
+all_fed.set()
 server.join(5)
 """
     assert programs.run(POISONED + begin)[0] == 9

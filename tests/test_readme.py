@@ -5,6 +5,7 @@ Its commands are run as they stand there, but for the port, which is a free one,
 
 from __future__ import annotations
 
+import ast
 import configparser
 import contextlib
 import json
@@ -378,7 +379,11 @@ def test_answers_table_promises_that_a_retry_is_accepted() -> None:
 
 def logged_texts() -> List[str]:
     """The texts of all calls of the log in kfserver.py; that of refusals stands there once for each reason."""
-    texts = re.findall(r'\blog\.\w+\("(.*?)"', SOURCE)
+    calls = [node for node in ast.walk(ast.parse(SOURCE)) if isinstance(node, ast.Call)
+             and getattr(node.func, "attr", "") in ("info", "warning", "warn", "error")]
+    texts = [ast.literal_eval(argument) for call in calls for argument in call.args
+             if type(argument).__name__ in ("Constant", "Str")]
+    texts = [text for text in texts if isinstance(text, str)]
     reasons = re.findall(r'\b(?:ForbiddenPush|Busy)\("(.*?)"', SOURCE)
     return texts + [text.replace("%s", reason, 1) for text in texts if "refused" in text for reason in reasons]
 

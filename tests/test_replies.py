@@ -1400,7 +1400,6 @@ def test_kf_server_runs_no_handler_again_because_a_reply_failed(
     assert contents(platform) == ["fine"]
 
 
-@pytest.mark.xfail(strict=True, reason="the inbox does not yet keep a reply that can be sent again")
 def test_kf_server_tries_a_reply_again_and_not_its_handler(platform: SendApiServer) -> None:
     platform.token_troubles.extend([resets])
     platform.send_troubles.extend([says({}, 500)])
