@@ -23,6 +23,7 @@ if [ $# -gt 0 ]; then
     root=$(cd "$1" && pwd)
 else
     root=$(mktemp -d)
+    chmod 755 "$root" # apt reads its lists as another user
     trap 'umount -R "$root/proc" "$root/dev/pts" "$root/dev/shm" 2>/dev/null; rm -rf --one-file-system "$root"' EXIT
     trap 'exit 130' INT TERM
 fi
