@@ -229,11 +229,10 @@ def test_inbox_runs_no_handler_again_because_a_reply_failed() -> None:
 
 
 def test_inbox_tells_the_handler_that_answers_a_message_without_a_sender(caplog: pytest.LogCaptureFixture) -> None:
-    with SendApiServer() as api:
-        with Bot(api) as bot:
-            bot.server.feed(push(sender=""))
-            assert bot.server.join(PATIENCE)
-            assert [type(error) for error in bot.failed] == [kfserver.HandlerError]
+    with SendApiServer() as api, Bot(api) as bot:
+        bot.server.feed(push(sender=""))
+        assert bot.server.join(PATIENCE)
+        assert [type(error) for error in bot.failed] == [kfserver.HandlerError]
     assert "no sender" in caplog.text and "answer at test_inbox.py:" in caplog.text
 
 

@@ -24,7 +24,7 @@ from typing import Any, Callable, Dict, FrozenSet, Iterator, List, NamedTuple, O
 import pytest
 from conftest import TOKEN
 from send_api_server import SendApiServer, refuses
-from support import PATIENCE, ROOT, Answer, Client, Program, Shop, local, no_thread_left, post, push, wait_until
+from support import PATIENCE, ROOT, Answer, Client, Shop, local, no_thread_left, post, push, wait_until
 
 import kfserver
 from kfserver import (

@@ -212,7 +212,7 @@ def test_console_shows_what_is_printed(block: Block) -> None:
 @pytest.mark.parametrize("command", re.findall(r"`((?:python3|printf) [^`]+)`", README))
 def test_commands_in_sentences_end_well(command: str) -> None:
     shutil.copy(str(ROOT / "handlers.py"), "handlers.py")
-    KfServer(HandlerRegistry(), local(journal="kf.db")).stop()
+    KfServer(HandlerRegistry(), local(journal="kf.db")).open().stop()
     run("sh", "-c", command.replace("python3", shlex.quote(sys.executable)))
 
 
@@ -383,7 +383,7 @@ def logged_texts() -> List[str]:
              and getattr(node.func, "attr", "") in ("info", "warning", "warn", "error")]
     texts = [ast.literal_eval(argument) for call in calls for argument in call.args
              if type(argument).__name__ in ("Constant", "Str")]
-    texts = [text for text in texts if isinstance(text, str)]
+    texts = [re.sub(r"%\(\w+\)", "%", text) for text in texts if isinstance(text, str)]
     reasons = re.findall(r'\b(?:ForbiddenPush|Busy)\("(.*?)"', SOURCE)
     return texts + [text.replace("%s", reason, 1) for text in texts if "refused" in text for reason in reasons]
 

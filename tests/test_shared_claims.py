@@ -28,7 +28,6 @@ from kfserver import (
     ClaimCache,
     KfError,
     KfServer,
-    PushError,
     Request,
     SessionUnavailable,
     Settings,
