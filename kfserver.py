@@ -86,6 +86,7 @@ import weakref
 from collections import Counter, OrderedDict, deque
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.machinery import EXTENSION_SUFFIXES, ModuleSpec, PathFinder, SourceFileLoader
 from pathlib import PurePath
 from socketserver import TCPServer
 from types import MappingProxyType, ModuleType, TracebackType
@@ -5678,94 +5679,82 @@ LATE_IMPORTS = ("asyncio", "concurrent.futures.thread", "contextvars", "sqlite3"
                 "cryptography.hazmat.primitives.ciphers")
 
 
-def _default_handlers() -> str:
-    """handlers.py in the current folder, or else beside kfserver.py; empty if there is neither."""
+def find_handlers(wanted: str) -> str:
+    """The full path of a file, or the name of a module as it is. Where nothing is wanted, handlers.py in the current
+    folder, or else beside kfserver.py; empty if there is neither."""
+    if wanted:
+        return os.path.abspath(wanted) if wanted.endswith(".py") or os.path.exists(wanted) else wanted
     folders = (os.getcwd(), os.path.dirname(os.path.abspath(__file__)))
     paths = [os.path.join(folder, DEFAULT_HANDLERS) for folder in folders]
     return next((path for path in paths if os.path.exists(path)), "")
 
 
-def load_handlers(wanted: str) -> Tuple[HandlerRegistry, str]:
-    """The registry in a file or module, and where it was found; an empty one where none was wanted and none is there.
+def load_handlers(place: str) -> Tuple[HandlerRegistry, str]:
+    """The registry in what `find_handlers` has found, and its file; an empty one where there is none.
 
-    Raises `SettingsError`; an error inside the file is printed first, with that file's traceback.
+    Raises `SettingsError`; for an error inside the file, with that file's traceback.
     """
-    path = wanted or _default_handlers()
-    if not path:
+    if not place:
         return HandlerRegistry(), ""
     modules: List[ModuleType] = []
-    error = attempt(lambda: modules.append(_import_handlers(path)))
+    error = attempt(lambda: modules.append(_import_handlers(place)))
     if error:
-        raise _explain_import(path, error) from error
+        raise _explain_import(place, error) from error
     registry = getattr(modules[0], "registry", None)
     if not isinstance(registry, HandlerRegistry):
-        raise SettingsError(f"{path} has no registry: write 'from kfserver import HandlerRegistry' and "
+        raise SettingsError(f"{place} has no registry: write 'from kfserver import HandlerRegistry' and "
                             "'registry = HandlerRegistry()' at its top")
-    return registry, modules[0].__file__ or path
+    return registry, modules[0].__file__ or place
 
 
-def _import_handlers(wanted: str) -> ModuleType:
-    """The module of a file, by its path, or of a dotted name, which is found from the current folder."""
-    if not wanted.endswith(".py") and not os.path.exists(wanted):
+def _import_handlers(place: str) -> ModuleType:
+    """The module of a file, or of a dotted name, which is found from the current folder."""
+    if not os.path.isabs(place):
         _put_first(os.getcwd())
-        return importlib.import_module(wanted)
-    path = os.path.abspath(wanted)
-    _put_first(os.path.dirname(path))
-    name = os.path.splitext(os.path.basename(path))[0]
-    return _run_file(ModuleType(f"{name}_handlers" if name in _library_names() else name), path)
+        return importlib.import_module(place)
+    _put_first(os.path.dirname(place))
+    name = os.path.splitext(os.path.basename(place))[0]
+    return _run_file(f"{name}_handlers" if name in {*sys.modules, *LATE_IMPORTS} else name, place)
 
 
 def _put_first(folder: str) -> None:
-    """Have modules in the folder found before all others, but for those of LATE_IMPORTS: a neighbour of the handlers
-    named sqlite3.py or queue.py must not take their place."""
+    """Have modules in the folder found before all others. If one of them has the name of a library, as redis.py or
+    queue.py, everything that kfserver may need is imported before."""
     elsewhere = [each for each in sys.path if os.path.abspath(each) != folder]
-    if sys.path[:1] == [folder]:
-        return
     with contextlib.suppress(OSError):  # no such folder, as reading the handlers will tell
-        if _library_names().intersection(name.partition(".")[0] for name in os.listdir(folder)):
+        names = {name.partition(".")[0] for name in os.listdir(folder)}
+        if any(name.isidentifier() and PathFinder.find_spec(name, elsewhere) for name in names):
             sys.path[:] = elsewhere
             for late in LATE_IMPORTS:
                 attempt(importlib.import_module, late)  # some may not be installed, or not work: told when used
     sys.path[:] = [folder, *elsewhere]
 
 
-def _library_names() -> Set[str]:
-    """The names of all modules of the standard library, and of the packages that kfserver can use."""
-    names = set(getattr(sys, "stdlib_module_names", sys.builtin_module_names))
-    if sys.version_info < (3, 10):  # which know only what is built in
-        library = os.path.dirname(os.__file__)
-        for folder in filter(os.path.isdir, (library, os.path.join(library, "lib-dynload"))):
-            names.update(name.partition(".")[0] for name in os.listdir(folder))
-    return names | {late.partition(".")[0] for late in LATE_IMPORTS}
-
-
-def _run_file(module: ModuleType, path: str) -> ModuleType:
+def _run_file(name: str, path: str) -> ModuleType:
     """Run the file as it is now in a new module: bytecode that was kept before an edit in the same second would pass
-    for that of the edited file. If that fails, a module that had its name before has it again."""
-    name = module.__name__
-    before, sys.modules[name], module.__file__ = sys.modules.get(name), module, path
+    for that of the edited file."""
+    loader = SourceFileLoader(name, path)
+    spec = ModuleSpec(name, loader, origin=path)
+    spec.has_location = True  # the origin becomes __file__
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
     try:
-        with open(path, "rb") as file:
-            exec(compile(file.read(), path, "exec"), module.__dict__)
+        exec(loader.source_to_code(loader.get_data(path), path), vars(module))
     except BaseException:
         del sys.modules[name]
-        if before:
-            sys.modules[name] = before
         raise
     return module
 
 
-def _explain_import(path: str, error: BaseException) -> SettingsError:
-    if isinstance(error, OSError) and error.filename and os.path.abspath(error.filename) == os.path.abspath(path):
-        return SettingsError(f"cannot read the handlers {path}: {error.strerror}; --handlers names another file")
-    if isinstance(error, ModuleNotFoundError) and error.name in (path, path.partition(".")[0]):
-        return SettingsError(f"no file or module named {path} for the handlers; --handlers names a file or a module")
+def _explain_import(place: str, error: BaseException) -> SettingsError:
+    if isinstance(error, OSError) and error.filename == place:
+        return SettingsError(f"cannot read the handlers {place}: {error.strerror}; --handlers names another file")
+    if isinstance(error, ModuleNotFoundError) and error.name in (place, place.partition(".")[0]):
+        return SettingsError(f"no file or module named {place} for the handlers; --handlers names a file or a module")
     trace = _trace_of_handlers(error)
     if isinstance(error, HandlerError) and trace.stack:
-        return SettingsError(f"{path}, line {trace.stack[0].lineno}: {error}")
-    print(_format_trace(trace), file=sys.stderr)
-    return SettingsError(f"{path} failed with the {type(error).__name__} above: correct it, or name another file by "
-                         "--handlers")
+        return SettingsError(f"{place}, line {trace.stack[0].lineno}: {error}")
+    return SettingsError(f"{place} failed with the {type(error).__name__} below: correct it, or name another file by "
+                         f"--handlers\n{_format_trace(trace)}")
 
 
 def _trace_of_handlers(error: BaseException) -> traceback.TracebackException:
@@ -5789,105 +5778,82 @@ def _format_trace(trace: traceback.TracebackException) -> str:
     return re.sub(r"Traceback \(most recent call last\):\n(?!  File)", "", "".join(trace.format())).rstrip()
 
 
-def _forget_module(name: str) -> None:
-    """Have the next import load the module; ``from package import child`` looks into the package first."""
-    del sys.modules[name]
-    package, _, child = name.rpartition(".")
-    vars(sys.modules.get(package, ModuleType(name))).pop(child, None)
-
-
-FileStamp = Tuple[int, int, int]
-
-
-def _file_stamp(path: str) -> Optional[FileStamp]:
-    """What changes when a file is written or replaced; None if it is not there."""
-    try:
-        status = os.stat(path)
-    except OSError:
-        return None
-    return status.st_mtime_ns, status.st_size, status.st_ino
+def _place_of(module: ModuleType) -> str:
+    """The file of a module, or the folder of a package that has no file."""
+    return str(getattr(module, "__file__", None) or [*getattr(module, "__path__", ()), ""][0])
 
 
 class ReloadingHandlers:
-    """The handlers in a file, loaded again when it changes, or a module in its folder that came with it.
+    """The handlers in a file, loaded again when that changes, or a Python file beside it, or a module that came with it.
 
-    All of these are loaded anew together; a broken version leaves all from before in service. Threads and tasks that a
-    version started go on.
+    All modules of its folder are loaded anew together; a broken version leaves all from before in service. Threads and
+    tasks that a version started go on.
     """
 
     def __init__(self, wanted: str) -> None:
-        """Load what `load_handlers` takes; raises what it raises."""
+        """Load what is wanted, as `find_handlers` takes it; raises what `load_handlers` raises."""
         self._foreign = dict(sys.modules)  # not ours to load again, kfserver itself among them
-        self._failed = False  # whether the newest version does not load
+        self._place = find_handlers(wanted)  # found now: handlers may change the current folder
         self.path = ""
-        # Before the file is read, so that a change meanwhile is seen. Where a module's file is, only loading tells.
-        path = wanted or _default_handlers()
-        before = self._stamp_files(os.path.abspath(path)) if path else {}
-        self.registry, self.path = load_handlers(wanted)
-        self._seen = {**self._stamp_files(self.path), **before} if self.path else {}
-        # A file by its full path from now on, since handlers may change the current folder.
-        self._wanted = self.path if path and self.path == os.path.abspath(path) else wanted
+        before = self._stamp_files()  # so that a change while they are loaded is seen
+        self.registry, self.path = load_handlers(self._place)
+        self._seen = {**self._stamp_files(), **before}
+
+    def _folder(self) -> str:
+        return os.path.dirname(self.path or self._place)
 
     def _modules(self) -> Dict[str, ModuleType]:
-        """The modules that came with the handlers and whose files are in their folder, by name."""
-        folder = os.path.join(os.path.dirname(self.path), "") if self.path else "\0"
-        found = {name: module for name, module in list(sys.modules.items())
-                 if self._foreign.get(name) is not module and str(getattr(module, "__file__", "")).startswith(folder)}
-        return {name: module for name, module in found.items() if module.__file__ == self.path
-                or str(module.__file__).endswith(".py") and "-packages" not in str(module.__file__)}
+        """The modules that came with the handlers and lie in their folder, by name."""
+        start = (self._folder() or "\0") + os.sep
+        found = {name: (module, _place_of(module)) for name, module in list(sys.modules.items())
+                 if self._foreign.get(name) is not module}
+        return {name: module for name, (module, place) in found.items() if place == self.path or place.startswith(start)
+                and "-packages" not in place and not place.endswith(tuple(EXTENSION_SUFFIXES))}
 
-    def _files(self) -> Set[str]:
-        return {str(module.__file__) for module in self._modules().values()}
-
-    def _stamp_files(self, handlers: str) -> Dict[str, Optional[FileStamp]]:
-        """The stamps of the file of the handlers, of its neighbours, and of the modules that came with it."""
-        folder, paths = os.path.dirname(handlers), {handlers, *self._files()}
+    def _stamp_files(self) -> Dict[str, Tuple[int, int, int]]:
+        """What changes when a file is written or replaced, of each file that is watched and there."""
+        folder = self._folder()
+        paths = {self.path or self._place, *map(_place_of, self._modules().values())}
         with contextlib.suppress(OSError):
             paths.update(os.path.join(folder, name) for name in os.listdir(folder) if name.endswith(".py"))
-        return {path: _file_stamp(path) for path in paths}
+        stamps = {}
+        for path in filter(os.path.isfile, paths):
+            with contextlib.suppress(OSError):  # some editors remove a file before they write it
+                status = os.stat(path)
+                stamps[path] = status.st_mtime_ns, status.st_size, status.st_ino
+        return stamps
 
     def poll(self) -> bool:
-        """Whether there is a version that is new since the last call, and loads: `registry` is then its own.
-
-        Of one that does not load, the traceback is printed and the log tells, once.
-        """
-        path = self.path or _default_handlers()
-        if not path:
+        """Whether there is a version that is new since the last call, and loads: `registry` is then its own. The log
+        tells once of one that does not load."""
+        self._place = self._place or find_handlers("")
+        stamps = self._stamp_files()
+        for place in map(_place_of, self._modules().values()):
+            if place in stamps:  # maybe of a module that a handler has imported since
+                self._seen.setdefault(place, stamps[place])
+        if all(self._seen.get(path) == stamp for path, stamp in stamps.items()):
             return False
-        stamps, files = self._stamp_files(path), self._files()
-        for each in files:
-            self._seen.setdefault(each, stamps[each])  # of a module that a handler has imported since
-        # After a failure, any file of the folder may be the one that was missing. A stamp is None where a file is not
-        # there: some editors remove it before they write it.
-        watched = stamps if self._failed else {path, *files}
-        if all(stamps[each] in (None, self._seen.get(each)) for each in watched):
-            return False
-        self._seen, self._failed = stamps, True
+        self._seen = stamps
         try:
             self._load_anew()
         except SettingsError as error:
-            log.error("%s; until then the handlers from before stay in service", error)
+            log.error("the handlers from before stay in service: %s", error)
             return False
-        self._failed = False
         return True
 
     def _load_anew(self) -> None:
         kept = self._modules()
         for name, module in kept.items():
-            _forget_module(name)
+            del sys.modules[name]
             with contextlib.suppress(OSError, NotImplementedError):  # an edit in the same second would not be noticed
-                os.unlink(importlib.util.cache_from_source(str(module.__file__)))
+                os.unlink(importlib.util.cache_from_source(_place_of(module)))
         importlib.invalidate_caches()
         try:
-            self.registry, self.path = load_handlers(self._wanted)
+            self.registry, self.path = load_handlers(self._place)
         except BaseException:
             for name in self._modules():
-                _forget_module(name)
-            for name, module in kept.items():
-                sys.modules[name] = module
-                package, _, child = name.rpartition(".")
-                if package in sys.modules:
-                    setattr(sys.modules[package], child, module)
+                del sys.modules[name]
+            sys.modules.update(kept)
             raise
 
     def watch(self, server: KfServer, later: Later) -> None:
