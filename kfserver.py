@@ -5905,10 +5905,9 @@ class PrintedReplies:
 
     def send(self, open_id: str, answer: Answer) -> None:
         """Print an answer to the user, and its ``user_type`` if that is given."""
-        words = f"[image] {answer.url}" if isinstance(answer, Image) else answer if isinstance(answer, str) else (
-            answer.content)
-        user_type = 0 if isinstance(answer, str) else answer.user_type
-        to = open_id + (f" (user_type {user_type})" if user_type else "")
+        answer = Text(answer) if isinstance(answer, str) else answer
+        words = f"[image] {answer.url}" if isinstance(answer, Image) else answer.content
+        to = open_id + (f" (user_type {answer.user_type})" if answer.user_type else "")
         # Further lines of a text are indented more than the first line of the next.
         _show(f"to {to}: {words}".replace("\n", "\n  "))
 
@@ -5993,30 +5992,31 @@ class Chat:
         self.do_raw(json.dumps({**common, **fields}))
 
     def _handle(self, message: Message) -> None:
-        registry = self._handlers.registry
-        found: List[Optional[Match]] = []
         self._lend_session(message)
-        error = attempt(lambda: found.append(registry.find(message)))
-        match = None if error else found[0]
-        if match:
-            for rule in registry.rules_of(match.handler):
-                _show(rule)
-            error = attempt(self._run, match, message)
-        elif not error:
-            _show(f"nobody takes this; to take it, write: {decorator_for(message)}")
+        taken_by: List[Handler] = []
+        error = attempt(self._run, message, taken_by)
         if error:
             self.failures += 1
-            _show_error(error, match and match.handler)
+            _show_error(error, *taken_by)
             self._lend_session(message)
-            for failed in registry.handle_error(message, error):
+            for failed in self._handlers.registry.handle_error(message, error):
                 _show_error(failed)
 
     def _lend_session(self, message: Message) -> None:
         """A copy of the sender's session, which is kept only if the handler returns."""
         message.kept_session = json.loads(self._sessions.get(message.from_user_name) or "{}")
 
-    def _run(self, match: Match, message: Message) -> None:
-        answers = self._handlers.registry.run(match, message)
+    def _run(self, message: Message, taken_by: List[Handler]) -> None:
+        """Show and run the handler that takes the message, which is put into ``taken_by``; raises what it raises."""
+        registry = self._handlers.registry
+        match = registry.find(message)
+        if not match:
+            _show(f"nobody takes this; to take it, write: {decorator_for(message)}")
+            return
+        taken_by.append(match.handler)
+        for rule in registry.rules_of(match.handler):
+            _show(rule)
+        answers = registry.run(match, message)
         session = encode_session(message.session)
         message.reply(answers)
         self._sessions[message.from_user_name] = session
@@ -6189,8 +6189,8 @@ STDERR = 2
 # Seconds in which different signals count as one: Ctrl-C reaches all of a process group, and then a supervisor there
 # sends SIGTERM.
 ONE_END_SECONDS = 1.0
-# Variables that Kubernetes makes for a service called kf, or kf-anything.
-_OF_KUBERNETES = re.compile(r"KF_(\w+_)?(SERVICE_HOST|SERVICE_PORT\w*|PORT(_\d+_(TCP|UDP|SCTP)(_[A-Z]+)?)?)")
+# Variables that Kubernetes makes for a service called kf, or kf-anything: KF_PORT=tcp://10.0.0.1:80 and others.
+_OF_KUBERNETES = re.compile(r"KF_(\w+_)?(SERVICE_|PORT_\d)\w+=|KF_(\w+_)?PORT=\w+://")
 
 
 def read_setting(name: str, text: str) -> Any:
@@ -6199,28 +6199,32 @@ def read_setting(name: str, text: str) -> Any:
     if field.metadata["choices"]:
         text = text.strip().lower()
     words = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
-    convert: Mapping[str, Callable[[str], Any]] = {"int": int, "float": float, "str": str, "AccessToken": str,
-                                                   "bool": lambda word: words[word.strip().lower()]}
-    try:
-        value = convert[str(field.type)](text)
-    except (ValueError, KeyError):
-        value = text  # of the wrong type, as the check says
+    convert: Mapping[str, Callable[[str], Any]] = {
+        "int": int, "float": float, "bool": lambda word: words[word.strip().lower()]}
+    value: Any = text
+    with contextlib.suppress(ValueError, KeyError):  # of the wrong type, as the check says
+        value = convert.get(str(field.type), str)(text)
     check_setting(field, value)
     return value
 
 
 def read_settings(arguments: Mapping[str, Any], environment: Mapping[str, str]) -> Settings:
     """The settings: an argument beats the environment, which beats the default. Raises `SettingsError`."""
-    variables = {name: f"KF_{name.upper()}" for name in SETTING_FIELDS}
-    given = {name: environment[variable] or None for name, variable in variables.items()
-             if variable in environment and not _is_of_kubernetes(variable, environment[variable])}
+    foreign = find_foreign(environment)
+    given = {name: environment[variable] or None for name, variable in setting_variables().items()
+             if variable in environment and variable not in foreign}
     given.update({name: text for name, text in arguments.items() if name in SETTING_FIELDS and text is not None})
     return Settings(**{name: read_setting(name, text) for name, text in given.items() if text is not None})
 
 
-def _is_of_kubernetes(name: str, value: str) -> bool:
-    """Whether a variable is not meant for us: KF_PORT=tcp://10.0.0.1:80 tells where the service kf is."""
-    return bool(_OF_KUBERNETES.fullmatch(name)) and (name != "KF_PORT" or "://" in value)
+def setting_variables() -> Dict[str, str]:
+    """Each setting's variable of the environment."""
+    return {name: f"KF_{name.upper()}" for name in SETTING_FIELDS}
+
+
+def find_foreign(environment: Mapping[str, str]) -> List[str]:
+    """The variables that are not meant for us, though they begin like ours: they come from Kubernetes."""
+    return sorted(name for name, value in environment.items() if _OF_KUBERNETES.match(f"{name}={value}"))
 
 
 def find_command(arguments: Sequence[str]) -> Tuple[str, Sequence[str]]:
@@ -6234,12 +6238,13 @@ def find_command(arguments: Sequence[str]) -> Tuple[str, Sequence[str]]:
         return find_command(arguments[1:2])[0], ["--help"]
     if word in COMMANDS:
         return word, arguments[1:]
-    raise SettingsError(f"no command {arguments[0]!r}: {_suggest(word, [*COMMANDS, 'help'])}")
+    there_are = f"there are {', '.join(COMMANDS)}, help"
+    raise SettingsError(f"no command {arguments[0]!r}: {_suggest(word, [*COMMANDS, 'help'], there_are)}")
 
 
-def _suggest(word: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(word, known, n=1)
-    return f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+def _suggest(word: str, known: Iterable[str], otherwise: str) -> str:
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f"did you mean {near[0]}?" if near else otherwise
 
 
 def parse_arguments(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argparse.Namespace:
@@ -6247,11 +6252,10 @@ def parse_arguments(parser: argparse.ArgumentParser, arguments: Sequence[str]) -
     value, which may be a secret."""
     parsed, unknown = parser.parse_known_args(arguments)
     if unknown:
-        name = unknown[0].partition("=")[0]
-        near = difflib.get_close_matches(name.lower(), parser._option_string_actions, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"see {parser.prog} --help"
-        raise SettingsError(f"no option {name}: {hint}" if name.startswith("-") else
-                            f"one argument too many: {name!r}; see {parser.prog} --help")
+        name, see_help = unknown[0].partition("=")[0], f"see {parser.prog} --help"
+        raise SettingsError(
+            f"no option {name}: {_suggest(name.lower(), parser._option_string_actions, see_help)}"
+            if name.startswith("-") else f"one argument too many: {name!r}; {see_help}")
     return parsed
 
 
@@ -6305,31 +6309,26 @@ class LogWriter(logging.Handler):
     def __init__(self, formatter: logging.Formatter) -> None:
         super().__init__()
         self.setFormatter(formatter)
-        self._changed = threading.Condition()  # guards all below; told when lines come, and when they are written
-        self._lines: List[str] = []
-        self._in_hand = 0  # lines that are just being written
+        self._process = os.getpid()
+        self._is_running = False  # whether there is a thread that writes
+        # Guards all here; told when lines come, and when they are written. `logging` holds its lock around `emit`, and
+        # around `flush` at the exit, and makes it free in a forked child.
+        self._changed = threading.Condition(self.lock)
+        self._lines: List[str] = []  # not written yet
         self._dropped = 0
-        self._is_running = False
-        self._is_direct = False  # whether there is no thread: in a forked child
-        if hasattr(os, "register_at_fork"):
-            os.register_at_fork(after_in_child=self._write_directly)
-
-    def _write_directly(self) -> None:
-        self._is_direct = True
 
     def emit(self, record: logging.LogRecord) -> None:
         """Take a record. It is formatted here: later, the values in it may have changed."""
-        if self._is_direct:  # the lock may be held for ever, by a thread that was not forked
+        if os.getpid() != self._process:
             write_log(self._format(record))
-            return
-        with self._changed:
-            if len(self._lines) + self._in_hand >= MAX_LOG_RECORDS:
-                self._dropped += 1
-                return
+        elif len(self._lines) >= MAX_LOG_RECORDS:
+            self._dropped += 1
+        else:
             self._lines.append(self._format(record))
-            if len(self._lines) == 1:
-                self._start()
+            if len(self._lines) == 1 and self._is_running:
                 self._changed.notify_all()
+            elif not self._is_running:
+                self._start()
 
     def _format(self, record: logging.LogRecord) -> str:
         """The record as a line. One that cannot be formatted is told of, and does not disturb who logs."""
@@ -6341,33 +6340,31 @@ class LogWriter(logging.Handler):
         return self.format(make_record(logging.WARNING, text)) + "\n"
 
     def _start(self) -> None:
-        if not self._is_running:
-            with contextlib.suppress(RuntimeError):  # no thread to spare: the next record tries again
-                threading.Thread(target=self._work, name="kfserver-log", daemon=True).start()
-                self._is_running = True
+        with contextlib.suppress(RuntimeError):  # no thread to spare: the next record tries again
+            threading.Thread(target=self._work, name="kfserver-log", daemon=True).start()
+            self._is_running = True
 
     def _work(self) -> None:
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._lines)
             time.sleep(LOG_PAUSE)
-            with self._changed:
-                lines, self._lines = self._lines, []
-                self._in_hand = len(lines)
+            lines = self._lines[:]
             is_written = write_log("".join(lines))
             with self._changed:
-                self._dropped += 0 if is_written else self._in_hand
-                self._in_hand = 0
-                if self._dropped and is_written:
+                del self._lines[:len(lines)]
+                if not is_written:
+                    self._dropped += len(lines)
+                elif self._dropped:
                     self._lines.append(self._warn(f"{self._dropped} log records dropped"))
                     self._dropped = 0
                 self._changed.notify_all()
 
     def flush(self) -> None:
         """Wait until all is written, LOG_EXIT_SECONDS at most; `logging.shutdown` calls this at the exit."""
-        if not self._is_direct:
+        if os.getpid() == self._process:
             with self._changed:
-                self._changed.wait_for(lambda: not (self._lines or self._in_hand), LOG_EXIT_SECONDS)
+                self._changed.wait_for(lambda: not self._lines, LOG_EXIT_SECONDS)
 
 
 def write_log(text: str) -> bool:
@@ -6395,11 +6392,13 @@ class EndSignals:
 
     def __init__(self) -> None:
         self._came: Dict[int, float] = {}  # when each came, by the monotonic clock
-        self._before: Dict[int, Any] = {}  # what each did before
-        if hasattr(os, "register_at_fork"):
-            os.register_at_fork(after_in_child=self.restore)
-        for number in _signals_to_end():
-            self._before[number] = signal.signal(number, self._take)
+        numbers = [signal.SIGTERM, signal.SIGINT]
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as under nohup
+            numbers.append(signal.SIGHUP)
+        for number in numbers:
+            before = signal.signal(number, self._take)
+            if hasattr(os, "register_at_fork"):  # a forked child ends as it would without us
+                os.register_at_fork(after_in_child=functools.partial(signal.signal, number, before or signal.SIG_DFL))
 
     def _take(self, number: int, frame: object) -> None:
         now = time.monotonic()
@@ -6408,11 +6407,6 @@ class EndSignals:
         self._came[number] = now
         if len(self._came) == 1:
             raise KeyboardInterrupt
-
-    def restore(self) -> None:
-        """Let signals do what they did before: a forked child ends as it would without us."""
-        for number, before in self._before.items():
-            signal.signal(number, before or signal.SIG_DFL)
 
 
 def serve(arguments: argparse.Namespace) -> int:
@@ -6423,7 +6417,7 @@ def serve(arguments: argparse.Namespace) -> int:
         handlers = ReloadingHandlers(settings.handlers)
         if not arguments.check:
             return _serve(settings, handlers)
-        check_parts(settings)
+        check_parts(settings, handlers.registry)
         print("\n".join(handlers.describe()))
         return 0
     except SettingsError as error:
@@ -6474,21 +6468,13 @@ def _print_start(settings: Settings, lines: Sequence[str], advice: Sequence[str]
         log.warning("cannot write to stdout: %s", error.strerror)
 
 
-def _signals_to_end() -> List[int]:
-    hang_up = getattr(signal, "SIGHUP", None)  # of a terminal that closes; ignored under nohup
-    if hang_up is None or signal.getsignal(hang_up) is signal.SIG_IGN:
-        return [signal.SIGTERM, signal.SIGINT]
-    return [signal.SIGTERM, signal.SIGINT, hang_up]
-
-
-def check_parts(settings: Settings) -> None:
-    """Raise `SettingsError` for a part that could not be made. Tries what the start would use, but for the port and the
-    right to write the journal, which a server may have."""
+def check_parts(settings: Settings, registry: HandlerRegistry) -> None:
+    """Raise `SettingsError` for a part that could not be made, and warn as a start would. Tries what the start would
+    use, but for the port and the right to write the journal, which a server may have."""
+    KfServer(registry, settings)  # the cipher, the access to the send API
     check_redis(settings)
     if settings.tls_cert:
         make_tls_context(settings)
-    if settings.aes_key:
-        Envelope(settings.aes_key, settings.app_id)
     if settings.journal:
         _check_journal_file(settings.journal)
 
@@ -6507,15 +6493,14 @@ def _check_journal_file(path: str) -> None:
 
 
 def _advice(settings: Settings, environment: Mapping[str, str], has_terminal: bool) -> Iterator[str]:
-    known = [f"KF_{name.upper()}" for name in SETTING_FIELDS]
-    foreign = sorted(name for name, value in environment.items() if _is_of_kubernetes(name, value))
+    known, foreign = list(setting_variables().values()), find_foreign(environment)
     if foreign:
         yield f"{foreign[0]} in the environment comes from Kubernetes and is not a setting" + (
             f", as are {len(foreign) - 1} more" if foreign[1:] else "")
     for name in sorted(set(environment) - {*known, *foreign}):
         if name.startswith("KF_"):
-            near = difflib.get_close_matches(name, known, n=1)
-            yield f"{name} in the environment is not a setting" + (f": did you mean {near[0]}?" if near else "")
+            yield (f"{name} in the environment is not a setting: "
+                   f"{_suggest(name, known, 'kfserver.py --help lists them')}")
     if not settings.token:
         yield "no token is set: anyone who reaches this port can push; set --token (KF_TOKEN)"
     if not (settings.app_key or settings.access_token):

@@ -20,7 +20,7 @@ import threading
 from typing import Any, Dict, Iterator, List, Sequence
 
 import pytest
-from support import PATIENCE, ROOT, Client, post, push
+from support import PATIENCE, ROOT, Client, Program, post, push
 
 import kfserver
 from kfserver import SETTING_FIELDS, EndSignals, Settings, build_parser, main, read_settings
@@ -443,64 +443,12 @@ def test_program_says_in_one_line_that_its_port_is_in_use() -> None:
     assert result.stderr.count("\n") == 1
 
 
-class Program:
-    """kfserver as a process in the current folder, on a free port; its output and its log are one text."""
-
-    def __init__(self, *arguments: str) -> None:
-        command = [sys.executable, "-W", "error", str(ROOT / "kfserver.py"), "--host", "127.0.0.1", "--port", "0"]
-        self._process = subprocess.Popen([*command, *arguments], env=environment(),
-                                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        # A read from a pipe has no time-out of its own.
-        self._watchdog = threading.Timer(PATIENCE, self._process.kill)
-        self._watchdog.start()
-        self.output = ""
-
-    @property
-    def port(self) -> int:
-        """The port that the first line tells."""
-        return int(self.output.partition("\n")[0].rstrip("/").rpartition(":")[2])
-
-    def read_until(self, text: str) -> None:
-        """Read lines up to one that holds the text."""
-        assert self._process.stdout
-        for line in self._process.stdout:
-            self.output += line
-            if text in line:
-                return
-        raise AssertionError(f"{text!r} does not stand in {self.output!r}")
-
-    def read_to_end(self) -> int:
-        """Read what is left; the exit status."""
-        assert self._process.stdout
-        self.output += self._process.stdout.read()
-        return self._process.wait(PATIENCE)
-
-    def close(self) -> None:
-        """End the process, if it still runs."""
-        self._process.kill()
-        self._process.communicate()
-        self._watchdog.cancel()
-        self._watchdog.join()
-
-    def push(self, number: int, content: str) -> None:
-        """Push a text, which must be taken."""
-        with Client(self.port) as client:
-            assert client.ask(post(push("user", number, content))).body == b"success"
-
-    def signal(self, number: int) -> None:
-        """Send a signal."""
-        self._process.send_signal(number)
-
-
 @contextlib.contextmanager
 def running(*arguments: str) -> Iterator[Program]:
     """A `Program` that listens, for the length of a block."""
-    program = Program(*arguments)
-    try:
+    with Program(*arguments) as program:
         program.read_until(LAST_OF_THE_FIRST_LINES)
         yield program
-    finally:
-        program.close()
 
 
 def test_program_tells_where_it_listens_what_it_loaded_and_who_can_push() -> None:
@@ -508,8 +456,8 @@ def test_program_tells_where_it_listens_what_it_loaded_and_who_can_push() -> Non
     with running() as program:
         program.push(1, "hi")
         program.read_until("outcome=accepted")
-        program.signal(signal.SIGTERM)
-        assert program.read_to_end() == 0
+        program.process.send_signal(signal.SIGTERM)
+        assert program.wait() == 0
     first = f"kfserver {kfserver.__version__} listening on http://127.0.0.1:{program.port}/\n"
     assert program.output.startswith(first + GOOD_LIST.format(path=path))
     assert "no token is set: anyone who reaches this port can push; set --token (KF_TOKEN)\n" in program.output
@@ -522,8 +470,8 @@ def test_program_keeps_its_token_to_itself() -> None:
         with Client(program.port) as client:
             assert client.ask(post(push(), target="/?signature=ab&timestamp=1&nonce=2")).status == 403
         program.read_until("outcome=refused 403")
-        program.signal(signal.SIGTERM)
-        assert program.read_to_end() == 0
+        program.process.send_signal(signal.SIGTERM)
+        assert program.wait() == 0
     assert "no token is set" not in program.output
     assert "a-secret" not in program.output
 
@@ -535,10 +483,10 @@ def test_program_finishes_what_waits_before_it_ends(number: int) -> None:
         program.push(1, "one")
         program.push(2, "two")
         program.read_until("begins one")
-        program.signal(number)
+        program.process.send_signal(number)
         program.read_until("shutting down")
         write("through", "")
-        assert program.read_to_end() == 0
+        assert program.wait() == 0
     handled = re.findall(r"^(?:begins|ends) .*", program.output, re.MULTILINE)
     assert handled == ["begins one", "ends one", "begins two", "ends two"]
 
@@ -549,8 +497,8 @@ def test_program_tells_what_it_leaves_undone() -> None:
         program.push(1, "one")
         program.push(2, "two")
         program.read_until("begins one")
-        program.signal(signal.SIGTERM)
-        assert program.read_to_end() == 1
+        program.process.send_signal(signal.SIGTERM)
+        assert program.wait() == 1
     assert re.findall(r"WARNING left undone: key=(.*)", program.output) == ["app/user/text/1", "app/user/text/2"]
     assert "Traceback" not in program.output
 
@@ -561,10 +509,10 @@ def test_program_ends_at_once_at_the_same_signal_again(number: int) -> None:
     with running("--grace", str(10 * PATIENCE)) as program:
         program.push(1, "one")
         program.read_until("begins one")
-        program.signal(number)
+        program.process.send_signal(number)
         program.read_until("shutting down")
-        program.signal(number)
-        assert program.read_to_end() == 1
+        program.process.send_signal(number)
+        assert program.wait() == 1
     assert "Traceback" not in program.output
 
 
@@ -572,6 +520,7 @@ class _Ended(BaseException):
     """Stands for the end of the process."""
 
 
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="this system's terminals do not hang up")
 @pytest.mark.parametrize(("came", "ends"), [
     ([(signal.SIGINT, 0.0), (signal.SIGTERM, 0.5)], False),
     ([(signal.SIGTERM, 0.0), (signal.SIGINT, 1.0)], False),
@@ -586,7 +535,8 @@ def test_end_signals_count_different_ones_within_a_second_as_one(
     monkeypatch.setattr(os, "register_at_fork", lambda **hooks: None)
     monkeypatch.setattr(os, "_exit", end)
     (first, _), *later = came
-    signals = EndSignals()
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+    EndSignals()
     try:
         now = [0.0]
         monkeypatch.setattr(kfserver.time, "monotonic", lambda: now[0])
@@ -596,7 +546,8 @@ def test_end_signals_count_different_ones_within_a_second_as_one(
             for number, now[0] in later:
                 signal.raise_signal(number) if hasattr(signal, "raise_signal") else os.kill(os.getpid(), number)
     finally:
-        signals.restore()
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="this system's terminals do not hang up")
@@ -608,12 +559,12 @@ def test_program_finishes_what_waits_when_its_terminal_closes(ignored: bool) -> 
         with running("--workers", "1", "--grace", str(PATIENCE)) as program:
             program.push(1, "one")
             program.read_until("begins one")
-            program.signal(signal.SIGHUP)
+            program.process.send_signal(signal.SIGHUP)
             if ignored:
-                program.signal(signal.SIGTERM)
+                program.process.send_signal(signal.SIGTERM)
             program.read_until("shutting down")
             write("through", "")
-            assert program.read_to_end() == 0
+            assert program.wait() == 0
             assert "ends one" in program.output
     finally:
         signal.signal(signal.SIGHUP, before)
@@ -622,11 +573,11 @@ def test_program_finishes_what_waits_when_its_terminal_closes(ignored: bool) -> 
 @pytest.mark.parametrize(("environment", "told"), [
     ({"KF_TOKN": "", "KF_TOKEN": "", "KF_ZZZZ": "", "HOME": ""},
      ["KF_TOKN in the environment is not a setting: did you mean KF_TOKEN?",
-      "KF_ZZZZ in the environment is not a setting"]),
+      "KF_ZZZZ in the environment is not a setting: kfserver.py --help lists them"]),
     ({"KF_PORT": "8080"}, []),
     ({"KF_PORT": "tcp://10.0.0.1:80"}, ["KF_PORT in the environment comes from Kubernetes and is not a setting"]),
     ({"KF_PORT": "tcp://10.0.0.1:80", "KF_SERVICE_HOST": "10.0.0.1", "KF_SERVICE_PORT_HTTP": "80", "KF_PORT_80_TCP": "",
-      "KF_PORT_80_TCP_ADDR": "", "KF_REDIS_PORT": "", "KF_REDIS_SERVICE_HOST": ""},
+      "KF_PORT_80_TCP_ADDR": "", "KF_REDIS_PORT": "udp://10.0.0.2:1", "KF_REDIS_SERVICE_HOST": ""},
      ["KF_PORT in the environment comes from Kubernetes and is not a setting, as are 6 more"]),
 ], ids=["misspelt", "a port", "Kubernetes' port", "all of Kubernetes"])
 def test_program_tells_of_variables_that_are_no_settings(environment: Dict[str, str], told: List[str]) -> None:
@@ -710,8 +661,8 @@ def test_program_writes_the_last_records_before_it_ends() -> None:
     with running("--grace", "0", "--workers", "1") as program:
         for number in range(200):
             program.push(number, "one")
-        program.signal(signal.SIGTERM)
-        assert program.read_to_end() == 1
+        program.process.send_signal(signal.SIGTERM)
+        assert program.wait() == 1
     assert program.output.count("outcome=accepted") == program.output.count("left undone") == 200
 
 
