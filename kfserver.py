@@ -5784,7 +5784,7 @@ def _place_of(module: ModuleType) -> str:
 
 
 class ReloadingHandlers:
-    """The handlers in a file, loaded again when that changes, or a Python file beside it, or a module that came with it.
+    """The handlers in a file, loaded again when it, a Python file beside it, or a module that came with it changes.
 
     All modules of its folder are loaded anew together; a broken version leaves all from before in service. Threads and
     tasks that a version started go on.
@@ -6325,19 +6325,17 @@ class LogWriter(logging.Handler):
             self._dropped += 1
         else:
             self._lines.append(self._format(record))
-            if len(self._lines) == 1 and self._is_running:
+            if len(self._lines) == 1:
                 self._changed.notify_all()
-            elif not self._is_running:
+            if not self._is_running:
                 self._start()
 
     def _format(self, record: logging.LogRecord) -> str:
         """The record as a line. One that cannot be formatted is told of, and does not disturb who logs."""
         lines: List[str] = []
         error = attempt(lambda: lines.append(self.format(record) + "\n"))
-        return lines[0] if lines else self._warn(f"a log record of {record.name} cannot be formatted: {type(error)}")
-
-    def _warn(self, text: str) -> str:
-        return self.format(make_record(logging.WARNING, text)) + "\n"
+        return lines[0] if lines else self._format(make_record(
+            logging.WARNING, f"a log record of {record.name} cannot be formatted: {type(error).__name__}"))
 
     def _start(self) -> None:
         with contextlib.suppress(RuntimeError):  # no thread to spare: the next record tries again
@@ -6356,7 +6354,8 @@ class LogWriter(logging.Handler):
                 if not is_written:
                     self._dropped += len(lines)
                 elif self._dropped:
-                    self._lines.append(self._warn(f"{self._dropped} log records dropped"))
+                    record = make_record(logging.WARNING, f"{self._dropped} log records dropped")
+                    self._lines.append(self._format(record))
                     self._dropped = 0
                 self._changed.notify_all()
 
@@ -6428,12 +6427,12 @@ def serve(arguments: argparse.Namespace) -> int:
 
 
 def _serve(settings: Settings, handlers: ReloadingHandlers) -> int:
-    has_terminal = sys.stdout.isatty()
-    server = KfServer(handlers.registry, settings, api=PrintedReplies() if has_terminal else None).start()
+    is_shown = sys.stdout.isatty() and not (settings.app_key or settings.access_token)
+    server = KfServer(handlers.registry, settings, api=PrintedReplies() if is_shown else None).start()
     with contextlib.suppress(KeyboardInterrupt):  # the first signal raises it here
         EndSignals()
         _print_start(settings, [*_describe_start(server), *handlers.describe()],
-                     list(_advice(settings, os.environ, has_terminal)))
+                     list(_advice(settings, os.environ, is_shown)))
         if settings.reload:
             handlers.watch(server, call_later)
         while True:
@@ -6483,16 +6482,16 @@ def _check_journal_file(path: str) -> None:
     import tempfile
     _refuse_foreign_file(path)
     try:
+        tempfile.TemporaryFile(dir=os.path.dirname(os.path.abspath(path))).close()
         if os.path.exists(path):
             open(path, "r+b").close()
-        with tempfile.TemporaryFile(dir=os.path.dirname(os.path.abspath(path))):
-            pass
     except OSError as error:
         raise SettingsError(f"cannot write the journal {path}: {error.strerror}; make its folder, and let this user "
                             "write there, or name another --journal") from error
 
 
-def _advice(settings: Settings, environment: Mapping[str, str], has_terminal: bool) -> Iterator[str]:
+def _advice(settings: Settings, environment: Mapping[str, str], is_shown: bool) -> Iterator[str]:
+    """What an operator may have overlooked; ``is_shown``: whether replies are printed."""
     known, foreign = list(setting_variables().values()), find_foreign(environment)
     if foreign:
         yield f"{foreign[0]} in the environment comes from Kubernetes and is not a setting" + (
@@ -6505,7 +6504,7 @@ def _advice(settings: Settings, environment: Mapping[str, str], has_terminal: bo
         yield "no token is set: anyone who reaches this port can push; set --token (KF_TOKEN)"
     if not (settings.app_key or settings.access_token):
         yield "no --app-key is set: what handlers return is not sent to users" + (
-            ", but printed here" if has_terminal else "")
+            ", but printed here" if is_shown else "")
 
 
 def _prepare_streams() -> None:

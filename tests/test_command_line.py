@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import json
+import logging
 import os
 import pathlib
 import re
@@ -20,7 +22,8 @@ import threading
 from typing import Any, Dict, Iterator, List, Sequence
 
 import pytest
-from support import PATIENCE, ROOT, Client, Program, post, push
+from send_api_server import APP_KEY, APP_SECRET, SendApiServer
+from support import PATIENCE, ROOT, Client, Program, post, push, wait_until
 
 import kfserver
 from kfserver import SETTING_FIELDS, EndSignals, Settings, build_parser, main, read_settings
@@ -714,6 +717,33 @@ def test_program_prints_what_would_be_sent_on_a_terminal() -> None:
     assert b"  to user: you said hi\r\n  to user: [image] https://kf/a.png" in shown
 
 
+def test_program_sends_replies_from_a_terminal_too_if_it_can() -> None:
+    pty = pytest.importorskip("pty")
+    write("handlers.py", """
+        from kfserver import HandlerRegistry
+        registry = HandlerRegistry()
+        registry.on("text")(lambda message: "you said " + message.content)
+    """)
+    ours, theirs = pty.openpty()
+    with SendApiServer() as api, open(ours, "rb", buffering=0) as screen:
+        key = ["--app-key", APP_KEY, "--app-secret", APP_SECRET, "--api-base", api.base]
+        with started(*key, stdout=theirs, stderr=subprocess.DEVNULL) as process:
+            os.close(theirs)
+            shown = b""
+            while b"no token is set" not in shown:
+                shown += screen.read(4096)
+            with Client(port_of(shown.split(b"\n")[0])) as client:
+                assert client.ask(post(push(content="hi"))).status == 200
+            wait_until(lambda: api.sent)
+            process.terminate()
+            assert process.wait(PATIENCE) == 0
+        with contextlib.suppress(OSError):  # EIO is the end of what a terminal shows
+            while True:
+                shown += screen.read(4096)
+    assert [reply.content for reply in api.sent] == ["you said hi"]
+    assert b"to user:" not in shown
+
+
 # ---- Forks
 
 
@@ -763,10 +793,69 @@ def test_program_leaves_signals_and_logs_to_a_forked_child() -> None:
         assert line in output
 
 
+# ---- JSON
+
+
+def read_objects(text: str) -> List[Dict[str, Any]]:
+    """One JSON object for each line."""
+    return [json.loads(line) for line in text.splitlines()]
+
+
+@pytest.mark.parametrize(("handlers", "arguments", "told"), [
+    ("one = 1 / 0\n", [], "handlers.py failed with the ZeroDivisionError below: .*\nTraceback .*line 1, in <module>"),
+    ("", [], "handlers.py has no registry: "),
+    (GOOD_HANDLERS, ["--tls-cert", "missing.pem"], "cannot use the certificate missing.pem"),
+], ids=["broken handlers", "no registry", "no certificate"])
+def test_program_tells_why_it_cannot_start_as_one_object(handlers: str, arguments: List[str], told: str) -> None:
+    write("handlers.py", handlers)
+    result = run(str(ROOT / "kfserver.py"), "--port", "0", "--log-format", "json", *arguments)
+    assert (result.returncode, result.stdout) == (2, "")
+    line, = read_objects(result.stderr)
+    assert line["level"] == "error"
+    assert re.search(told, line["message"], re.DOTALL)
+
+
+FAILING_HANDLERS = """
+    from kfserver import HandlerRegistry
+    registry = HandlerRegistry()
+
+    @registry.on("text")
+    def fail(message):
+        1 / 0
+
+    @registry.on_error
+    def told(message, error):
+        raise OSError
+"""
+
+
+def test_program_tells_of_failures_in_fields() -> None:
+    write("handlers.py", FAILING_HANDLERS)
+    with Program("--log-format", "json", "--tries", "2", log_apart=True) as program:
+        program.push(1, "hi")
+        program.read_until(LAST_OF_THE_FIRST_LINES)
+        assert program.end() == 0
+    lines = [line for line in read_objects(program.log) if "failed" in line["message"]]
+    assert [(line["key"], line["error"].split(" at ")[0]) for line in lines] == [
+        ("app/user/text/1", "ZeroDivisionError"), ("app/user/text/1", "ZeroDivisionError"),
+        ("app/user/text/1", "OSError")]
+    assert [line["try"] for line in lines[:2]] == [1, 2]
+    assert all(re.search("^fail\\b", line["handler"]) for line in lines[:2])
+
+
+def test_json_formatter_rounds_numbers_and_keeps_the_rest() -> None:
+    values = {"ms": 1 / 3, "try": 2, "error": None, "path": pathlib.PurePosixPath("kf")}
+    record = logging.LogRecord("kf", logging.INFO, "", 0, "took %(ms).2f", (values,), None)
+    line = json.loads(kfserver.JsonFormatter().format(record))
+    assert line.pop("time").endswith("+00:00")
+    assert line == {"ms": 0.333, "try": 2, "error": None, "path": "kf", "level": "info", "message": "took 0.33"}
+
+
 # ---- --check tries what the start would use
 
 
 @pytest.mark.parametrize(("arguments", "told"), [
+    (["--app-id", "a", "--access-token", "@missing"], "--access-token (KF_ACCESS_TOKEN) cannot use its file: No such file"),
     (["--journal", "missing/kf.db"], "cannot write the journal missing/kf.db: No such file or directory"),
     (["--journal", "text"], "text is not a journal of kfserver"),
     (["--tls-cert", "text"], "cannot use the certificate text"),

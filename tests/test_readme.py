@@ -14,11 +14,9 @@ import pathlib
 import re
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import textwrap
-import threading
 import urllib.request
 from typing import Any, Dict, Iterator, List, NamedTuple, Sequence, Set, Tuple
 from urllib.parse import urlencode
@@ -26,7 +24,7 @@ from urllib.parse import urlencode
 import pytest
 from conftest import NOW, TOKEN, World, signed_query
 from settings_table import make_table, read_table
-from support import PATIENCE, PUBLISHED, ROOT, Client, local, post, push
+from support import PATIENCE, PUBLISHED, ROOT, Client, Program, local, post, push
 
 import kfserver
 from kfserver import SETTING_FIELDS, Busy, HandlerRegistry, KfServer, Request, Response
@@ -101,47 +99,13 @@ def run(*command: str, typed: str = "") -> str:
     return done.stdout.decode()
 
 
-class Server:
-    """A kfserver that listens on a free port; ``first`` are the lines that it prints before the first push."""
-
-    def __init__(self, command: Sequence[str]) -> None:
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-        # A read from a pipe has no time-out of its own.
-        self._watchdog = threading.Timer(PATIENCE, self.process.kill)
-        self._watchdog.start()
-        self.first = ""
-
-    def read_first(self) -> None:
-        """Read the lines up to that which is printed last."""
-        assert self.process.stdout
-        while "no --app-key is set" not in self.first:
-            line = self.process.stdout.readline().decode()
-            assert line, f"the server ended after {self.first!r}"
-            self.first += line
-
-    @property
-    def port(self) -> str:
-        """The port that the first line tells."""
-        return self.first.partition("\n")[0].rstrip("/").rpartition(":")[2]
-
-    def close(self) -> None:
-        """End the server as a service manager does; fails if it does not end well."""
-        self.process.send_signal(signal.SIGTERM)
-        self.process.communicate()
-        self._watchdog.cancel()
-        self._watchdog.join()
-        assert self.process.returncode == 0
-
-
 @contextlib.contextmanager
-def server(command: Sequence[str]) -> Iterator[Server]:
-    """A `Server` for the length of a block."""
-    running = Server(command)
-    try:
-        running.read_first()
+def server(command: Sequence[str]) -> Iterator[Program]:
+    """A kfserver that has printed all that it does before the first push; it must come to a good end."""
+    with Program(command=command, log_apart=True) as running:
+        running.read_until("no --app-key is set")
         yield running
-    finally:
-        running.close()
+        assert running.end() == 0
 
 
 def curl(words: Sequence[str]) -> str:
@@ -278,7 +242,7 @@ def test_container_serves_with_the_files_that_it_copies(
     program, *arguments = json.loads(command)
     assert program == "python3"
     with server([sys.executable, *(argument.replace("/", f"{tmp_path}/") for argument in arguments)]) as running:
-        assert f" handlers from {tmp_path}/handlers.py\n" in running.first
+        assert f" handlers from {tmp_path}/handlers.py\n" in running.output
         with Client(int(running.port)) as client:
             assert client.ask(post(push())).body == b"success"
 

@@ -20,7 +20,7 @@ from types import ModuleType
 from typing import Any, Callable, Iterator, List, Optional, Sequence, Tuple, Union
 
 import pytest
-from support import PATIENCE, ROOT, Client, Shop, local, no_thread_left, post, push, wait_until
+from support import PATIENCE, ROOT, Client, Program, Shop, local, no_thread_left, post, push, wait_until
 
 import kfserver
 from kfserver import (
@@ -818,43 +818,19 @@ def keep(message):
 PROGRAM = f"import kfserver, sys; kfserver.REDIS_TIMEOUT = {PATIENCE}; sys.exit(kfserver.main())"
 
 
-class Process:
-    """An instance in a process of its own."""
-
-    def __init__(self, folder: pathlib.Path, url: str) -> None:
-        command = [sys.executable, "-c", PROGRAM, "--host", "127.0.0.1", "--port", "0", "--redis", url,
-                   "--log-level", "warning"]
-        self._process = subprocess.Popen(
-            command, cwd=str(folder), env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"},
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        # A read from a pipe has no time-out of its own.
-        self._watchdog = threading.Timer(6 * PATIENCE, self._process.kill)
-        self._watchdog.start()
-
-    def wait_until_up(self) -> int:
-        """The port, as the first line tells it."""
-        assert self._process.stdout
-        return int(self._process.stdout.readline().rstrip("/\n").rpartition(":")[2])
-
-    def stop(self) -> Tuple[int, str]:
-        """End it in peace: its status, and what it wrote about Redis."""
-        self._process.terminate()
-        output, _ = self._process.communicate()
-        self._watchdog.cancel()
-        self._watchdog.join()
-        return self._process.returncode, "".join(line for line in output.splitlines() if "Redis" in line)
-
-
 @contextlib.contextmanager
 def processes(count: int, folder: pathlib.Path, url: str) -> Iterator[List[int]]:
     """So many instances for the length of a block, by their ports; each must come to a good end."""
     (folder / "handlers.py").write_text(HANDLERS)
-    started = [Process(folder, url) for _ in range(count)]
-    try:
-        yield [process.wait_until_up() for process in started]
-    finally:
-        ends = [process.stop() for process in started]
-    assert ends == [(0, "")] * count
+    command = [sys.executable, "-c", PROGRAM, "--host", "127.0.0.1", "--port", "0", "--redis", url,
+               "--log-level", "warning"]
+    with contextlib.ExitStack() as stack:
+        started = [stack.enter_context(Program(command=command, folder=folder, PYTHONPATH=str(ROOT)))
+                   for _ in range(count)]
+        yield [program.port for program in started]
+        for program in started:
+            assert program.end() == 0
+            assert "Redis" not in program.output
 
 
 class PairPusher(threading.Thread):
