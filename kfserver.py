@@ -3628,7 +3628,7 @@ KEEP_THREAD = 5.0
 
 
 def call_later(seconds: float, job: Callable[[], None]) -> None:
-    """Run ``job`` once, ``seconds`` from now, on a thread of its own; not at all if the system has no thread to spare."""
+    """Run ``job`` once, ``seconds`` from now, on a thread of its own; not at all if no thread can be had."""
     timer = threading.Timer(seconds, guard, (job,))
     timer.name, timer.daemon = "kfserver-timer", True
     with contextlib.suppress(RuntimeError):
@@ -3638,10 +3638,10 @@ def call_later(seconds: float, job: Callable[[], None]) -> None:
 class Job:
     """A message from its push until it is done, and how far it has come.
 
-    ``since`` is when it came here, by the dispatcher's timer; ``tries`` how often its handler has failed, and ``seconds``
-    how long its last run took. ``replies`` is None until the handler is done, then what is still to be sent, of which
-    ``sent`` were; the first has failed ``reply_tries`` times since ``failing_since``. ``is_leftover`` marks a message of
-    the last run, ``is_suspect`` one that may have ended that run, ``error`` one that did so too often.
+    ``since`` is when it came, by the dispatcher's timer; ``tries`` how often its handler has failed, ``seconds`` how
+    long its last run took. ``replies`` is None until the handler is done, then what is still to be sent; ``sent`` were,
+    and the next one has failed ``reply_tries`` times since ``failing_since``. ``is_leftover`` marks a message of the
+    last run, ``is_suspect`` one that may have ended that run, ``error`` one that did so too often.
     """
 
     __slots__ = ("message", "sender", "since", "tries", "match", "seconds", "session", "replies", "sent", "reply_tries",
@@ -3663,8 +3663,8 @@ Mailbox = Deque[Job]  # the messages of one sender, the first of them next or in
 
 
 class Mailboxes:
-    """The messages that are not done, by sender. A mailbox is ready, taken, or waits until it is due; an empty one is not
-    kept. ``timer`` gives seconds from anywhere. Not safe to use from several threads."""
+    """The messages that are not done, by sender. A mailbox is ready, taken, or waits until it is due; an empty one is
+    dropped. ``timer`` gives seconds from anywhere. Not safe to use from several threads."""
 
     def __init__(self, timer: Callable[[], float]) -> None:
         self._timer = timer
@@ -3724,8 +3724,9 @@ class Mailboxes:
 class Dispatcher:
     """Has each message handled, on up to ``settings.workers`` threads.
 
-    ``handle`` gets a job and does what is next for it. It returns after how many seconds the job is to be handled again,
-    or None when it is done; before that it must `settle` the job. ``flush`` is called after one or more are settled.
+    ``handle`` gets a job and does what is next for it. It returns after how many seconds the job is to be handled
+    again, or None when it is done; before that it must `settle` the job. ``flush`` is called after one or more are
+    settled. ``timer`` gives seconds from anywhere.
     """
 
     def __init__(self, settings: Settings, handle: Callable[[Job], Optional[float]], flush: Callable[[], None],
@@ -3742,7 +3743,8 @@ class Dispatcher:
         self._limit = settings.workers  # messages in hand at the same time
         self._suspects = 0  # mailboxes that are served alone before the others get their turn
         self._short = False  # whether the system refused the last thread
-        self._closed = self._ended = False  # whether nothing more is taken, and whether nothing more is begun
+        self._closed = False  # whether nothing more is taken
+        self.has_ended = False  # whether nothing more is begun; read without the lock
 
     def reserve(self) -> None:
         """Keep a place in the queue for a message that `post` will bring, or `cancel` will not. Raises `Busy`."""
@@ -3767,8 +3769,8 @@ class Dispatcher:
             self._call_worker()
 
     def restore(self, jobs: Sequence[Job]) -> None:
-        """Take what was accepted before a restart, oldest first, also when the queue is full; `wake` begins it. A sender's
-        first message that is a suspect is handled alone, and before all others."""
+        """Take what was accepted before a restart, oldest first, also when the queue is full; `wake` begins it. If a
+        sender's first message is a suspect, it is handled alone, and before all others."""
         with self._lock:
             self._open += len(jobs)
             for job in jobs:
@@ -3785,7 +3787,7 @@ class Dispatcher:
         """See to it that a worker comes for what is ready, and that one waits for what will be due. One is called at a
         time, and calls the next when it has taken a mailbox: under load it finds many, where a call for each would be a
         change of threads for each."""
-        if self._called or self._busy >= self._limit or self._ended:
+        if self._called or self._busy >= self._limit or self.has_ended:
             return
         is_ready = self._mailboxes.are_ready()
         if not is_ready and self._mailboxes.next_due() is None:
@@ -3825,7 +3827,7 @@ class Dispatcher:
             leave_at = self._timer() + KEEP_THREAD
             while not self._called:
                 now, due = self._timer(), self._mailboxes.next_due()
-                if self._ended or (now >= leave_at and (due is None or self._spare > 1)):
+                if self.has_ended or (now >= leave_at and (due is None or self._spare > 1)):
                     self._spare -= 1
                     return False
                 self._wanted.wait(max(0.0, min(each for each in (due, leave_at) if each and each >= now) - now))
@@ -3839,7 +3841,7 @@ class Dispatcher:
         will flush: so messages with quick handlers share a write, and no more messages than there are workers can be in
         hand, or settled and not flushed."""
         with self._lock:
-            mailbox = self._mailboxes.take() if self._mailboxes.are_ready() and not self._ended else None
+            mailbox = self._mailboxes.take() if self._mailboxes.are_ready() and not self.has_ended else None
             if mailbox:
                 self._call_worker()
             else:
@@ -3877,21 +3879,16 @@ class Dispatcher:
         """Call ``mark``, which must not wait, to note what became of the job. False, and no call, if the end has come
         first: then `drain` has told that the job was left undone."""
         with self._lock:
-            if self._ended:
+            if self.has_ended:
                 return False
             mark(*arguments)
             job.is_settled = True
             self._unflushed += 1
             return True
 
-    @property
-    def has_ended(self) -> bool:
-        """Whether `drain` is over, so that nothing is begun any more."""
-        return self._ended
-
     def join(self, seconds: Optional[float] = None) -> bool:
-        """Wait until nothing is left to do, ``seconds`` at most; whether that was reached. When no thread can be had, as
-        at the exit of an interpreter from 3.12 on, the calling thread works itself."""
+        """Wait until nothing is left to do, ``seconds`` at most; whether that was reached. When no thread can be had,
+        as at the exit of an interpreter from 3.12 on, the calling thread works itself."""
         deadline = float("inf") if seconds is None else time.monotonic() + seconds
         while True:
             with self._lock:
@@ -3918,9 +3915,9 @@ class Dispatcher:
             self._closed = True
         self.join(seconds)
         with self._lock:
-            self._ended = True
+            self.has_ended = True
             self._wanted.notify_all()
-            return [job.message.key for job in self._mailboxes if not job.is_settled]
+        return [job.message.key for job in self.jobs()]
 
     def jobs(self) -> List[Job]:
         """All that is not settled, each sender's in order."""
@@ -3941,7 +3938,7 @@ class Dispatcher:
 # Law: the way of a message from its push until it is done, and what is remembered of it: claims, journal, dispatcher,
 # handlers, conversations, replies. Knows nothing of HTTP.
 
-# Seconds between two looks whether a journal that another process has, or that cannot be used, can be had.
+# Seconds until a journal that could not be opened, because another process has it for example, is tried again.
 OPEN_AGAIN_SECONDS = 3.0
 # Seconds at most between two tries of a handler.
 LONGEST_PAUSE = 3600.0
@@ -3957,9 +3954,45 @@ def make_key(function: Callable[[Message], str], message: Message) -> str:
     return keys[0]
 
 
+def restore_job(row: Row, tries: int) -> Job:
+    """The job of a message that the last run left, of which a handler has ``tries``. Raises `PushError` if it cannot be
+    read."""
+    job = Job(parse(row.payload), row.tries + row.begun)
+    job.message.key, job.is_leftover, job.is_suspect = row.key, True, row.begun
+    if row.replies:
+        job.replies = deque(decode_replies(row.replies))
+    elif row.begun and job.tries >= tries:
+        job.error = HandlerError(f"the process ended while this message was handled, at try {job.tries}; correct the "
+                                 "handler, then put the message back with 'journal --requeue'")
+    return job
+
+
+def mark_suspects(jobs: Iterable[Job], workers: int) -> None:
+    """Mark what may have been in hand when the process ended: at most the first message of a sender, and of as many
+    senders as there are workers. What waits for its replies was not in a handler."""
+    first: Dict[Tuple[str, str], Job] = {}
+    for job in jobs:
+        first.setdefault(job.sender, job)
+    for job in itertools.islice(first.values(), workers):
+        job.is_suspect = job.replies is None
+
+
+def end_fork(error: Optional[BaseException]) -> NoReturn:
+    """End a process that a handler has forked and that came back from it with ``error``: the queue is its parent's."""
+    status = 0
+    if isinstance(error, SystemExit) and (error.code is None or isinstance(error.code, int)):
+        status = error.code or 0
+    elif error:
+        traceback.print_exception(type(error), error, error.__traceback__)
+        status = 1
+    for stream in (sys.stdout, sys.stderr):
+        attempt(stream.flush)
+    os._exit(status)
+
+
 class Conversations:
-    """What `Message.session` held at the end of each sender's last message, as JSON: in memory, for ``limit`` senders at
-    most; the one that was not touched for longest is forgotten first. Safe to use from any thread."""
+    """What `Message.session` held at the end of each sender's last message, as JSON: in memory, for ``limit`` senders.
+    The one that was not touched for longest is forgotten first. Safe to use from any thread."""
 
     def __init__(self, limit: int, clock: Callable[[], float] = time.time) -> None:
         self._limit, self._clock = limit, clock
@@ -3994,14 +4027,11 @@ class Inbox:
         self.metrics = Metrics()
         self.is_draining = False  # whether the end has begun, for monitors
         self._settings, self._key_of, self._api = settings, key_of, api
-        self._local = ClaimCache(settings.dedup_size)
-        self._conversations = Conversations(settings.sessions)
-        self._shared = SharedClaims(settings.redis, self._local) if settings.redis else None
-        self._claims: Union[ClaimCache, SharedClaims] = self._local if self._shared is None else self._shared
-        self._sessions: Union[Conversations, SharedClaims] = (
-            self._conversations if self._shared is None else self._shared)
         self._dispatcher = Dispatcher(settings, self._handle, self._flush)
         self._journal: Optional[Journal] = None
+        self._local, self._conversations = ClaimCache(settings.dedup_size), Conversations(settings.sessions)
+        self._shared = SharedClaims(settings.redis, self._local) if settings.redis else None
+        self._claims: Union[ClaimCache, SharedClaims] = self._local if self._shared is None else self._shared
         self._process = os.getpid()
         self._opening = threading.Lock()  # guards the two below, and that only one thread opens
         self._is_open = False
@@ -4017,7 +4047,6 @@ class Inbox:
             if self._settings.journal:
                 self._journal = Journal(self._settings, call_later)
                 self._recover(self._journal)
-                self._journal.in_hand = self._list_in_hand
             self._claims.open()
             self._is_open, self._problem = True, ""
         self._dispatcher.wake()
@@ -4028,21 +4057,19 @@ class Inbox:
         if self._is_open:
             return
         if not self._problem:
-            try:
-                self.open()
+            error = attempt(self.open)
+            if not error:
                 return
-            except SettingsError as error:
-                self._problem = "the journal cannot be used"
-                log.error("%s; until then every push is answered 503", error)
-                call_later(OPEN_AGAIN_SECONDS, self._open_again)
+            self._problem = "the journal cannot be used"
+            log.error("%s; until then every push is answered 503", describe_error(error))
+            call_later(OPEN_AGAIN_SECONDS, self._open_again)
         raise Busy(self._problem, JournalError.advice)
 
     def _open_again(self) -> None:
-        try:
-            self.open()
-            log.warning("the journal %s can be used now", self._settings.journal)
-        except SettingsError:
+        if attempt(self.open):
             call_later(OPEN_AGAIN_SECONDS, self._open_again)
+        else:
+            log.warning("the journal %s can be used now", self._settings.journal)
 
     def _recover(self, journal: Journal) -> None:
         """Go on where the last process ended: remember what was finished, and queue what was not."""
@@ -4050,35 +4077,19 @@ class Inbox:
             self._local.finish(key)
         for session in journal.sessions():
             self._conversations.save_session(*session)
-        left = [job for job in (self._restore(journal, row) for row in journal.waiting()) if job]
-        # In hand was at most one message of a sender, and of as many senders as there are workers.
-        first: Dict[Tuple[str, str], Job] = {}
-        for job in left:
-            first.setdefault(job.sender, job)
-        for job in itertools.islice(first.values(), self._settings.workers):
-            job.is_suspect = job.replies is None
+        left: List[Job] = []
+        for row in journal.waiting():
+            error = attempt(lambda: left.append(restore_job(row, self._settings.tries)))  # noqa: B023
+            if error:
+                journal.fail(row.key, describe_error(error))
+                log.error("left by the last run, and cannot be read: key=%s", row.key)
+            else:
+                self._claims.restore(row.key)
+        mark_suspects(left, self._settings.workers)
         if left:
             log.info("%d messages are left from the last run", len(left))
         self._dispatcher.restore(left)
-
-    def _restore(self, journal: Journal, row: Row) -> Optional[Job]:
-        """The job of a message that the last run left; None if it cannot be read."""
-        try:
-            job = Job(parse(row.payload), row.tries + row.begun)
-        except PushError as error:
-            journal.fail(row.key, describe_error(error))
-            log.error("left by the last run, and cannot be read: key=%s", row.key)
-            return None
-        job.message.key = row.key
-        self._claims.restore(row.key)
-        job.is_leftover = True
-        job.is_suspect = row.begun
-        if row.replies:
-            job.replies = deque(decode_replies(row.replies))
-        elif row.begun and job.tries >= self._settings.tries:
-            job.error = HandlerError(f"the process ended while this message was handled, at try {job.tries}; correct the "
-                                     "handler, then put the message back with 'journal --requeue'")
-        return job
+        journal.in_hand = self._list_in_hand
 
     def _list_in_hand(self) -> List[Tuple[str, bytes, int]]:
         return [(job.message.key, encode_json(dict(job.message.fields)), job.tries) for job in self._dispatcher.jobs()]
@@ -4148,13 +4159,14 @@ class Inbox:
 
     def _run(self, job: Job) -> Optional[float]:
         """Run the handler. If it succeeds, the job has replies, maybe none, and is not done yet."""
-        if job.is_leftover and self._journal:
-            # Or a message that ends the process would be run at every start. A run alone counts as a try.
-            if attempt(self._journal.begin, job.message.key, job.tries + job.is_suspect):
-                return LOOK_AGAIN_SECONDS
+        # Or a message that ends the process would be run at every start. A run alone counts as a try.
+        if job.is_leftover and self._journal and attempt(
+                self._journal.begin, job.message.key, job.tries + job.is_suspect):
+            return LOOK_AGAIN_SECONDS
         started = time.monotonic()
         error = attempt(self._call_handler, job)
-        self._leave_fork(error)
+        if os.getpid() != self._process:
+            end_fork(error)
         job.seconds = time.monotonic() - started
         if self._settings.admin:
             self.metrics.handler(job.seconds)
@@ -4170,8 +4182,7 @@ class Inbox:
 
     def _call_handler(self, job: Job) -> None:
         """Run the handler; keep in the job what is to be sent, and in the conversations what is to be remembered."""
-        message = job.message
-        outbox = self._outbox_of(message)
+        message, outbox = job.message, self._outbox_of(job.message)
         message.kept_session = functools.partial(self._load_session, job.sender)
         job.match = self.registry.find(message)
         answers = outbox.check(self.registry.run(job.match, message))
@@ -4189,7 +4200,8 @@ class Inbox:
         return message.outbox
 
     def _load_session(self, sender: Tuple[str, str]) -> Dict[str, Any]:
-        text = self._sessions.load_session(json.dumps(sender))
+        store: Union[Conversations, SharedClaims] = self._conversations if self._shared is None else self._shared
+        text = store.load_session(json.dumps(sender))
         session: Dict[str, Any] = json.loads(text) if text else {}
         return session
 
@@ -4199,48 +4211,40 @@ class Inbox:
         if not isinstance(kept, dict):
             return None
         session = json.dumps(job.sender), encode_session(kept)
-        self._sessions.save_session(*session)
-        return session if self._shared is None else None
-
-    def _leave_fork(self, error: Optional[BaseException]) -> None:
-        """End a process that a handler has forked and that came back here: the queue is its parent's."""
-        if os.getpid() == self._process:
-            return
-        status = 0
-        if isinstance(error, SystemExit) and (error.code is None or isinstance(error.code, int)):
-            status = error.code or 0
-        elif error:
-            traceback.print_exception(type(error), error, error.__traceback__)
-            status = 1
-        for stream in (sys.stdout, sys.stderr):
-            attempt(stream.flush)
-        os._exit(status)
+        if self._shared is not None:
+            self._shared.save_session(*session)
+            return None
+        self._conversations.save_session(*session)
+        return session
 
     def _send_replies(self, job: Job) -> Optional[float]:
         """Send what the handler returned, one reply after the other. One that cannot be sent now waits, and no worker
         with it, RETRY_REPLY_SECONDS at most."""
-        outbox, now = self._outbox_of(job.message), time.monotonic()
+        outbox = self._outbox_of(job.message)
         while job.replies:
             if self._dispatcher.has_ended:
                 return None
             error = attempt(outbox.send, job.replies[0])
-            if isinstance(error, NetworkError):
-                job.failing_since = job.failing_since or now
-                if self._api and now - job.failing_since < RETRY_REPLY_SECONDS:
-                    job.reply_tries += 1
-                    return max(float(self._api.pause()), retry_delay(job.reply_tries))
             if error:
-                self.metrics.count("replies_failed")
-                self._give_up(job, error)
-                return None
-            job.failing_since, job.reply_tries = 0.0, 0
+                return self._fail_to_send(job, error)
+            job.failing_since, job.reply_tries, job.sent = 0.0, 0, job.sent + 1
             job.replies.popleft()
-            job.sent += 1
             if job.replies and self._journal:
                 self._journal.replied(job.message.key, encode_replies(job.replies))
-        if self._dispatcher.settle(job, self._mark_done, job):
+        if self._dispatcher.settle(job, self._mark_done, job) and log.isEnabledFor(logging.INFO):
             log.info("handled key=%(key)s handler=%(handler)s ms=%(ms).2f replies=%(replies)d", {
-                "key": job.message.key, "handler": handler_name(job.match.handler) if job.match else "-", "ms": job.seconds * 1000, "replies": job.sent})
+                "key": job.message.key, "handler": handler_name(job.match.handler) if job.match else "-",
+                "ms": job.seconds * 1000, "replies": job.sent})
+        return None
+
+    def _fail_to_send(self, job: Job, error: BaseException) -> Optional[float]:
+        now = time.monotonic()
+        job.failing_since = job.failing_since or now
+        if isinstance(error, NetworkError) and now - job.failing_since < RETRY_REPLY_SECONDS:
+            job.reply_tries += 1
+            return max(float(self._api.pause()), retry_delay(job.reply_tries))
+        self.metrics.count("replies_failed")
+        self._give_up(job, error)
         return None
 
     def _mark_done(self, job: Job) -> None:
@@ -4249,9 +4253,9 @@ class Inbox:
         self._claims.finish(job.message.key)
 
     def _try_again(self, job: Job, error: BaseException) -> float:
-        seconds = min(4.0 ** (job.tries - 1), LONGEST_PAUSE)  # 1 s, 4 s, 16 s…: an outage or overload needs time to end
-        log.warning("handler failed: key=%(key)s handler=%(handler)s try=%(try)d of %(tries)d, %(error)s; again in "
-                    "%(seconds)d s", {**self._describe(job, error), "tries": self._settings.tries, "seconds": seconds},
+        seconds = min(4.0 ** (job.tries - 1), LONGEST_PAUSE)  # 1 s, 4 s, 16 s…: an outage needs time to end
+        log.warning("handler failed: key=%(key)s handler=%(handler)s try=%(try)d, %(error)s; again in %(seconds)d s",
+                    {**self._describe(job, error), "seconds": seconds},
                     exc_info=exc_info_of(error) if log.isEnabledFor(logging.DEBUG) else None)
         self.metrics.count("handler_retries")
         if self._journal:
@@ -4265,10 +4269,14 @@ class Inbox:
             return
         self._flush()  # before what follows can end the process
         self.metrics.count("messages_failed")
-        log.error("message failed for good: key=%(key)s handler=%(handler)s try=%(try)d, %(error)s; the platform will not "
-                  "send it again by itself", self._describe(job, error), exc_info=exc_info_of(error))
+        # An error of our own is told with the handler's name and line: its frames are kfserver's.
+        is_ours = isinstance(error, KfError) and not log.isEnabledFor(logging.DEBUG)
+        log.error("message failed for good: key=%(key)s handler=%(handler)s try=%(try)d, %(error)s; the platform will "
+                  "not send it again by itself", self._describe(job, error),
+                  exc_info=None if is_ours else exc_info_of(error))
         for failed in self.registry.handle_error(job.message, error):
-            log.error("on_error failed: key=%s", job.message.key, exc_info=exc_info_of(failed))
+            log.error("on_error failed: key=%(key)s error=%(error)s", {
+                "key": job.message.key, "error": describe_error(failed)}, exc_info=exc_info_of(failed))
 
     def _mark_failed(self, job: Job, error: BaseException) -> None:
         if self._journal:
@@ -4286,7 +4294,7 @@ class Inbox:
         if self._journal:
             self._journal.flush()
 
-    # The whole
+    # For who owns it
 
     def each_second(self) -> None:
         """Begin what a shortage of threads held up, and notice a journal that was deleted though nothing is written."""
@@ -4310,6 +4318,8 @@ class Inbox:
 
     def join(self, seconds: Optional[float]) -> bool:
         """Wait until every message is handled, ``seconds`` at most; whether that was reached."""
+        with contextlib.suppress(Busy):
+            self.begin()
         reached = self._dispatcher.join(seconds)
         self._flush()
         return reached
@@ -5123,9 +5133,9 @@ class KfServer:
         with KfServer(registry, Settings(port=0)) as server:
             print(server.url)
 
-    `feed` and `wsgi` work without a start. ``dedup_key`` replaces `dedup_key`: equal texts are one message. ``api`` takes
-    the place of a `SendApi`. Raises `SettingsError` for what is known to be wrong at once; files and threads are opened
-    at first use, so what is made before a fork works in every process that serves.
+    `feed` and `wsgi` work without a start. ``dedup_key`` replaces `dedup_key`: equal texts are one message. ``api``
+    takes the place of a `SendApi`. Files and threads are opened at first use, so what is made before a fork works in
+    every process that serves. Raises `SettingsError` for what is known to be wrong at once.
     """
 
     def __init__(self, registry: HandlerRegistry, settings: Settings = Settings(),
@@ -5172,8 +5182,8 @@ class KfServer:
         return self
 
     def start(self) -> KfServer:
-        """Listen, and serve from a thread of its own. Raises `SettingsError` when an address or a file cannot be had, and
-        then nothing stays open; `KfError` if the server was started or stopped before."""
+        """Listen, and serve from a thread of its own. Raises `SettingsError` when an address or a file cannot be had,
+        and then nothing stays open; `KfError` if the server was started or stopped before."""
         if self._http or self._inbox.is_draining:
             raise KfError("a KfServer starts once: make another for each start")
         with contextlib.ExitStack() as opened:
@@ -5227,7 +5237,7 @@ class KfServer:
     def stop(self) -> List[str]:
         """Stop listening, finish requests in flight and, within ``grace`` seconds, messages; the keys of the others.
 
-        After that nothing is begun. What a handler still finishes is not written down: a journal brings its message again.
+        After that nothing is begun. What a handler still finishes is not written down: a journal brings it again.
         """
         self._inbox.is_draining = True
         if self._http:
@@ -5295,21 +5305,23 @@ def refuse_uwsgi_without_threads(uwsgi: Optional[ModuleType]) -> None:
 def read_wsgi_body(environ: Mapping[str, Any], limit: int) -> bytes:
     """The body of a request to a WSGI application. Raises `PushError` for one that is longer than ``limit`` bytes.
 
-    A chunked one has no length, but an end where the server says so (``wsgi.input_terminated``, as gunicorn does).
+    A chunked body has no length, but an end where the server says so (``wsgi.input_terminated``, as gunicorn does).
     """
-    length = environ.get("CONTENT_LENGTH") or ("" if environ.get("wsgi.input_terminated") else "0")
-    if length and not (length.isdecimal() and len(length) <= 18):
+    stated = environ.get("CONTENT_LENGTH") or ""
+    if stated and not (stated.isdecimal() and len(stated) <= 18):
         raise MalformedPush("Content-Length must be one number")
-    body, left = b"", min(int(length), limit + 1) if length else limit + 1
-    if length and int(length) > limit:
-        raise PushError(f"more than {limit} bytes", TOO_LARGE, 413)
-    while left > 0:
+    left = limit + 1 if not stated and environ.get("wsgi.input_terminated") else int(stated or 0)
+    too_large = PushError(f"more than {limit} bytes", TOO_LARGE, 413)
+    if stated and left > limit:
+        raise too_large
+    body = b""
+    while left:
         data = environ["wsgi.input"].read(left)
         if not data:
             break
         body, left = body + data, left - len(data)
     if len(body) > limit:
-        raise PushError(f"more than {limit} bytes", TOO_LARGE, 413)
+        raise too_large
     return body
 
 
