@@ -4155,7 +4155,12 @@ class Inbox:
             seconds = self._run(job)
             if job.replies is None:
                 return seconds
-        return self._send_replies(job)
+        if job.replies:
+            seconds = self._send_replies(job)
+            if job.replies:
+                return seconds
+        self._finish(job)
+        return None
 
     def _run(self, job: Job) -> Optional[float]:
         """Run the handler. If it succeeds, the job has replies, maybe none, and is not done yet."""
@@ -4185,8 +4190,9 @@ class Inbox:
         message, outbox = job.message, self._outbox_of(job.message)
         message.kept_session = functools.partial(self._load_session, job.sender)
         job.match = self.registry.find(message)
-        answers = outbox.check(self.registry.run(job.match, message))
-        session = self._save_session(job)
+        returned = self.registry.run(job.match, message)
+        answers = [] if returned is None else outbox.check(returned)
+        session = self._save_session(job) if isinstance(message.kept_session, dict) else None
         if answers and self._journal:
             # In one write with the mark that the handler has run: after a crash it is not run again.
             self._journal.answered(message.key, encode_replies(answers), session)
@@ -4206,11 +4212,8 @@ class Inbox:
         return session
 
     def _save_session(self, job: Job) -> Optional[Session]:
-        """Save the session if the handler used it; what the journal must write of it."""
-        kept = job.message.kept_session
-        if not isinstance(kept, dict):
-            return None
-        session = json.dumps(job.sender), encode_session(kept)
+        """Save the session that the handler used; what the journal must write of it."""
+        session = json.dumps(job.sender), encode_session(job.message.session)
         if self._shared is not None:
             self._shared.save_session(*session)
             return None
@@ -4231,11 +4234,13 @@ class Inbox:
             job.replies.popleft()
             if job.replies and self._journal:
                 self._journal.replied(job.message.key, encode_replies(job.replies))
+        return None
+
+    def _finish(self, job: Job) -> None:
         if self._dispatcher.settle(job, self._mark_done, job) and log.isEnabledFor(logging.INFO):
             log.info("handled key=%(key)s handler=%(handler)s ms=%(ms).2f replies=%(replies)d", {
                 "key": job.message.key, "handler": handler_name(job.match.handler) if job.match else "-",
                 "ms": job.seconds * 1000, "replies": job.sent})
-        return None
 
     def _fail_to_send(self, job: Job, error: BaseException) -> Optional[float]:
         now = time.monotonic()
