@@ -8,15 +8,21 @@ library alone, CPython 3.7 or later:
 
     python3 kfserver.py --port 8080
 
-The path of one push:
+The path of one push, through these ten objects:
 
-    bytes -> PushServer -> Request -> Endpoint -> Response -> bytes
+    bytes -> Connection -> Request -> Endpoint -> Response -> bytes
+                                         |  proves it, decrypts it, parses it
+                                         v
+                                      Message
+                                         |
+             Inbox.take: a key, claimed in the ClaimCache; a place in the queue
+             Inbox.deliver: one write of the Journal for all pushes of a round
                                          |
                                          v
-                        Inbox: claim, journal, one mailbox a sender
+             Dispatcher: a Job in its sender's mailbox, until a worker comes
                                          |
                                          v
-                        HandlerRegistry -> handler(message) -> SendApi
+             HandlerRegistry -> handler(message) -> what it returns -> SendApi
 
 Sections, in the order of dependence; a name refers only to what stands above it:
 
