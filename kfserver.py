@@ -3997,25 +3997,42 @@ def end_fork(error: Optional[BaseException]) -> NoReturn:
 
 
 class Conversations:
-    """What `Message.session` held at the end of each sender's last message, as JSON: in memory, for ``limit`` senders.
-    The one that was not touched for longest is forgotten first. Safe to use from any thread."""
+    """What `Message.session` held at the end of each sender's last message, as JSON: in ``shared``, where there is one,
+    else in memory, for ``limit`` senders. The one that was not touched for longest is forgotten first. Safe to use from
+    any thread."""
 
-    def __init__(self, limit: int, clock: Callable[[], float] = time.time) -> None:
-        self._limit, self._clock = limit, clock
+    def __init__(self, limit: int, shared: Optional[SharedClaims] = None, clock: Callable[[], float] = time.time) -> None:
+        self._limit, self._shared, self._clock = limit, shared, clock
         self._lock = threading.Lock()  # guards the texts
         self._texts: OrderedDict[str, Tuple[str, float]] = OrderedDict()  # and when each was touched; oldest first
 
-    def load_session(self, sender: str) -> str:
-        """The text of a sender; empty if there is none, or if it was not touched for SESSION_SECONDS."""
-        text, touched = self._texts.get(sender, ("", 0.0))
-        return text if self._clock() - touched < SESSION_SECONDS else ""
+    def load(self, sender: Tuple[str, str]) -> Dict[str, Any]:
+        """The session of an app's sender: a new dict. Raises `SessionUnavailable`."""
+        name = json.dumps(sender)
+        if self._shared is not None:
+            text = self._shared.load_session(name)
+        else:
+            text, touched = self._texts.get(name, ("", 0.0))
+            text = text if self._clock() - touched < SESSION_SECONDS else ""
+        session: Dict[str, Any] = json.loads(text) if text else {}
+        return session
 
-    def save_session(self, sender: str, text: str, touched: float = 0.0) -> None:
-        """Keep a text, touched now or at that time; an empty one is forgotten."""
+    def save(self, sender: Tuple[str, str], session: Dict[str, Any]) -> Optional[Session]:
+        """Keep a session; what a journal must write of it. Raises `HandlerError` for what JSON has not, and
+        `SessionUnavailable`."""
+        name, text = json.dumps(sender), encode_session(session)
+        if self._shared is not None:
+            self._shared.save_session(name, text)
+            return None
+        self.restore(name, text, self._clock())
+        return name, text
+
+    def restore(self, name: str, text: str, touched: float) -> None:
+        """Keep a text that was touched at that time; an empty one is forgotten."""
         with self._lock:
-            self._texts.pop(sender, None)
+            self._texts.pop(name, None)
             if text:
-                self._texts[sender] = text, touched or self._clock()
+                self._texts[name] = text, touched
             if len(self._texts) > self._limit:
                 self._texts.popitem(last=False)
 
@@ -4035,9 +4052,10 @@ class Inbox:
         self._settings, self._key_of, self._api = settings, key_of, api
         self._dispatcher = Dispatcher(settings, self._handle, self._flush)
         self._journal: Optional[Journal] = None
-        self._local, self._conversations = ClaimCache(settings.dedup_size), Conversations(settings.sessions)
-        self._shared = SharedClaims(settings.redis, self._local) if settings.redis else None
-        self._claims: Union[ClaimCache, SharedClaims] = self._local if self._shared is None else self._shared
+        self._local = ClaimCache(settings.dedup_size)
+        shared = SharedClaims(settings.redis, self._local) if settings.redis else None
+        self._claims: Union[ClaimCache, SharedClaims] = self._local if shared is None else shared
+        self._conversations = Conversations(settings.sessions, shared)
         self._process = os.getpid()
         self._opening = threading.Lock()  # guards the two below, and that only one thread opens
         self._is_open = False
@@ -4082,7 +4100,7 @@ class Inbox:
         for key in journal.finished_keys():
             self._local.finish(key)
         for session in journal.sessions():
-            self._conversations.save_session(*session)
+            self._conversations.restore(*session)
         left: List[Job] = []
         for row in journal.waiting():
             error = attempt(lambda: left.append(restore_job(row, self._settings.tries)))  # noqa: B023
@@ -4194,11 +4212,13 @@ class Inbox:
     def _call_handler(self, job: Job) -> None:
         """Run the handler; keep in the job what is to be sent, and in the conversations what is to be remembered."""
         message, outbox = job.message, self._outbox_of(job.message)
-        message.kept_session = functools.partial(self._load_session, job.sender)
+        message.kept_session = functools.partial(self._conversations.load, job.sender)
         job.match = self.registry.find(message)
         returned = self.registry.run(job.match, message)
         answers = [] if returned is None else outbox.check(returned)
-        session = self._save_session(job) if isinstance(message.kept_session, dict) else None
+        session = None
+        if isinstance(message.kept_session, dict):  # the handler has used it
+            session = self._conversations.save(job.sender, message.session)
         if answers and self._journal:
             # In one write with the mark that the handler has run: after a crash it is not run again.
             self._journal.answered(message.key, encode_replies(answers), session)
@@ -4210,21 +4230,6 @@ class Inbox:
         if not isinstance(message.outbox, Outbox):
             message.outbox = Outbox(self._api, message, self.metrics.count)
         return message.outbox
-
-    def _load_session(self, sender: Tuple[str, str]) -> Dict[str, Any]:
-        store: Union[Conversations, SharedClaims] = self._conversations if self._shared is None else self._shared
-        text = store.load_session(json.dumps(sender))
-        session: Dict[str, Any] = json.loads(text) if text else {}
-        return session
-
-    def _save_session(self, job: Job) -> Optional[Session]:
-        """Save the session that the handler used; what the journal must write of it."""
-        session = json.dumps(job.sender), encode_session(job.message.session)
-        if self._shared is not None:
-            self._shared.save_session(*session)
-            return None
-        self._conversations.save_session(*session)
-        return session
 
     def _send_replies(self, job: Job) -> Optional[float]:
         """Send what the handler returned, one reply after the other. One that cannot be sent now waits, and no worker

@@ -303,12 +303,12 @@ def test_inbox_forgets_the_conversation_that_was_not_touched_for_longest(limit: 
 
 def test_conversations_forget_after_48_hours() -> None:
     now = [0.0]
-    conversations = kfserver.Conversations(10, lambda: now[0])
-    conversations.save_session("ann", "{}")
+    conversations = kfserver.Conversations(10, clock=lambda: now[0])
+    conversations.save(("app", "ann"), {"step": 1})
     now[0] = 48 * 3600 - 1.0
-    assert conversations.load_session("ann") == "{}"
+    assert conversations.load(("app", "ann")) == {"step": 1}
     now[0] = 48 * 3600 + 1.0
-    assert conversations.load_session("ann") == ""
+    assert conversations.load(("app", "ann")) == {}
 
 
 THREE_TURNS = """
