@@ -4001,7 +4001,8 @@ class Conversations:
     else in memory, for ``limit`` senders. The one that was not touched for longest is forgotten first. Safe to use from
     any thread."""
 
-    def __init__(self, limit: int, shared: Optional[SharedClaims] = None, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, limit: int, shared: Optional[SharedClaims] = None,
+                 clock: Callable[[], float] = time.time) -> None:
         self._limit, self._shared, self._clock = limit, shared, clock
         self._lock = threading.Lock()  # guards the texts
         self._texts: OrderedDict[str, Tuple[str, float]] = OrderedDict()  # and when each was touched; oldest first
@@ -4037,26 +4038,180 @@ class Conversations:
                 self._texts.popitem(last=False)
 
 
-class Inbox:
-    """Takes messages from an `Endpoint`, has them handled, and notes what became of them.
+class Handling:
+    """The way of a message from the queue until it is done, on a worker's thread: its handler, its replies, and what is
+    noted of it. ``journal`` is None until it is opened, or if there is none. ``api`` is a `SendApi` or what works like
+    one; None: what handlers return is not sent.
+    """
 
-    ``key_of`` makes deduplication keys; None: the registry's own, or `dedup_key`. ``api`` is a `SendApi` or what works
-    like one; None: what handlers return is not sent. Files and threads are opened by `open`, or at the first message.
+    def __init__(self, registry: HandlerRegistry, settings: Settings, claims: Union[ClaimCache, SharedClaims],
+                 api: Any) -> None:
+        self.registry, self.metrics = registry, Metrics()
+        self.journal: Optional[Journal] = None
+        self.dispatcher = Dispatcher(settings, self.handle, self.flush)
+        self.conversations = Conversations(settings.sessions, claims if isinstance(claims, SharedClaims) else None)
+        self._settings, self._claims, self._api = settings, claims, api
+        self._process = os.getpid()
+
+    def handle(self, job: Job) -> Optional[float]:
+        """Do what is next for a message; after how many seconds to go on with it, or None when it is done."""
+        if job.error:
+            self._give_up(job, job.error)
+            return None
+        if job.replies is None:
+            seconds = self._run(job)
+            if job.replies is None:
+                return seconds
+        if job.replies:
+            seconds = self._send_replies(job)
+            if job.replies:
+                return seconds
+        self._finish(job)
+        return None
+
+    def _run(self, job: Job) -> Optional[float]:
+        """Run the handler. If it succeeds, the job has replies, maybe none, and is not done yet."""
+        # Or a message that ends the process would be run at every start. A run alone counts as a try.
+        if job.is_leftover and self.journal and attempt(
+                self.journal.begin, job.message.key, job.tries + job.is_suspect):
+            return LOOK_AGAIN_SECONDS
+        started = time.monotonic()
+        error = attempt(self._call_handler, job)
+        if os.getpid() != self._process:
+            end_fork(error)
+        job.seconds = time.monotonic() - started
+        if self._settings.admin:
+            self.metrics.handler(job.seconds)
+        if not error:
+            return None
+        job.is_suspect = False
+        job.tries += 1
+        is_final = isinstance(error, KfError) and not isinstance(error, PatternError)
+        if job.tries < self._settings.tries and not is_final:
+            return self._try_again(job, error)
+        self._give_up(job, error)
+        return None
+
+    def _call_handler(self, job: Job) -> None:
+        """Run the handler; keep in the job what is to be sent, and in the conversations what is to be remembered."""
+        message, outbox = job.message, self._outbox_of(job.message)
+        message.kept_session = functools.partial(self.conversations.load, job.sender)
+        job.match = self.registry.find(message)
+        returned = self.registry.run(job.match, message)
+        answers = [] if returned is None else outbox.check(returned)
+        session = None
+        if isinstance(message.kept_session, dict):  # the handler has used it
+            session = self.conversations.save(job.sender, message.session)
+        if answers and self.journal:
+            # In one write with the mark that the handler has run: after a crash it is not run again.
+            self.journal.answered(message.key, encode_replies(answers), session)
+            self.journal.flush()
+            session = None
+        job.session, job.replies = session, deque(answers)
+
+    def _outbox_of(self, message: Message) -> Outbox:
+        if not isinstance(message.outbox, Outbox):
+            message.outbox = Outbox(self._api, message, self.metrics.count)
+        return message.outbox
+
+    def _send_replies(self, job: Job) -> Optional[float]:
+        """Send what the handler returned, one reply after the other. One that cannot be sent now waits, and no worker
+        with it, RETRY_REPLY_SECONDS at most."""
+        outbox = self._outbox_of(job.message)
+        while job.replies:
+            if self.dispatcher.has_ended:
+                return None
+            error = attempt(outbox.send, job.replies[0])
+            if error:
+                return self._fail_to_send(job, error)
+            job.failing_since, job.reply_tries, job.sent = 0.0, 0, job.sent + 1
+            job.replies.popleft()
+            if job.replies and self.journal:
+                self.journal.replied(job.message.key, encode_replies(job.replies))
+        return None
+
+    def _finish(self, job: Job) -> None:
+        if self.dispatcher.settle(job, self._mark_done, job) and log.isEnabledFor(logging.INFO):
+            log.info("handled key=%(key)s handler=%(handler)s ms=%(ms).2f replies=%(replies)d", {
+                "key": job.message.key, "handler": handler_name(job.match.handler) if job.match else "-",
+                "ms": job.seconds * 1000, "replies": job.sent})
+
+    def _fail_to_send(self, job: Job, error: BaseException) -> Optional[float]:
+        now = time.monotonic()
+        job.failing_since = job.failing_since or now
+        if isinstance(error, NetworkError) and now - job.failing_since < RETRY_REPLY_SECONDS:
+            job.reply_tries += 1
+            return max(float(self._api.pause()), retry_delay(job.reply_tries))
+        self.metrics.count("replies_failed")
+        self._give_up(job, error)
+        return None
+
+    def _mark_done(self, job: Job) -> None:
+        if self.journal:
+            self.journal.finish(job.message.key, job.session)
+        self._claims.finish(job.message.key)
+
+    def _try_again(self, job: Job, error: BaseException) -> float:
+        seconds = min(4.0 ** (job.tries - 1), LONGEST_PAUSE)  # 1 s, 4 s, 16 s…: an outage needs time to end
+        log.warning("handler failed: key=%(key)s handler=%(handler)s try=%(try)d, %(error)s; again in %(seconds)d s",
+                    {**self._describe(job, error), "seconds": seconds},
+                    exc_info=exc_info_of(error) if log.isEnabledFor(logging.DEBUG) else None)
+        self.metrics.count("handler_retries")
+        if self.journal:
+            self.journal.tried(job.message.key, job.tries)
+            self.journal.flush()
+        return seconds
+
+    def _give_up(self, job: Job, error: BaseException) -> None:
+        """The last try has failed, of the handler or of a reply: tell the functions of `on_error`."""
+        if not self.dispatcher.settle(job, self._mark_failed, job, error):
+            return
+        self.flush()  # before what follows can end the process
+        self.metrics.count("messages_failed")
+        # An error of our own is told with the handler's name and line: its frames are kfserver's.
+        is_ours = isinstance(error, KfError) and not log.isEnabledFor(logging.DEBUG)
+        log.error("message failed for good: key=%(key)s handler=%(handler)s try=%(try)d, %(error)s; the platform will "
+                  "not send it again by itself", self._describe(job, error),
+                  exc_info=None if is_ours else exc_info_of(error))
+        for failed in self.registry.handle_error(job.message, error):
+            log.error("on_error failed: key=%(key)s error=%(error)s", {
+                "key": job.message.key, "error": describe_error(failed)}, exc_info=exc_info_of(failed))
+
+    def _mark_failed(self, job: Job, error: BaseException) -> None:
+        if self.journal:
+            self.journal.fail(job.message.key, describe_error(error))
+        if job.replies is None:
+            self._claims.release(job.message.key)
+        else:  # the handler is done: it must not run again, though a reply failed
+            self._claims.finish(job.message.key)
+
+    def _describe(self, job: Job, error: BaseException) -> Dict[str, Any]:
+        handler = describe_handler(job.match.handler) if job.match else "-"
+        return {"key": job.message.key, "handler": handler, "try": job.tries, "error": describe_error(error)}
+
+    def flush(self) -> None:
+        """Write what became of messages, if there is a journal."""
+        if self.journal:
+            self.journal.flush()
+
+
+class Inbox:
+    """Takes messages from an `Endpoint`, and has them handled.
+
+    ``key_of`` makes deduplication keys; None: the registry's own, or `dedup_key`. ``api`` is that of a `Handling`.
+    Files and threads are opened by `open`, or at the first message.
     """
 
     def __init__(self, registry: HandlerRegistry, settings: Settings, key_of: Optional[Callable[[Message], str]] = None,
                  api: Any = None) -> None:
-        self.registry = registry
-        self.metrics = Metrics()
         self.is_draining = False  # whether the end has begun, for monitors
         self._settings, self._key_of, self._api = settings, key_of, api
-        self._dispatcher = Dispatcher(settings, self._handle, self._flush)
-        self._journal: Optional[Journal] = None
         self._local = ClaimCache(settings.dedup_size)
-        shared = SharedClaims(settings.redis, self._local) if settings.redis else None
-        self._claims: Union[ClaimCache, SharedClaims] = self._local if shared is None else shared
-        self._conversations = Conversations(settings.sessions, shared)
-        self._process = os.getpid()
+        self._claims: Union[ClaimCache, SharedClaims] = (
+            SharedClaims(settings.redis, self._local) if settings.redis else self._local)
+        self.handling = Handling(registry, settings, self._claims, api)
+        self._dispatcher = self.handling.dispatcher
+        self._journal: Optional[Journal] = None
         self._opening = threading.Lock()  # guards the two below, and that only one thread opens
         self._is_open = False
         self._problem = ""  # why the journal could not be opened
@@ -4069,7 +4224,7 @@ class Inbox:
             if self._is_open or self.is_draining:
                 return
             if self._settings.journal:
-                self._journal = Journal(self._settings, call_later)
+                self._journal = self.handling.journal = Journal(self._settings, call_later)
                 self._recover(self._journal)
             self._claims.open()
             self._is_open, self._problem = True, ""
@@ -4100,7 +4255,7 @@ class Inbox:
         for key in journal.finished_keys():
             self._local.finish(key)
         for session in journal.sessions():
-            self._conversations.restore(*session)
+            self.handling.conversations.restore(*session)
         left: List[Job] = []
         for row in journal.waiting():
             error = attempt(lambda: left.append(restore_job(row, self._settings.tries)))  # noqa: B023
@@ -4123,7 +4278,7 @@ class Inbox:
     def take(self, message: Message) -> bool:
         """Claim a message here, and keep a place for it; False for a repeat. Raises `Busy`."""
         self.begin()
-        key_of = self._key_of or self.registry.key_of
+        key_of = self._key_of or self.handling.registry.key_of
         message.key = make_key(key_of, message) if key_of else dedup_key(message)
         if not self._claims.claim(message.key):
             return False
@@ -4166,149 +4321,7 @@ class Inbox:
     def observe(self, response: Response, message: Optional[Message], seconds: float) -> None:
         """A push was answered after that time."""
         if self._settings.admin:
-            self.metrics.push(response, message, seconds)
-
-    # From the queue to the end, on a worker's thread
-
-    def _handle(self, job: Job) -> Optional[float]:
-        """Do what is next for a message; after how many seconds to go on with it, or None when it is done."""
-        if job.error:
-            self._give_up(job, job.error)
-            return None
-        if job.replies is None:
-            seconds = self._run(job)
-            if job.replies is None:
-                return seconds
-        if job.replies:
-            seconds = self._send_replies(job)
-            if job.replies:
-                return seconds
-        self._finish(job)
-        return None
-
-    def _run(self, job: Job) -> Optional[float]:
-        """Run the handler. If it succeeds, the job has replies, maybe none, and is not done yet."""
-        # Or a message that ends the process would be run at every start. A run alone counts as a try.
-        if job.is_leftover and self._journal and attempt(
-                self._journal.begin, job.message.key, job.tries + job.is_suspect):
-            return LOOK_AGAIN_SECONDS
-        started = time.monotonic()
-        error = attempt(self._call_handler, job)
-        if os.getpid() != self._process:
-            end_fork(error)
-        job.seconds = time.monotonic() - started
-        if self._settings.admin:
-            self.metrics.handler(job.seconds)
-        if not error:
-            return None
-        job.is_suspect = False
-        job.tries += 1
-        is_final = isinstance(error, KfError) and not isinstance(error, PatternError)
-        if job.tries < self._settings.tries and not is_final:
-            return self._try_again(job, error)
-        self._give_up(job, error)
-        return None
-
-    def _call_handler(self, job: Job) -> None:
-        """Run the handler; keep in the job what is to be sent, and in the conversations what is to be remembered."""
-        message, outbox = job.message, self._outbox_of(job.message)
-        message.kept_session = functools.partial(self._conversations.load, job.sender)
-        job.match = self.registry.find(message)
-        returned = self.registry.run(job.match, message)
-        answers = [] if returned is None else outbox.check(returned)
-        session = None
-        if isinstance(message.kept_session, dict):  # the handler has used it
-            session = self._conversations.save(job.sender, message.session)
-        if answers and self._journal:
-            # In one write with the mark that the handler has run: after a crash it is not run again.
-            self._journal.answered(message.key, encode_replies(answers), session)
-            self._journal.flush()
-            session = None
-        job.session, job.replies = session, deque(answers)
-
-    def _outbox_of(self, message: Message) -> Outbox:
-        if not isinstance(message.outbox, Outbox):
-            message.outbox = Outbox(self._api, message, self.metrics.count)
-        return message.outbox
-
-    def _send_replies(self, job: Job) -> Optional[float]:
-        """Send what the handler returned, one reply after the other. One that cannot be sent now waits, and no worker
-        with it, RETRY_REPLY_SECONDS at most."""
-        outbox = self._outbox_of(job.message)
-        while job.replies:
-            if self._dispatcher.has_ended:
-                return None
-            error = attempt(outbox.send, job.replies[0])
-            if error:
-                return self._fail_to_send(job, error)
-            job.failing_since, job.reply_tries, job.sent = 0.0, 0, job.sent + 1
-            job.replies.popleft()
-            if job.replies and self._journal:
-                self._journal.replied(job.message.key, encode_replies(job.replies))
-        return None
-
-    def _finish(self, job: Job) -> None:
-        if self._dispatcher.settle(job, self._mark_done, job) and log.isEnabledFor(logging.INFO):
-            log.info("handled key=%(key)s handler=%(handler)s ms=%(ms).2f replies=%(replies)d", {
-                "key": job.message.key, "handler": handler_name(job.match.handler) if job.match else "-",
-                "ms": job.seconds * 1000, "replies": job.sent})
-
-    def _fail_to_send(self, job: Job, error: BaseException) -> Optional[float]:
-        now = time.monotonic()
-        job.failing_since = job.failing_since or now
-        if isinstance(error, NetworkError) and now - job.failing_since < RETRY_REPLY_SECONDS:
-            job.reply_tries += 1
-            return max(float(self._api.pause()), retry_delay(job.reply_tries))
-        self.metrics.count("replies_failed")
-        self._give_up(job, error)
-        return None
-
-    def _mark_done(self, job: Job) -> None:
-        if self._journal:
-            self._journal.finish(job.message.key, job.session)
-        self._claims.finish(job.message.key)
-
-    def _try_again(self, job: Job, error: BaseException) -> float:
-        seconds = min(4.0 ** (job.tries - 1), LONGEST_PAUSE)  # 1 s, 4 s, 16 s…: an outage needs time to end
-        log.warning("handler failed: key=%(key)s handler=%(handler)s try=%(try)d, %(error)s; again in %(seconds)d s",
-                    {**self._describe(job, error), "seconds": seconds},
-                    exc_info=exc_info_of(error) if log.isEnabledFor(logging.DEBUG) else None)
-        self.metrics.count("handler_retries")
-        if self._journal:
-            self._journal.tried(job.message.key, job.tries)
-            self._journal.flush()
-        return seconds
-
-    def _give_up(self, job: Job, error: BaseException) -> None:
-        """The last try has failed, of the handler or of a reply: tell the functions of `on_error`."""
-        if not self._dispatcher.settle(job, self._mark_failed, job, error):
-            return
-        self._flush()  # before what follows can end the process
-        self.metrics.count("messages_failed")
-        # An error of our own is told with the handler's name and line: its frames are kfserver's.
-        is_ours = isinstance(error, KfError) and not log.isEnabledFor(logging.DEBUG)
-        log.error("message failed for good: key=%(key)s handler=%(handler)s try=%(try)d, %(error)s; the platform will "
-                  "not send it again by itself", self._describe(job, error),
-                  exc_info=None if is_ours else exc_info_of(error))
-        for failed in self.registry.handle_error(job.message, error):
-            log.error("on_error failed: key=%(key)s error=%(error)s", {
-                "key": job.message.key, "error": describe_error(failed)}, exc_info=exc_info_of(failed))
-
-    def _mark_failed(self, job: Job, error: BaseException) -> None:
-        if self._journal:
-            self._journal.fail(job.message.key, describe_error(error))
-        if job.replies is None:
-            self._claims.release(job.message.key)
-        else:  # the handler is done: it must not run again, though a reply failed
-            self._claims.finish(job.message.key)
-
-    def _describe(self, job: Job, error: BaseException) -> Dict[str, Any]:
-        handler = describe_handler(job.match.handler) if job.match else "-"
-        return {"key": job.message.key, "handler": handler, "try": job.tries, "error": describe_error(error)}
-
-    def _flush(self) -> None:
-        if self._journal:
-            self._journal.flush()
+            self.handling.metrics.push(response, message, seconds)
 
     # For who owns it
 
@@ -4337,7 +4350,7 @@ class Inbox:
         with contextlib.suppress(Busy):
             self.begin()
         reached = self._dispatcher.join(seconds)
-        self._flush()
+        self.handling.flush()
         return reached
 
     def close(self) -> List[str]:
@@ -5185,12 +5198,12 @@ class KfServer:
     @property
     def registry(self) -> HandlerRegistry:
         """The handlers in service; another registry can be put in their place while the server runs."""
-        return self._inbox.registry
+        return self._inbox.handling.registry
 
     @registry.setter
     def registry(self, registry: HandlerRegistry) -> None:
         """Put other handlers in service."""
-        self._registry = self._inbox.registry = registry
+        self._registry = self._inbox.handling.registry = registry
 
     def open(self) -> KfServer:
         """Open the journal now, and begin what the last run left, not at the first push. Raises `SettingsError`."""
@@ -5224,7 +5237,7 @@ class KfServer:
 
     def _render_metrics(self) -> str:
         connections = len(self._http.connections) if self._http else 0
-        return self._inbox.metrics.render([
+        return self._inbox.handling.metrics.render([
             *self._inbox.samples(), Sample("kfserver_connections", "Open connections of clients.", connections)])
 
     def _trouble(self) -> str:
