@@ -1223,8 +1223,6 @@ _SUBJECTS: Mapping[str, Callable[[Message], str]] = MappingProxyType(
     {"text": lambda message: message.content.strip(), "event": lambda message: message.event})
 # Kinds of unhandled message that are told of: bounds what a sender that invents types puts into memory and log.
 MAX_KINDS_TOLD = 100
-# Seconds after which a thread that waits for an async function looks whether the event loop still runs.
-LOOP_CHECK_SECONDS = 1.0
 
 
 def encode_session(session: Dict[str, Any]) -> str:
@@ -1272,6 +1270,11 @@ def _called(function: Any) -> Any:
     return getattr(function, "__func__", function)
 
 
+def _is_async(function: object) -> bool:
+    """Whether the function is written with ``async def``."""
+    return inspect.iscoroutinefunction(_called(function))
+
+
 class EventLoop:
     """One asyncio loop in a daemon thread. Both are made at the first use, and made again in a forked process.
 
@@ -1287,31 +1290,33 @@ class EventLoop:
         """Whether the caller runs on the loop, where waiting would stop everything else on it."""
         return self._thread is not None and self._thread is threading.current_thread()
 
-    def is_alive(self) -> bool:
-        """Whether the thread of the loop runs: it does not before the first use and after a fork."""
-        return self._thread is not None and self._thread.is_alive()
-
-    def submit(self, awaitable: Any) -> Future[Any]:
-        """Run ``awaitable`` on the loop, in the caller's context variables. To cancel the future cancels it there."""
+    def wait(self, result: Any, caller: Optional[Future[Any]] = None) -> Any:
+        """What a function has returned; if that can be awaited, its outcome, from the loop. It runs in the context
+        variables of this thread, and is cancelled when ``caller``, which wants the outcome, is done before."""
+        if not hasattr(result, "__await__"):
+            return result
         import asyncio
         with self._lock:
-            if not self.is_alive():
+            if self._thread is None or not self._thread.is_alive():
                 self._start(asyncio.new_event_loop())
-            loop = self._loop
-        return asyncio.run_coroutine_threadsafe(_await(awaitable, loop), loop)
+            future = asyncio.run_coroutine_threadsafe(_await(result, self._loop), self._loop)
+        if caller:
+            caller.add_done_callback(lambda _: future.cancel())
+        try:
+            return future.result()
+        finally:
+            future.cancel()  # after Ctrl-C; what is done stays as it is
 
     def _start(self, loop: Any) -> None:
-        ended = threading.Event()
         # The thread must not refer to this object, or that would never be garbage.
-        thread = threading.Thread(target=_run_loop, args=(loop, ended), name="kfserver-async", daemon=True)
+        thread = threading.Thread(target=_run_loop, args=(loop, weakref.ref(self)), name="kfserver-async", daemon=True)
         try:
             thread.start()
         except RuntimeError:  # the system has no thread to give
             loop.close()
             raise
-        # The loop of a parent process is left alone: to close it would take sockets from the parent's loop.
         self._loop, self._thread = loop, thread
-        weakref.finalize(self, _end_loop, loop, thread, ended).atexit = False
+        weakref.finalize(self, loop.call_soon_threadsafe, loop.stop).atexit = False
 
 
 async def _await(awaitable: Any, loop: Any) -> Any:
@@ -1327,9 +1332,9 @@ def _is_forked() -> bool:
     return threading.current_thread() is threading.main_thread()
 
 
-def _run_loop(loop: Any, ended: threading.Event) -> None:
-    """Run the loop until ``ended``. asyncio lets sys.exit() of a handler end the loop: it is begun again."""
-    while not (ended.is_set() or loop.is_closed()):
+def _run_loop(loop: Any, owner: weakref.ReferenceType[EventLoop]) -> None:
+    """Run the loop as long as its owner lives. asyncio lets sys.exit() of a handler end the loop: it is begun again."""
+    while owner():
         attempt(loop.run_forever)
         if _is_forked():
             return  # it is the last thread of the child, which ends with it
@@ -1340,88 +1345,31 @@ def _run_loop(loop: Any, ended: threading.Event) -> None:
 async def _cancel_tasks() -> None:
     """Cancel everything else on the loop, and wait until it has ended."""
     import asyncio
-    loop = asyncio.get_running_loop()
     tasks = asyncio.all_tasks() - {asyncio.current_task()}
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
-    await loop.shutdown_asyncgens()
+    await asyncio.get_running_loop().shutdown_asyncgens()
 
 
-def _end_loop(loop: Any, thread: threading.Thread, ended: threading.Event) -> None:
-    ended.set()
-    if thread.is_alive():  # not so in a forked process, where the loop is still the parent's
-        loop.call_soon_threadsafe(loop.stop)
+async def _call_in_thread(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a plain function from the event loop, in a thread of its own, because it may wait: its result, awaited if
+    it can be. It runs in the caller's context variables; its last argument is the future of the call."""
+    import asyncio
+    import concurrent.futures
+    import contextvars
+    call: Future[Optional[BaseException]] = concurrent.futures.Future()
+    context = contextvars.copy_context()
+    results: List[Any] = []
 
-
-class Waiter:
-    """A thread that waits for async functions of one message, and meanwhile runs the plain functions that they call.
-
-    So a plain function always runs on the thread that handles the message, and an async one on the event loop.
-    """
-
-    def __init__(self, loop: EventLoop) -> None:
-        self._loop = loop
-        self._changed = threading.Condition()  # guards the jobs; notified when one comes and when a future is done
-        self._jobs: Deque[Callable[[], None]] = deque()
-        self._futures: List[Future[Any]] = []
-
-    def finish(self, result: Any) -> Any:
-        """What a function has returned; if that can be awaited, its outcome: the thread waits for it."""
-        if not hasattr(result, "__await__"):
-            return result
-        outer, future = list(self._futures), self._loop.submit(result)
-        self._futures.append(future)
-        future.add_done_callback(self._notify)
-        try:
-            # When a function further out has ended already, by a timeout for example, nobody wants the result any more.
-            while not any(each.done() for each in (future, *outer)) and self._loop.is_alive():
-                self._run_next_job((future, *outer))
-        except BaseException:  # Ctrl-C
-            future.cancel()
-            raise
-        finally:
-            self._futures.remove(future)
-        future.cancel()  # does nothing to one that is done
-        return future.result()
-
-    def _run_next_job(self, futures: Sequence[Future[Any]]) -> None:
-        """Wait for a job and run it, or until one of ``futures`` is done; LOOP_CHECK_SECONDS at most."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._jobs or any(each.done() for each in futures), LOOP_CHECK_SECONDS)
-            job = self._jobs.popleft() if self._jobs and not any(each.done() for each in futures) else None
-        if job:
-            job()
-
-    def _notify(self, _: object = None) -> None:
-        with self._changed:
-            self._changed.notify_all()
-
-    async def lend(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """On the event loop: have the waiting thread call ``function``, in the caller's context variables; its result,
-        awaited if it can be."""
-        import asyncio
-        import concurrent.futures
-        import contextvars
-        outcome: Future[Optional[BaseException]] = concurrent.futures.Future()
-        context = contextvars.copy_context()
-        results: List[Any] = []
-
-        def job() -> None:
-            if outcome.set_running_or_notify_cancel():  # else the caller has stopped waiting
-                error = attempt(lambda: results.append(context.run(function, *arguments)))
-                outcome.set_result(error)
-        with self._changed:
-            self._jobs.append(job)
-            self._changed.notify_all()
-        try:
-            error = await asyncio.wrap_future(outcome)
-        except asyncio.CancelledError:
-            outcome.add_done_callback(lambda _: [each.close() for each in results if hasattr(each, "close")])
-            raise
-        if error:
-            raise error
-        return await results[0] if hasattr(results[0], "__await__") else results[0]
+    def work() -> None:
+        error = attempt(lambda: results.append(context.run(function, *arguments, call)))
+        attempt(call.set_result, error)  # fails where the caller has stopped waiting
+    threading.Thread(target=work, name="kfserver-plain", daemon=True).start()
+    error = await asyncio.wrap_future(call)
+    if error:
+        raise error
+    return await results[0] if hasattr(results[0], "__await__") else results[0]
 
 
 class Match(NamedTuple):
@@ -1553,30 +1501,27 @@ class HandlerRegistry:
         if match is None:
             self._tell_unhandled(message)
             return None
-        if self._arounds:
-            answers: Answers = self._pass_on(Waiter(self._loop), match, 0, message)
-            return answers
-        answers = match.handler(message, *match.arguments)
-        return Waiter(self._loop).finish(answers) if hasattr(answers, "__await__") else answers
+        answers: Answers = self._loop.wait(self._call(match, 0, message, None))
+        return answers
 
-    def _pass_on(self, waiter: Waiter, match: Match, depth: int, message: Message) -> Any:
+    def _pass_on(self, match: Match, depth: int, caller: Optional[Future[Any]], message: Message) -> Any:
         """The ``handle`` of around-functions: what stands further in. On the event loop it is an awaitable."""
-        if self._loop.is_current():
-            return waiter.lend(self._call, waiter, match, depth, message)
-        return waiter.finish(self._call(waiter, match, depth, message))
+        if not self._loop.is_current():
+            return self._loop.wait(self._call(match, depth, message, caller), caller)
+        if _is_async([*self._arounds, match.handler][depth]):
+            return self._call(match, depth, message, None)
+        return _call_in_thread(self._call, match, depth, message)
 
-    def _call(self, waiter: Waiter, match: Match, depth: int, message: Message) -> Any:
+    def _call(self, match: Match, depth: int, message: Message, caller: Optional[Future[Any]]) -> Any:
         if depth == len(self._arounds):
             return match.handler(message, *match.arguments)
-        return self._arounds[depth](message, functools.partial(self._pass_on, waiter, match, depth + 1))
+        return self._arounds[depth](message, functools.partial(self._pass_on, match, depth + 1, caller))
 
     def handle_error(self, message: Message, error: BaseException) -> List[BaseException]:
         """Run all functions of `on_error`; the errors that they raised."""
-        failed = [attempt(self._run_error_handler, function, message, error) for function in self._error_handlers]
+        failed = [attempt(lambda: self._loop.wait(function(message, error)))  # noqa: B023  (called at once)
+                  for function in self._error_handlers]
         return [each for each in failed if each]
-
-    def _run_error_handler(self, function: ErrorHandler, message: Message, error: BaseException) -> None:
-        Waiter(self._loop).finish(function(message, error))
 
     def _tell_unhandled(self, message: Message) -> None:
         decorator = decorator_for(message)
@@ -1647,7 +1592,7 @@ def _check_function(function: object, decorator: str, further: Iterable[int], ad
 def _check_plain(function: object, use: str) -> None:
     """Raise `HandlerError` unless this can be called with a message, and is not async."""
     _check_function(function, use, {0})
-    if inspect.iscoroutinefunction(_called(function)):
+    if _is_async(function):
         raise HandlerError(f"{use} cannot be async: write 'def {handler_name(function)}(message):' without async")
 
 
