@@ -123,10 +123,8 @@ class KfError(Exception):
 
 
 class PushError(KfError):
-    """A push is refused with ``status``; ``advice`` tells the operator, in the log, what can be done about it.
-
-    The sender is told the reason, or ``public`` instead where there is one.
-    """
+    """A push is refused with ``status``. The sender is told the reason, or ``public`` where there is one; ``advice``
+    tells the operator, in the log, what to do."""
 
     status = 400
     public = ""
@@ -200,8 +198,7 @@ def describe_error(error: BaseException) -> str:
 
 
 def exc_info_of(error: BaseException) -> Tuple[Type[BaseException], BaseException, Optional[TracebackType]]:
-    """The error's traceback for the log, with `describe_error` in place of its text, which may hold a user's words.
-    At the level debug, which is meant for that, the text stays."""
+    """What the log shows of the error: its text, which may hold a user's words, only at the level debug."""
     if log.isEnabledFor(logging.DEBUG):
         return type(error), error, error.__traceback__
     return KfError, KfError(describe_error(error)), error.__traceback__
@@ -220,7 +217,7 @@ def attempt(function: Callable[..., object], *arguments: Any) -> Optional[BaseEx
 
 
 def guard(function: Callable[..., object], *arguments: Any) -> bool:
-    """Call a part of our own that must not end the thread it runs on; whether it went well."""
+    """Call what must not end the thread it runs on; whether it went well."""
     error = attempt(function, *arguments)
     if error:
         report_bug(error)
@@ -234,15 +231,13 @@ def report_bug(error: BaseException, more: str = "") -> None:
 
 # Seconds between two lines of one kind in the log: an attacker must not be able to fill it.
 TELL_SECONDS = 60.0
-# Kinds that are remembered; there are a few dozen, so that more would be a mistake of ours.
-MAX_KINDS = 1000
 
 
 class Teller:
     """Tells the log about each kind of thing at most once a minute, and then how often it was left out before.
 
-    ``timer`` gives seconds from anywhere. There is no lock: when two threads tell of one kind at the same moment, both
-    lines may be written.
+    ``timer`` gives seconds from anywhere. A kind is a text from this file, never from outside, so there are few. There
+    is no lock: when two threads tell of one kind at the same moment, both lines may be written.
     """
 
     def __init__(self, timer: Callable[[], float]) -> None:
@@ -255,12 +250,6 @@ class Teller:
         if more is not None:
             log.warning(text + "%s", *arguments, more)
 
-    def report_bug(self, error: BaseException) -> None:
-        """Tell of an error that should not be. Its kind is its type, and the line that raised it."""
-        more = self._count(type(error).__name__ if isinstance(error, KfError) else describe_error(error))
-        if more is not None:
-            report_bug(error, more)
-
     def guard(self, function: Callable[..., object], *arguments: Any) -> bool:
         """Call what must not end the thread it runs on; whether it went well. Not even telling of an error raises."""
         error = attempt(function, *arguments)
@@ -269,6 +258,12 @@ class Teller:
             error.__traceback__ = None  # which up to Python 3.10 leads back to this frame: a cycle
         return error is None
 
+    def report_bug(self, error: BaseException) -> None:
+        """Tell of an error that should not be. Its kind is its type, and the line that raised it."""
+        more = self._count(type(error).__name__ if isinstance(error, KfError) else describe_error(error))
+        if more is not None:
+            report_bug(error, more)
+
     def _count(self, kind: str) -> Optional[str]:
         """What to add to the line, if it is time for one; None if not."""
         now = self._timer()
@@ -276,8 +271,6 @@ class Teller:
         if now - when < TELL_SECONDS:
             self._told[kind] = when, left_out + 1
             return None
-        if len(self._told) >= MAX_KINDS:
-            self._told.clear()
         self._told[kind] = now, 0
         return f" ({left_out} more like this since the last such line)" if left_out else ""
 
@@ -1602,8 +1595,6 @@ def _check_plain(function: object, use: str) -> None:
 
 # Bytes of a handshake in a body: four short values, in any format. A longer body is not a handshake.
 MAX_HANDSHAKE = 4096
-# Seconds between two warnings with the same advice: an attacker must not be able to fill the log with them.
-ADVICE_INTERVAL = 60.0
 # The platform's page writes the first; receivers in production have met the second.
 _ECHO_NAMES = ("echoStr", "echostr")
 # XML or JSON with one of these fields is a message, or the envelope of one, and never a handshake.
@@ -1648,7 +1639,9 @@ class Gate:
         outer = self._read_outer(body) if b"Encrypt" in body else {}
         sealed = outer.get("Encrypt")
         if isinstance(sealed, str) and self._envelope:
-            self._prove_sealed(_find_message_signature(query, outer), sealed)
+            values = _find_message_signature(query, outer)
+            # Blanks around it may have been there when it was signed, or may be layout.
+            self._check("msg_signature", values, sealed, sealed.strip())
             return self._envelope.open(sealed), True
         if self._envelope and not self._settings.compatible:
             raise ForbiddenPush("not encrypted", "choose safe mode in the console, or set --compatible")
@@ -1667,30 +1660,23 @@ class Gate:
     def prove(self, query: Mapping[str, str]) -> bool:
         """Whether ``query`` carries a valid signature; False if it has none and none is needed. Raises `ForbiddenPush`
         for one that is wrong, or missing."""
-        token, signature = self._settings.token, query.get("signature")
-        if not token or (signature is None and self._settings.allow_unsigned):
+        if not self._settings.token or ("signature" not in query and self._settings.allow_unsigned):
             return False
-        if signature is None:
+        if "signature" not in query:
             raise ForbiddenPush("no signature", "if the platform does not sign your pushes, set --allow-unsigned")
-        if not verify(signature, token, query.get("timestamp", ""), query.get("nonce", "")):
-            raise ForbiddenPush("wrong signature", "set --token to the Token that the platform's console shows")
-        self._check_age(query.get("timestamp", ""))
+        self._check("signature", query, "")
         return True
 
-    def _prove_sealed(self, values: Mapping[str, str], sealed: str) -> None:
-        """Raise `ForbiddenPush` unless the message signature in ``values`` covers the exact text of Encrypt."""
-        signature, timestamp = values.get("msg_signature", ""), values.get("timestamp", "")
+    def _check(self, name: str, values: Mapping[str, str], *texts: str) -> None:
+        """Raise `ForbiddenPush` unless the signature of that name covers the token, the time, the nonce and one of the
+        ``texts``, and is not too old."""
+        signature, timestamp = values.get(name, ""), values.get("timestamp", "")
         parts = (self._settings.token, timestamp, values.get("nonce", ""))
-        # Blanks around it may have been there when it was signed, or may be layout.
-        if not (verify(signature, *parts, sealed) or verify(signature, *parts, sealed.strip())):
-            raise ForbiddenPush("wrong message signature", "set --token to the Token that the platform's console shows")
-        self._check_age(timestamp)
-
-    def _check_age(self, timestamp: str) -> None:
-        if not self._settings.max_age:
-            return
-        good = timestamp.isdecimal() and len(timestamp) < MAX_NUMBER
-        if not good or abs(self._clock() - int(timestamp)) > self._settings.max_age:
+        if not any(verify(signature, *parts, text) for text in texts):
+            raise ForbiddenPush(f"wrong {name}", "set --token to the Token that the platform's console shows")
+        max_age = self._settings.max_age
+        is_number = timestamp.isdecimal() and len(timestamp) < MAX_NUMBER
+        if max_age and not (is_number and abs(self._clock() - int(timestamp)) <= max_age):
             raise ForbiddenPush("stale signature", "check this machine's clock, or raise --max-age")
 
 
@@ -1754,8 +1740,9 @@ class Endpoint:
 
     def __init__(self, settings: Settings, inbox: Any, clock: Callable[[], float], timer: Callable[[], float]) -> None:
         self._settings, self._inbox, self._timer = settings, inbox, timer
+        self._path = _decode_path(settings.path)
         self._gate = Gate(settings, clock)
-        self._advised: Dict[str, float] = {}
+        self._teller = Teller(timer)
 
     def handle(self, request: Request) -> Response:
         """The answer to one request."""
@@ -1768,9 +1755,8 @@ class Endpoint:
         self._handle(pushes)
         self._handle([push for push in pushes if push.too_soon])
         for push in pushes:
-            error = attempt(self._record, push)
-            if error:  # the answer stands: an accepted message is safe, and is handled
-                attempt(report_bug, error)
+            if push.response is not UP:
+                self._teller.guard(self._record, push)  # should that fail, the answer stands
         return [push.response for push in pushes]
 
     def _handle(self, pushes: Sequence[_Push]) -> None:
@@ -1787,9 +1773,7 @@ class Endpoint:
             for push in taken:
                 self._inbox.cancel(push.message)
             raise
-        error = attempt(self._deliver, taken) if taken else None
-        if error:  # nobody foresaw it, and it is not the fault of one message
-            attempt(report_bug, error)
+        if taken and not self._teller.guard(self._deliver, taken):
             for push in taken:
                 push.response = FAILED
 
@@ -1821,7 +1805,7 @@ class Endpoint:
     def _admit(self, request: Request) -> None:
         if request.problem:
             raise request.problem
-        if self._settings.path and request.path != self._settings.path:
+        if self._path and request.path != self._path and _decode_path(request.path) != self._path:
             raise PushError("no such path", "the URL in the platform's console must have the path that --path names",
                             404)
         if request.method not in ("POST", "GET", "HEAD"):
@@ -1830,41 +1814,33 @@ class Endpoint:
             raise PushError(f"more than {self._settings.max_body} bytes", TOO_LARGE, 413)
 
     def _read(self, push: _Push, is_proven: bool) -> None:
-        """Parse the message. What is not proven must be exact, to the last character."""
+        """Parse the message. What is not proven must be exact, to the last character. What is proven is read whatever
+        its characters, and kept if it cannot be read all the same."""
         try:
             push.message = parse(push.payload)
+            return
         except MalformedPush:
             if not is_proven:
                 raise
-            self._read_leniently(push)
-
-    def _read_leniently(self, push: _Push) -> None:
-        """Parse a proven message whatever its characters; it is kept if it cannot be read all the same."""
-        payload = push.payload
-        push.payload = replace_unreadable(payload)
+        came, push.payload = push.payload, replace_unreadable(push.payload)
         try:
             push.message = parse(push.payload)
         except MalformedPush as error:
-            if payload:
-                self._inbox.keep_unreadable(payload, str(error))
+            if came:
+                self._inbox.keep_unreadable(came, str(error))
             raise
 
     def _refuse(self, push: _Push, error: BaseException) -> None:
         """Answer with the error; one that nobody foresaw is this request's own."""
-        push.response = refusal(error) if isinstance(error, PushError) else FAILED
-        attempt(self._tell, error)
-
-    def _tell(self, error: BaseException) -> None:
-        """Log what nobody foresaw, and a refusal's advice at most once a minute."""
         if not isinstance(error, PushError):
-            report_bug(error)
-        elif error.advice and self._timer() - self._advised.get(error.advice, -ADVICE_INTERVAL) >= ADVICE_INTERVAL:
-            self._advised[error.advice] = self._timer()
-            log.warning("push refused: %s; %s", error, error.advice)
+            push.response = FAILED
+            attempt(self._teller.report_bug, error)
+            return
+        push.response = refusal(error)
+        if error.advice:
+            attempt(self._teller.warn, error.advice, "push refused: %s; %s", error, error.advice)
 
     def _record(self, push: _Push) -> None:
-        if push.response is UP:
-            return
         seconds = self._timer() - push.started
         self._inbox.observe(push.response, push.message, seconds)
         if log.isEnabledFor(logging.INFO):
@@ -1872,6 +1848,11 @@ class Endpoint:
             log.info("push type=%(type)s key=%(key)s outcome=%(outcome)s ms=%(ms).2f", {
                 "type": ascii(kind[:64])[1:-1], "key": key or "-", "outcome": push.response.outcome,
                 "ms": seconds * 1000})
+
+
+def _decode_path(path: str) -> str:
+    """The path without percent-encoding, a character for each byte: WSGI servers decode it, and HTTP does not."""
+    return unquote(path, "latin-1")
 
 
 def _parse_form(text: str) -> Dict[str, str]:
