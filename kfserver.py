@@ -1494,8 +1494,8 @@ class HandlerRegistry:
         if match is None:
             self._tell_unhandled(message)
             return None
-        answers: Answers = self._loop.wait(self._call(match, 0, message, None))
-        return answers
+        answers = self._call(match, 0, message, None) if self._arounds else match.handler(message, *match.arguments)
+        return self._loop.wait(answers) if hasattr(answers, "__await__") else answers
 
     def _pass_on(self, match: Match, depth: int, caller: Optional[Future[Any]], message: Message) -> Any:
         """The ``handle`` of around-functions: what stands further in. On the event loop it is an awaitable."""
@@ -1639,9 +1639,7 @@ class Gate:
         outer = self._read_outer(body) if b"Encrypt" in body else {}
         sealed = outer.get("Encrypt")
         if isinstance(sealed, str) and self._envelope:
-            values = _find_message_signature(query, outer)
-            # Blanks around it may have been there when it was signed, or may be layout.
-            self._check("msg_signature", values, sealed, sealed.strip())
+            self._check("msg_signature", _find_message_signature(query, outer), sealed)
             return self._envelope.open(sealed), True
         if self._envelope and not self._settings.compatible:
             raise ForbiddenPush("not encrypted", "choose safe mode in the console, or set --compatible")
@@ -1664,20 +1662,21 @@ class Gate:
             return False
         if "signature" not in query:
             raise ForbiddenPush("no signature", "if the platform does not sign your pushes, set --allow-unsigned")
-        self._check("signature", query, "")
+        self._check("signature", query)
         return True
 
-    def _check(self, name: str, values: Mapping[str, str], *texts: str) -> None:
-        """Raise `ForbiddenPush` unless the signature of that name covers the token, the time, the nonce and one of the
-        ``texts``, and is not too old."""
+    def _check(self, name: str, values: Mapping[str, str], sealed: str = "") -> None:
+        """Raise `ForbiddenPush` unless the signature of that name is right, and not too old."""
         signature, timestamp = values.get(name, ""), values.get("timestamp", "")
         parts = (self._settings.token, timestamp, values.get("nonce", ""))
-        if not any(verify(signature, *parts, text) for text in texts):
-            raise ForbiddenPush(f"wrong {name}", "set --token to the Token that the platform's console shows")
-        max_age = self._settings.max_age
-        is_number = timestamp.isdecimal() and len(timestamp) < MAX_NUMBER
-        if max_age and not (is_number and abs(self._clock() - int(timestamp)) <= max_age):
-            raise ForbiddenPush("stale signature", "check this machine's clock, or raise --max-age")
+        # Blanks around Encrypt may have been there when it was signed, or may be layout.
+        if not (verify(signature, *parts, sealed) or verify(signature, *parts, sealed.strip())):
+            raise ForbiddenPush("wrong message signature" if sealed else "wrong signature",
+                                "set --token to the Token that the platform's console shows")
+        if self._settings.max_age:
+            is_number = timestamp.isdecimal() and len(timestamp) < MAX_NUMBER
+            if not is_number or abs(self._clock() - int(timestamp)) > self._settings.max_age:
+                raise ForbiddenPush("stale signature", "check this machine's clock, or raise --max-age")
 
 
 def _find_message_signature(query: Mapping[str, str], outer: Mapping[str, Any]) -> Dict[str, str]:
@@ -1756,7 +1755,9 @@ class Endpoint:
         self._handle([push for push in pushes if push.too_soon])
         for push in pushes:
             if push.response is not UP:
-                self._teller.guard(self._record, push)  # should that fail, the answer stands
+                error = attempt(self._record, push)
+                if error:  # the answer stands: an accepted message is safe, and is handled
+                    attempt(self._teller.report_bug, error)
         return [push.response for push in pushes]
 
     def _handle(self, pushes: Sequence[_Push]) -> None:
