@@ -278,19 +278,19 @@ class Teller:
 # ---- 2 Values -------------------------------------------------------------------------------------------------------
 # Law: plain values, read-only, that know nothing but themselves. Every other section may use them.
 
+# An access token, or a function that returns the current one.
+AccessToken = Union[str, Callable[[], str]]
+
+
 def _setting(default: Any, text: str, low: Optional[float] = None, high: Optional[float] = None,
              choices: Sequence[str] = ()) -> Any:
     """A field of `Settings`: its default, its line of help, and the values that it takes."""
     return dataclasses.field(default=default, metadata={"help": text, "low": low, "high": high, "choices": choices})
 
 
-# An access token, or a function that returns the current one.
-AccessToken = Union[str, Callable[[], str]]
-
-
 def _secret(text: str) -> Any:
     """A text field of `Settings` that must not show when settings are printed."""
-    return dataclasses.field(default="", repr=False, metadata={"help": text, "low": None, "high": None, "choices": ()})
+    return dataclasses.field(default="", repr=False, metadata=_setting("", text).metadata)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -349,7 +349,8 @@ class Settings:
                 (self.app_key and self.access_token, "access_token", "replaces --app-key and --app-secret: set either"),
                 (self.third_party and not self.access_token, "third_party", "needs --access-token, the app's"),
                 (self.tls_key and not self.tls_cert, "tls_key", "needs --tls-cert, the certificate that it belongs to"),
-                (self.admin and not _is_address(self.admin), "admin", "takes an address and a port, as 127.0.0.1:9090"),
+                (self.admin and not (re.fullmatch(r"\S*:\d{1,5}", self.admin) and int(self.admin.split(":")[-1]) < 65536),
+                 "admin", "takes an address and a port, as 127.0.0.1:9090"),
                 (self.aes_key and not re.fullmatch("[A-Za-z0-9+/]{43}", self.aes_key), "aes_key",
                  "takes the 43 characters that the console shows"),
                 (self.app_id and not all(map(str.strip, self.app_id.split(","))), "app_id",
@@ -368,10 +369,6 @@ def _is_base(text: str) -> bool:
     except ValueError:
         return False
     return bool(re.fullmatch(r"https?://[^/?#@\s]+(/[^?#\s]*)?", text) and parts.hostname)
-
-
-def _is_address(text: str) -> bool:
-    return bool(re.fullmatch(r"\S*:\d{1,5}", text)) and int(text.rpartition(":")[2]) < 65536
 
 
 SETTING_FIELDS: Mapping[str, dataclasses.Field[Any]] = MappingProxyType(
@@ -664,13 +661,11 @@ class LibraryAes256Cbc:
 
     def decrypt(self, data: bytes) -> bytes:
         """Complete blocks in, as many out."""
-        decryptor = self._cipher.decryptor()
-        return bytes(decryptor.update(data) + decryptor.finalize())
+        return bytes(self._cipher.decryptor().update(data))
 
     def encrypt(self, data: bytes) -> bytes:
         """Complete blocks in, as many out."""
-        encryptor = self._cipher.encryptor()
-        return bytes(encryptor.update(data) + encryptor.finalize())
+        return bytes(self._cipher.encryptor().update(data))
 
 
 class Aes256Cbc:
@@ -1223,21 +1218,19 @@ def encode_session(session: Dict[str, Any]) -> str:
 
     Raises `HandlerError` that names the key whose value JSON does not have.
     """
-    text = _encode_exactly(session) if session else ""
-    if text is None:
-        wrong = next((key for key, value in session.items() if _encode_exactly({key: value}) is None), "")
-        raise HandlerError(f"session[{wrong!r:.64}] is not what JSON has: keep None, True, False, numbers, texts, "
-                           "lists, and dicts whose keys are texts")
-    return text
-
-
-def _encode_exactly(value: Any) -> Optional[str]:
-    """JSON text, or None if decoding it would not give an equal value: JSON turns tuples into lists, for example."""
+    if not session:
+        return ""
     try:
-        text = json.dumps(value, allow_nan=False, separators=(",", ":"))
-        return text if json.loads(text) == value else None
+        text = json.dumps(session, allow_nan=False, separators=(",", ":"))
+        if json.loads(text) == session:  # not so for tuples, which become lists, and for keys that are numbers
+            return text
     except (TypeError, ValueError, RecursionError):
-        return None
+        pass
+    if len(session) > 1:
+        for key, value in session.items():
+            encode_session({key: value})
+    raise HandlerError(f"session[{next(iter(session))!r:.64}] is not what JSON has: keep None, True, False, numbers, "
+                       "texts, lists, and dicts whose keys are texts")
 
 
 def handler_name(function: object) -> str:
@@ -1264,7 +1257,6 @@ def _called(function: Any) -> Any:
 
 
 def _is_async(function: object) -> bool:
-    """Whether the function is written with ``async def``."""
     return inspect.iscoroutinefunction(_called(function))
 
 
@@ -1345,9 +1337,9 @@ async def _cancel_tasks() -> None:
     await asyncio.get_running_loop().shutdown_asyncgens()
 
 
-async def _call_in_thread(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call a plain function from the event loop, in a thread of its own, because it may wait: its result, awaited if
-    it can be. It runs in the caller's context variables; its last argument is the future of the call."""
+async def _call_in_thread(function: Callable[[Future[Any]], Any]) -> Any:
+    """Call a plain function from the event loop, in a thread of its own, because it may wait. It gets the future of
+    this call, and runs in the caller's context variables."""
     import asyncio
     import concurrent.futures
     import contextvars
@@ -1356,13 +1348,13 @@ async def _call_in_thread(function: Callable[..., Any], *arguments: Any) -> Any:
     results: List[Any] = []
 
     def work() -> None:
-        error = attempt(lambda: results.append(context.run(function, *arguments, call)))
-        attempt(call.set_result, error)  # fails where the caller has stopped waiting
+        error = attempt(lambda: results.append(context.run(function, call)))
+        attempt(call.set_result, error)  # fails when the caller has stopped waiting
     threading.Thread(target=work, name="kfserver-plain", daemon=True).start()
     error = await asyncio.wrap_future(call)
     if error:
         raise error
-    return await results[0] if hasattr(results[0], "__await__") else results[0]
+    return results[0]
 
 
 class Match(NamedTuple):
@@ -1401,7 +1393,7 @@ class HandlerRegistry:
         return tuple(rule for _, rule in self._rules)
 
     def rules_of(self, handler: Handler) -> Tuple[str, ...]:
-        """Those of the `rules` that registered this function: one for each of its decorators."""
+        """Those of the `rules` that registered this function."""
         return tuple(rule for function, rule in self._rules if function is handler)
 
     def on(self, msg_type: str, *patterns: Pattern) -> Callable[[HandlerT], HandlerT]:
@@ -1492,10 +1484,14 @@ class HandlerRegistry:
         if self._loop.is_current():
             raise HandlerError("an async function cannot wait for registry.handle(): await the other handler itself")
         if match is None:
-            self._tell_unhandled(message)
+            decorator = decorator_for(message)
+            if decorator not in self._told and len(self._told) < MAX_KINDS_TOLD:
+                self._told.add(decorator)
+                log.warning("no handler takes this message; to take it, write: %s", decorator)
             return None
-        answers = self._call(match, 0, message, None) if self._arounds else match.handler(message, *match.arguments)
-        return self._loop.wait(answers) if hasattr(answers, "__await__") else answers
+        result = self._call(match, 0, message, None) if self._arounds else match.handler(message, *match.arguments)
+        answers: Answers = self._loop.wait(result) if hasattr(result, "__await__") else result
+        return answers
 
     def _pass_on(self, match: Match, depth: int, caller: Optional[Future[Any]], message: Message) -> Any:
         """The ``handle`` of around-functions: what stands further in. On the event loop it is an awaitable."""
@@ -1503,7 +1499,7 @@ class HandlerRegistry:
             return self._loop.wait(self._call(match, depth, message, caller), caller)
         if _is_async([*self._arounds, match.handler][depth]):
             return self._call(match, depth, message, None)
-        return _call_in_thread(self._call, match, depth, message)
+        return _call_in_thread(lambda call: self._pass_on(match, depth, call, message))
 
     def _call(self, match: Match, depth: int, message: Message, caller: Optional[Future[Any]]) -> Any:
         if depth == len(self._arounds):
@@ -1516,12 +1512,6 @@ class HandlerRegistry:
                   for function in self._error_handlers]
         return [each for each in failed if each]
 
-    def _tell_unhandled(self, message: Message) -> None:
-        decorator = decorator_for(message)
-        if decorator not in self._told and len(self._told) < MAX_KINDS_TOLD:
-            self._told.add(decorator)
-            log.warning("no handler takes this message; to take it, write: %s", decorator)
-
 
 def decorator_for(message: Message) -> str:
     """The decorator that would take the message. In ASCII: the names in it came from outside, and go to logs."""
@@ -1530,14 +1520,18 @@ def decorator_for(message: Message) -> str:
 
 
 def _takes(pattern: Callable[[Message], object], message: Message) -> bool:
-    """Whether a function that is a pattern takes the message. Raises `PatternError` if it raises or cannot be used."""
-    results: List[Any] = []
-    error = attempt(lambda: results.append(pattern(message)) or bool(results[0]))  # type: ignore[func-returns-value]
-    if error is None and hasattr(results[0], "__await__"):
-        error = HandlerError("it returns what must be awaited: a pattern cannot be async")
+    """Whether a function that is a pattern takes the message. Raises `PatternError` if it raises."""
+    verdicts: List[bool] = []
+
+    def ask() -> None:
+        verdict = pattern(message)
+        if hasattr(verdict, "__await__"):
+            raise HandlerError("it returns what must be awaited: a pattern cannot be async")
+        verdicts.append(bool(verdict))
+    error = attempt(ask)
     if error:
         raise PatternError(f"the pattern {describe_handler(pattern)} failed: {describe_error(error)}") from error
-    return bool(results[0])
+    return verdicts[0]
 
 
 def _show_pattern(msg_type: str, pattern: object) -> str:
