@@ -349,8 +349,9 @@ class Settings:
                 (self.app_key and self.access_token, "access_token", "replaces --app-key and --app-secret: set either"),
                 (self.third_party and not self.access_token, "third_party", "needs --access-token, the app's"),
                 (self.tls_key and not self.tls_cert, "tls_key", "needs --tls-cert, the certificate that it belongs to"),
-                (self.admin and not (re.fullmatch(r"\S*:\d{1,5}", self.admin) and int(self.admin.split(":")[-1]) < 65536),
-                 "admin", "takes an address and a port, as 127.0.0.1:9090"),
+                (self.admin and not (re.fullmatch(r"\S*:\d{1,5}", self.admin)
+                                     and int(self.admin.rpartition(":")[2]) < 65536), "admin",
+                 "takes an address and a port, as 127.0.0.1:9090"),
                 (self.aes_key and not re.fullmatch("[A-Za-z0-9+/]{43}", self.aes_key), "aes_key",
                  "takes the 43 characters that the console shows"),
                 (self.app_id and not all(map(str.strip, self.app_id.split(","))), "app_id",
@@ -1462,13 +1463,9 @@ class HandlerRegistry:
         if handler is not None:
             return Match(handler)
         for pattern, function in self._tried.get(kind, ()):
-            if callable(pattern):
-                if _takes(pattern, message):
-                    return Match(function)
-                continue
-            found = pattern.search(subject)
+            found = _takes(pattern, message) if callable(pattern) else pattern.search(subject)
             if found:
-                return Match(function, found.groups())
+                return Match(function, () if found is True else found.groups())
         handler = self._handlers.get((kind, None))
         return None if handler is None else Match(handler)
 
