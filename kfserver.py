@@ -1662,7 +1662,7 @@ class Gate:
         parts = (self._settings.token, timestamp, values.get("nonce", ""))
         # Blanks around Encrypt may have been there when it was signed, or may be layout.
         if not (verify(signature, *parts, sealed) or verify(signature, *parts, sealed.strip())):
-            raise ForbiddenPush("wrong message signature" if sealed else "wrong signature",
+            raise ForbiddenPush("wrong signature" if not sealed else "wrong message signature",
                                 "set --token to the Token that the platform's console shows")
         if self._settings.max_age:
             is_number = timestamp.isdecimal() and len(timestamp) < MAX_NUMBER
@@ -1824,13 +1824,14 @@ class Endpoint:
 
     def _refuse(self, push: _Push, error: BaseException) -> None:
         """Answer with the error; one that nobody foresaw is this request's own."""
-        if not isinstance(error, PushError):
+        if isinstance(error, PushError):
+            push.response, advice = refusal(error), error.advice
+            if advice:
+                attempt(lambda: self._teller.warn(advice, "push refused: %s; %s", error, advice))
+        else:
             push.response = FAILED
             attempt(self._teller.report_bug, error)
-            return
-        push.response = refusal(error)
-        if error.advice:
-            attempt(self._teller.warn, error.advice, "push refused: %s; %s", error, error.advice)
+        error.__traceback__ = None  # it leads back to the frame that holds the error: a cycle
 
     def _record(self, push: _Push) -> None:
         seconds = self._timer() - push.started
