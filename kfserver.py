@@ -129,10 +129,8 @@ class KfError(Exception):
 
 
 class PushError(KfError):
-    """A push is refused with ``status``; ``advice`` tells the operator, in the log, what can be done about it.
-
-    The sender is told the reason, or ``public`` instead where there is one.
-    """
+    """A push is refused with ``status``. The sender is told the reason, or ``public`` where there is one; ``advice``
+    tells the operator, in the log, what to do."""
 
     status = 400
     public = ""
@@ -206,8 +204,7 @@ def describe_error(error: BaseException) -> str:
 
 
 def exc_info_of(error: BaseException) -> Tuple[Type[BaseException], BaseException, Optional[TracebackType]]:
-    """The error's traceback for the log, with `describe_error` in place of its text, which may hold a user's words.
-    At the level debug, which is meant for that, the text stays."""
+    """What the log shows of the error: its text, which may hold a user's words, only at the level debug."""
     if log.isEnabledFor(logging.DEBUG):
         return type(error), error, error.__traceback__
     return KfError, KfError(describe_error(error)), error.__traceback__
@@ -226,7 +223,7 @@ def attempt(function: Callable[..., object], *arguments: Any) -> Optional[BaseEx
 
 
 def guard(function: Callable[..., object], *arguments: Any) -> bool:
-    """Call a part of our own that must not end the thread it runs on; whether it went well."""
+    """Call what must not end the thread it runs on; whether it went well."""
     error = attempt(function, *arguments)
     if error:
         report_bug(error)
@@ -240,15 +237,13 @@ def report_bug(error: BaseException, more: str = "") -> None:
 
 # Seconds between two lines of one kind in the log: an attacker must not be able to fill it.
 TELL_SECONDS = 60.0
-# Kinds that are remembered; there are a few dozen, so that more would be a mistake of ours.
-MAX_KINDS = 1000
 
 
 class Teller:
     """Tells the log about each kind of thing at most once a minute, and then how often it was left out before.
 
-    ``timer`` gives seconds from anywhere. There is no lock: when two threads tell of one kind at the same moment, both
-    lines may be written.
+    ``timer`` gives seconds from anywhere. A kind is a text from this file, never from outside, so there are few. There
+    is no lock: when two threads tell of one kind at the same moment, both lines may be written.
     """
 
     def __init__(self, timer: Callable[[], float]) -> None:
@@ -261,12 +256,6 @@ class Teller:
         if more is not None:
             log.warning(text + "%s", *arguments, more)
 
-    def report_bug(self, error: BaseException) -> None:
-        """Tell of an error that should not be. Its kind is its type, and the line that raised it."""
-        more = self._count(type(error).__name__ if isinstance(error, KfError) else describe_error(error))
-        if more is not None:
-            report_bug(error, more)
-
     def guard(self, function: Callable[..., object], *arguments: Any) -> bool:
         """Call what must not end the thread it runs on; whether it went well. Not even telling of an error raises."""
         error = attempt(function, *arguments)
@@ -275,6 +264,12 @@ class Teller:
             error.__traceback__ = None  # which up to Python 3.10 leads back to this frame: a cycle
         return error is None
 
+    def report_bug(self, error: BaseException) -> None:
+        """Tell of an error that should not be. Its kind is its type, and the line that raised it."""
+        more = self._count(type(error).__name__ if isinstance(error, KfError) else describe_error(error))
+        if more is not None:
+            report_bug(error, more)
+
     def _count(self, kind: str) -> Optional[str]:
         """What to add to the line, if it is time for one; None if not."""
         now = self._timer()
@@ -282,8 +277,6 @@ class Teller:
         if now - when < TELL_SECONDS:
             self._told[kind] = when, left_out + 1
             return None
-        if len(self._told) >= MAX_KINDS:
-            self._told.clear()
         self._told[kind] = now, 0
         return f" ({left_out} more like this since the last such line)" if left_out else ""
 
@@ -291,19 +284,19 @@ class Teller:
 # ---- 2 Values -------------------------------------------------------------------------------------------------------
 # Law: plain values, read-only, that know nothing but themselves. Every other section may use them.
 
+# An access token, or a function that returns the current one.
+AccessToken = Union[str, Callable[[], str]]
+
+
 def _setting(default: Any, text: str, low: Optional[float] = None, high: Optional[float] = None,
              choices: Sequence[str] = ()) -> Any:
     """A field of `Settings`: its default, its line of help, and the values that it takes."""
     return dataclasses.field(default=default, metadata={"help": text, "low": low, "high": high, "choices": choices})
 
 
-# An access token, or a function that returns the current one.
-AccessToken = Union[str, Callable[[], str]]
-
-
 def _secret(text: str) -> Any:
     """A text field of `Settings` that must not show when settings are printed."""
-    return dataclasses.field(default="", repr=False, metadata={"help": text, "low": None, "high": None, "choices": ()})
+    return dataclasses.field(default="", repr=False, metadata=_setting("", text).metadata)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -362,7 +355,9 @@ class Settings:
                 (self.app_key and self.access_token, "access_token", "replaces --app-key and --app-secret: set either"),
                 (self.third_party and not self.access_token, "third_party", "needs --access-token, the app's"),
                 (self.tls_key and not self.tls_cert, "tls_key", "needs --tls-cert, the certificate that it belongs to"),
-                (self.admin and not _is_address(self.admin), "admin", "takes an address and a port, as 127.0.0.1:9090"),
+                (self.admin and not (re.fullmatch(r"\S*:\d{1,5}", self.admin)
+                                     and int(self.admin.rpartition(":")[2]) < 65536), "admin",
+                 "takes an address and a port, as 127.0.0.1:9090"),
                 (self.aes_key and not re.fullmatch("[A-Za-z0-9+/]{43}", self.aes_key), "aes_key",
                  "takes the 43 characters that the console shows"),
                 (self.app_id and not all(map(str.strip, self.app_id.split(","))), "app_id",
@@ -381,10 +376,6 @@ def _is_base(text: str) -> bool:
     except ValueError:
         return False
     return bool(re.fullmatch(r"https?://[^/?#@\s]+(/[^?#\s]*)?", text) and parts.hostname)
-
-
-def _is_address(text: str) -> bool:
-    return bool(re.fullmatch(r"\S*:\d{1,5}", text)) and int(text.rpartition(":")[2]) < 65536
 
 
 SETTING_FIELDS: Mapping[str, dataclasses.Field[Any]] = MappingProxyType(
@@ -677,13 +668,11 @@ class LibraryAes256Cbc:
 
     def decrypt(self, data: bytes) -> bytes:
         """Complete blocks in, as many out."""
-        decryptor = self._cipher.decryptor()
-        return bytes(decryptor.update(data) + decryptor.finalize())
+        return bytes(self._cipher.decryptor().update(data))
 
     def encrypt(self, data: bytes) -> bytes:
         """Complete blocks in, as many out."""
-        encryptor = self._cipher.encryptor()
-        return bytes(encryptor.update(data) + encryptor.finalize())
+        return bytes(self._cipher.encryptor().update(data))
 
 
 class Aes256Cbc:
@@ -1229,8 +1218,6 @@ _SUBJECTS: Mapping[str, Callable[[Message], str]] = MappingProxyType(
     {"text": lambda message: message.content.strip(), "event": lambda message: message.event})
 # Kinds of unhandled message that are told of: bounds what a sender that invents types puts into memory and log.
 MAX_KINDS_TOLD = 100
-# Seconds after which a thread that waits for an async function looks whether the event loop still runs.
-LOOP_CHECK_SECONDS = 1.0
 
 
 def encode_session(session: Dict[str, Any]) -> str:
@@ -1238,21 +1225,19 @@ def encode_session(session: Dict[str, Any]) -> str:
 
     Raises `HandlerError` that names the key whose value JSON does not have.
     """
-    text = _encode_exactly(session) if session else ""
-    if text is None:
-        wrong = next((key for key, value in session.items() if _encode_exactly({key: value}) is None), "")
-        raise HandlerError(f"session[{wrong!r:.64}] is not what JSON has: keep None, True, False, numbers, texts, "
-                           "lists, and dicts whose keys are texts")
-    return text
-
-
-def _encode_exactly(value: Any) -> Optional[str]:
-    """JSON text, or None if decoding it would not give an equal value: JSON turns tuples into lists, for example."""
+    if not session:
+        return ""
     try:
-        text = json.dumps(value, allow_nan=False, separators=(",", ":"))
-        return text if json.loads(text) == value else None
+        text = json.dumps(session, allow_nan=False, separators=(",", ":"))
+        if json.loads(text) == session:  # not so for tuples, which become lists, and for keys that are numbers
+            return text
     except (TypeError, ValueError, RecursionError):
-        return None
+        pass
+    if len(session) > 1:
+        for key, value in session.items():
+            encode_session({key: value})
+    raise HandlerError(f"session[{next(iter(session))!r:.64}] is not what JSON has: keep None, True, False, numbers, "
+                       "texts, lists, and dicts whose keys are texts")
 
 
 def handler_name(function: object) -> str:
@@ -1278,6 +1263,10 @@ def _called(function: Any) -> Any:
     return getattr(function, "__func__", function)
 
 
+def _is_async(function: object) -> bool:
+    return inspect.iscoroutinefunction(_called(function))
+
+
 class EventLoop:
     """One asyncio loop in a daemon thread. Both are made at the first use, and made again in a forked process.
 
@@ -1293,31 +1282,33 @@ class EventLoop:
         """Whether the caller runs on the loop, where waiting would stop everything else on it."""
         return self._thread is not None and self._thread is threading.current_thread()
 
-    def is_alive(self) -> bool:
-        """Whether the thread of the loop runs: it does not before the first use and after a fork."""
-        return self._thread is not None and self._thread.is_alive()
-
-    def submit(self, awaitable: Any) -> Future[Any]:
-        """Run ``awaitable`` on the loop, in the caller's context variables. To cancel the future cancels it there."""
+    def wait(self, result: Any, caller: Optional[Future[Any]] = None) -> Any:
+        """What a function has returned; if that can be awaited, its outcome, from the loop. It runs in the context
+        variables of this thread, and is cancelled when ``caller``, which wants the outcome, is done before."""
+        if not hasattr(result, "__await__"):
+            return result
         import asyncio
         with self._lock:
-            if not self.is_alive():
+            if self._thread is None or not self._thread.is_alive():
                 self._start(asyncio.new_event_loop())
-            loop = self._loop
-        return asyncio.run_coroutine_threadsafe(_await(awaitable, loop), loop)
+            future = asyncio.run_coroutine_threadsafe(_await(result, self._loop), self._loop)
+        if caller:
+            caller.add_done_callback(lambda _: future.cancel())
+        try:
+            return future.result()
+        finally:
+            future.cancel()  # after Ctrl-C; what is done stays as it is
 
     def _start(self, loop: Any) -> None:
-        ended = threading.Event()
         # The thread must not refer to this object, or that would never be garbage.
-        thread = threading.Thread(target=_run_loop, args=(loop, ended), name="kfserver-async", daemon=True)
+        thread = threading.Thread(target=_run_loop, args=(loop, weakref.ref(self)), name="kfserver-async", daemon=True)
         try:
             thread.start()
         except RuntimeError:  # the system has no thread to give
             loop.close()
             raise
-        # The loop of a parent process is left alone: to close it would take sockets from the parent's loop.
         self._loop, self._thread = loop, thread
-        weakref.finalize(self, _end_loop, loop, thread, ended).atexit = False
+        weakref.finalize(self, loop.call_soon_threadsafe, loop.stop).atexit = False
 
 
 async def _await(awaitable: Any, loop: Any) -> Any:
@@ -1333,9 +1324,9 @@ def _is_forked() -> bool:
     return threading.current_thread() is threading.main_thread()
 
 
-def _run_loop(loop: Any, ended: threading.Event) -> None:
-    """Run the loop until ``ended``. asyncio lets sys.exit() of a handler end the loop: it is begun again."""
-    while not (ended.is_set() or loop.is_closed()):
+def _run_loop(loop: Any, owner: weakref.ReferenceType[EventLoop]) -> None:
+    """Run the loop as long as its owner lives. asyncio lets sys.exit() of a handler end the loop: it is begun again."""
+    while owner():
         attempt(loop.run_forever)
         if _is_forked():
             return  # it is the last thread of the child, which ends with it
@@ -1346,88 +1337,31 @@ def _run_loop(loop: Any, ended: threading.Event) -> None:
 async def _cancel_tasks() -> None:
     """Cancel everything else on the loop, and wait until it has ended."""
     import asyncio
-    loop = asyncio.get_running_loop()
     tasks = asyncio.all_tasks() - {asyncio.current_task()}
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
-    await loop.shutdown_asyncgens()
+    await asyncio.get_running_loop().shutdown_asyncgens()
 
 
-def _end_loop(loop: Any, thread: threading.Thread, ended: threading.Event) -> None:
-    ended.set()
-    if thread.is_alive():  # not so in a forked process, where the loop is still the parent's
-        loop.call_soon_threadsafe(loop.stop)
+async def _call_in_thread(function: Callable[[Future[Any]], Any]) -> Any:
+    """Call a plain function from the event loop, in a thread of its own, because it may wait. It gets the future of
+    this call, and runs in the caller's context variables."""
+    import asyncio
+    import concurrent.futures
+    import contextvars
+    call: Future[Optional[BaseException]] = concurrent.futures.Future()
+    context = contextvars.copy_context()
+    results: List[Any] = []
 
-
-class Waiter:
-    """A thread that waits for async functions of one message, and meanwhile runs the plain functions that they call.
-
-    So a plain function always runs on the thread that handles the message, and an async one on the event loop.
-    """
-
-    def __init__(self, loop: EventLoop) -> None:
-        self._loop = loop
-        self._changed = threading.Condition()  # guards the jobs; notified when one comes and when a future is done
-        self._jobs: Deque[Callable[[], None]] = deque()
-        self._futures: List[Future[Any]] = []
-
-    def finish(self, result: Any) -> Any:
-        """What a function has returned; if that can be awaited, its outcome: the thread waits for it."""
-        if not hasattr(result, "__await__"):
-            return result
-        outer, future = list(self._futures), self._loop.submit(result)
-        self._futures.append(future)
-        future.add_done_callback(self._notify)
-        try:
-            # When a function further out has ended already, by a timeout for example, nobody wants the result any more.
-            while not any(each.done() for each in (future, *outer)) and self._loop.is_alive():
-                self._run_next_job((future, *outer))
-        except BaseException:  # Ctrl-C
-            future.cancel()
-            raise
-        finally:
-            self._futures.remove(future)
-        future.cancel()  # does nothing to one that is done
-        return future.result()
-
-    def _run_next_job(self, futures: Sequence[Future[Any]]) -> None:
-        """Wait for a job and run it, or until one of ``futures`` is done; LOOP_CHECK_SECONDS at most."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._jobs or any(each.done() for each in futures), LOOP_CHECK_SECONDS)
-            job = self._jobs.popleft() if self._jobs and not any(each.done() for each in futures) else None
-        if job:
-            job()
-
-    def _notify(self, _: object = None) -> None:
-        with self._changed:
-            self._changed.notify_all()
-
-    async def lend(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """On the event loop: have the waiting thread call ``function``, in the caller's context variables; its result,
-        awaited if it can be."""
-        import asyncio
-        import concurrent.futures
-        import contextvars
-        outcome: Future[Optional[BaseException]] = concurrent.futures.Future()
-        context = contextvars.copy_context()
-        results: List[Any] = []
-
-        def job() -> None:
-            if outcome.set_running_or_notify_cancel():  # else the caller has stopped waiting
-                error = attempt(lambda: results.append(context.run(function, *arguments)))
-                outcome.set_result(error)
-        with self._changed:
-            self._jobs.append(job)
-            self._changed.notify_all()
-        try:
-            error = await asyncio.wrap_future(outcome)
-        except asyncio.CancelledError:
-            outcome.add_done_callback(lambda _: [each.close() for each in results if hasattr(each, "close")])
-            raise
-        if error:
-            raise error
-        return await results[0] if hasattr(results[0], "__await__") else results[0]
+    def work() -> None:
+        error = attempt(lambda: results.append(context.run(function, call)))
+        attempt(call.set_result, error)  # fails when the caller has stopped waiting
+    threading.Thread(target=work, name="kfserver-plain", daemon=True).start()
+    error = await asyncio.wrap_future(call)
+    if error:
+        raise error
+    return results[0]
 
 
 class Match(NamedTuple):
@@ -1466,7 +1400,7 @@ class HandlerRegistry:
         return tuple(rule for _, rule in self._rules)
 
     def rules_of(self, handler: Handler) -> Tuple[str, ...]:
-        """Those of the `rules` that registered this function: one for each of its decorators."""
+        """Those of the `rules` that registered this function."""
         return tuple(rule for function, rule in self._rules if function is handler)
 
     def on(self, msg_type: str, *patterns: Pattern) -> Callable[[HandlerT], HandlerT]:
@@ -1535,13 +1469,9 @@ class HandlerRegistry:
         if handler is not None:
             return Match(handler)
         for pattern, function in self._tried.get(kind, ()):
-            if callable(pattern):
-                if _takes(pattern, message):
-                    return Match(function)
-                continue
-            found = pattern.search(subject)
+            found = _takes(pattern, message) if callable(pattern) else pattern.search(subject)
             if found:
-                return Match(function, found.groups())
+                return Match(function, () if found is True else found.groups())
         handler = self._handlers.get((kind, None))
         return None if handler is None else Match(handler)
 
@@ -1557,38 +1487,33 @@ class HandlerRegistry:
         if self._loop.is_current():
             raise HandlerError("an async function cannot wait for registry.handle(): await the other handler itself")
         if match is None:
-            self._tell_unhandled(message)
+            decorator = decorator_for(message)
+            if decorator not in self._told and len(self._told) < MAX_KINDS_TOLD:
+                self._told.add(decorator)
+                log.warning("no handler takes this message; to take it, write: %s", decorator)
             return None
-        if self._arounds:
-            answers: Answers = self._pass_on(Waiter(self._loop), match, 0, message)
-            return answers
-        answers = match.handler(message, *match.arguments)
-        return Waiter(self._loop).finish(answers) if hasattr(answers, "__await__") else answers
+        result = self._call(match, 0, message, None) if self._arounds else match.handler(message, *match.arguments)
+        answers: Answers = self._loop.wait(result) if hasattr(result, "__await__") else result
+        return answers
 
-    def _pass_on(self, waiter: Waiter, match: Match, depth: int, message: Message) -> Any:
+    def _pass_on(self, match: Match, depth: int, caller: Optional[Future[Any]], message: Message) -> Any:
         """The ``handle`` of around-functions: what stands further in. On the event loop it is an awaitable."""
-        if self._loop.is_current():
-            return waiter.lend(self._call, waiter, match, depth, message)
-        return waiter.finish(self._call(waiter, match, depth, message))
+        if not self._loop.is_current():
+            return self._loop.wait(self._call(match, depth, message, caller), caller)
+        if _is_async([*self._arounds, match.handler][depth]):
+            return self._call(match, depth, message, None)
+        return _call_in_thread(lambda call: self._pass_on(match, depth, call, message))
 
-    def _call(self, waiter: Waiter, match: Match, depth: int, message: Message) -> Any:
+    def _call(self, match: Match, depth: int, message: Message, caller: Optional[Future[Any]]) -> Any:
         if depth == len(self._arounds):
             return match.handler(message, *match.arguments)
-        return self._arounds[depth](message, functools.partial(self._pass_on, waiter, match, depth + 1))
+        return self._arounds[depth](message, functools.partial(self._pass_on, match, depth + 1, caller))
 
     def handle_error(self, message: Message, error: BaseException) -> List[BaseException]:
         """Run all functions of `on_error`; the errors that they raised."""
-        failed = [attempt(self._run_error_handler, function, message, error) for function in self._error_handlers]
+        failed = [attempt(lambda: self._loop.wait(function(message, error)))  # noqa: B023  (called at once)
+                  for function in self._error_handlers]
         return [each for each in failed if each]
-
-    def _run_error_handler(self, function: ErrorHandler, message: Message, error: BaseException) -> None:
-        Waiter(self._loop).finish(function(message, error))
-
-    def _tell_unhandled(self, message: Message) -> None:
-        decorator = decorator_for(message)
-        if decorator not in self._told and len(self._told) < MAX_KINDS_TOLD:
-            self._told.add(decorator)
-            log.warning("no handler takes this message; to take it, write: %s", decorator)
 
 
 def decorator_for(message: Message) -> str:
@@ -1598,14 +1523,18 @@ def decorator_for(message: Message) -> str:
 
 
 def _takes(pattern: Callable[[Message], object], message: Message) -> bool:
-    """Whether a function that is a pattern takes the message. Raises `PatternError` if it raises or cannot be used."""
-    results: List[Any] = []
-    error = attempt(lambda: results.append(pattern(message)) or bool(results[0]))  # type: ignore[func-returns-value]
-    if error is None and hasattr(results[0], "__await__"):
-        error = HandlerError("it returns what must be awaited: a pattern cannot be async")
+    """Whether a function that is a pattern takes the message. Raises `PatternError` if it raises."""
+    verdicts: List[bool] = []
+
+    def ask() -> None:
+        verdict = pattern(message)
+        if hasattr(verdict, "__await__"):
+            raise HandlerError("it returns what must be awaited: a pattern cannot be async")
+        verdicts.append(bool(verdict))
+    error = attempt(ask)
     if error:
         raise PatternError(f"the pattern {describe_handler(pattern)} failed: {describe_error(error)}") from error
-    return bool(results[0])
+    return verdicts[0]
 
 
 def _show_pattern(msg_type: str, pattern: object) -> str:
@@ -1653,7 +1582,7 @@ def _check_function(function: object, decorator: str, further: Iterable[int], ad
 def _check_plain(function: object, use: str) -> None:
     """Raise `HandlerError` unless this can be called with a message, and is not async."""
     _check_function(function, use, {0})
-    if inspect.iscoroutinefunction(_called(function)):
+    if _is_async(function):
         raise HandlerError(f"{use} cannot be async: write 'def {handler_name(function)}(message):' without async")
 
 
@@ -1663,8 +1592,6 @@ def _check_plain(function: object, use: str) -> None:
 
 # Bytes of a handshake in a body: four short values, in any format. A longer body is not a handshake.
 MAX_HANDSHAKE = 4096
-# Seconds between two warnings with the same advice: an attacker must not be able to fill the log with them.
-ADVICE_INTERVAL = 60.0
 # The platform's page writes the first; receivers in production have met the second.
 _ECHO_NAMES = ("echoStr", "echostr")
 # XML or JSON with one of these fields is a message, or the envelope of one, and never a handshake.
@@ -1709,7 +1636,7 @@ class Gate:
         outer = self._read_outer(body) if b"Encrypt" in body else {}
         sealed = outer.get("Encrypt")
         if isinstance(sealed, str) and self._envelope:
-            self._prove_sealed(_find_message_signature(query, outer), sealed)
+            self._check("msg_signature", _find_message_signature(query, outer), sealed)
             return self._envelope.open(sealed), True
         if self._envelope and not self._settings.compatible:
             raise ForbiddenPush("not encrypted", "choose safe mode in the console, or set --compatible")
@@ -1728,31 +1655,25 @@ class Gate:
     def prove(self, query: Mapping[str, str]) -> bool:
         """Whether ``query`` carries a valid signature; False if it has none and none is needed. Raises `ForbiddenPush`
         for one that is wrong, or missing."""
-        token, signature = self._settings.token, query.get("signature")
-        if not token or (signature is None and self._settings.allow_unsigned):
+        if not self._settings.token or ("signature" not in query and self._settings.allow_unsigned):
             return False
-        if signature is None:
+        if "signature" not in query:
             raise ForbiddenPush("no signature", "if the platform does not sign your pushes, set --allow-unsigned")
-        if not verify(signature, token, query.get("timestamp", ""), query.get("nonce", "")):
-            raise ForbiddenPush("wrong signature", "set --token to the Token that the platform's console shows")
-        self._check_age(query.get("timestamp", ""))
+        self._check("signature", query)
         return True
 
-    def _prove_sealed(self, values: Mapping[str, str], sealed: str) -> None:
-        """Raise `ForbiddenPush` unless the message signature in ``values`` covers the exact text of Encrypt."""
-        signature, timestamp = values.get("msg_signature", ""), values.get("timestamp", "")
+    def _check(self, name: str, values: Mapping[str, str], sealed: str = "") -> None:
+        """Raise `ForbiddenPush` unless the signature of that name is right, and not too old."""
+        signature, timestamp = values.get(name, ""), values.get("timestamp", "")
         parts = (self._settings.token, timestamp, values.get("nonce", ""))
-        # Blanks around it may have been there when it was signed, or may be layout.
+        # Blanks around Encrypt may have been there when it was signed, or may be layout.
         if not (verify(signature, *parts, sealed) or verify(signature, *parts, sealed.strip())):
-            raise ForbiddenPush("wrong message signature", "set --token to the Token that the platform's console shows")
-        self._check_age(timestamp)
-
-    def _check_age(self, timestamp: str) -> None:
-        if not self._settings.max_age:
-            return
-        good = timestamp.isdecimal() and len(timestamp) < MAX_NUMBER
-        if not good or abs(self._clock() - int(timestamp)) > self._settings.max_age:
-            raise ForbiddenPush("stale signature", "check this machine's clock, or raise --max-age")
+            raise ForbiddenPush("wrong signature" if not sealed else "wrong message signature",
+                                "set --token to the Token that the platform's console shows")
+        if self._settings.max_age:
+            is_number = timestamp.isdecimal() and len(timestamp) < MAX_NUMBER
+            if not is_number or abs(self._clock() - int(timestamp)) > self._settings.max_age:
+                raise ForbiddenPush("stale signature", "check this machine's clock, or raise --max-age")
 
 
 def _find_message_signature(query: Mapping[str, str], outer: Mapping[str, Any]) -> Dict[str, str]:
@@ -1815,8 +1736,9 @@ class Endpoint:
 
     def __init__(self, settings: Settings, inbox: Any, clock: Callable[[], float], timer: Callable[[], float]) -> None:
         self._settings, self._inbox, self._timer = settings, inbox, timer
+        self._path = _decode_path(settings.path)
         self._gate = Gate(settings, clock)
-        self._advised: Dict[str, float] = {}
+        self._teller = Teller(timer)
 
     def handle(self, request: Request) -> Response:
         """The answer to one request."""
@@ -1829,9 +1751,10 @@ class Endpoint:
         self._handle(pushes)
         self._handle([push for push in pushes if push.too_soon])
         for push in pushes:
-            error = attempt(self._record, push)
-            if error:  # the answer stands: an accepted message is safe, and is handled
-                attempt(report_bug, error)
+            if push.response is not UP:
+                error = attempt(self._record, push)
+                if error:  # the answer stands: an accepted message is safe, and is handled
+                    attempt(self._teller.report_bug, error)
         return [push.response for push in pushes]
 
     def _handle(self, pushes: Sequence[_Push]) -> None:
@@ -1848,9 +1771,7 @@ class Endpoint:
             for push in taken:
                 self._inbox.cancel(push.message)
             raise
-        error = attempt(self._deliver, taken) if taken else None
-        if error:  # nobody foresaw it, and it is not the fault of one message
-            attempt(report_bug, error)
+        if taken and not self._teller.guard(self._deliver, taken):
             for push in taken:
                 push.response = FAILED
 
@@ -1882,7 +1803,7 @@ class Endpoint:
     def _admit(self, request: Request) -> None:
         if request.problem:
             raise request.problem
-        if self._settings.path and request.path != self._settings.path:
+        if self._path and request.path != self._path and _decode_path(request.path) != self._path:
             raise PushError("no such path", "the URL in the platform's console must have the path that --path names",
                             404)
         if request.method not in ("POST", "GET", "HEAD"):
@@ -1891,41 +1812,34 @@ class Endpoint:
             raise PushError(f"more than {self._settings.max_body} bytes", TOO_LARGE, 413)
 
     def _read(self, push: _Push, is_proven: bool) -> None:
-        """Parse the message. What is not proven must be exact, to the last character."""
+        """Parse the message. What is not proven must be exact, to the last character. What is proven is read whatever
+        its characters, and kept if it cannot be read all the same."""
         try:
             push.message = parse(push.payload)
+            return
         except MalformedPush:
             if not is_proven:
                 raise
-            self._read_leniently(push)
-
-    def _read_leniently(self, push: _Push) -> None:
-        """Parse a proven message whatever its characters; it is kept if it cannot be read all the same."""
-        payload = push.payload
-        push.payload = replace_unreadable(payload)
+        came, push.payload = push.payload, replace_unreadable(push.payload)
         try:
             push.message = parse(push.payload)
         except MalformedPush as error:
-            if payload:
-                self._inbox.keep_unreadable(payload, str(error))
+            if came:
+                self._inbox.keep_unreadable(came, str(error))
             raise
 
     def _refuse(self, push: _Push, error: BaseException) -> None:
         """Answer with the error; one that nobody foresaw is this request's own."""
-        push.response = refusal(error) if isinstance(error, PushError) else FAILED
-        attempt(self._tell, error)
-
-    def _tell(self, error: BaseException) -> None:
-        """Log what nobody foresaw, and a refusal's advice at most once a minute."""
-        if not isinstance(error, PushError):
-            report_bug(error)
-        elif error.advice and self._timer() - self._advised.get(error.advice, -ADVICE_INTERVAL) >= ADVICE_INTERVAL:
-            self._advised[error.advice] = self._timer()
-            log.warning("push refused: %s; %s", error, error.advice)
+        if isinstance(error, PushError):
+            push.response, advice = refusal(error), error.advice
+            if advice:
+                attempt(lambda: self._teller.warn(advice, "push refused: %s; %s", error, advice))
+        else:
+            push.response = FAILED
+            attempt(self._teller.report_bug, error)
+        error.__traceback__ = None  # it leads back to the frame that holds the error: a cycle
 
     def _record(self, push: _Push) -> None:
-        if push.response is UP:
-            return
         seconds = self._timer() - push.started
         self._inbox.observe(push.response, push.message, seconds)
         if log.isEnabledFor(logging.INFO):
@@ -1933,6 +1847,11 @@ class Endpoint:
             log.info("push type=%(type)s key=%(key)s outcome=%(outcome)s ms=%(ms).2f", {
                 "type": ascii(kind[:64])[1:-1], "key": key or "-", "outcome": push.response.outcome,
                 "ms": seconds * 1000})
+
+
+def _decode_path(path: str) -> str:
+    """The path without percent-encoding, a character for each byte: WSGI servers decode it, and HTTP does not."""
+    return unquote(path, "latin-1")
 
 
 def _parse_form(text: str) -> Dict[str, str]:
