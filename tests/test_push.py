@@ -23,7 +23,7 @@ from urllib.parse import parse_qsl, urlencode
 
 import pytest
 from conftest import NOW, TOKEN, World
-from support import PATIENCE, PUSHES, ROOT, Receiver, receiver
+from support import PATIENCE, PUSHES, ROOT, Certificate, Receiver, receiver
 
 import kfserver
 from kfserver import (
@@ -567,41 +567,25 @@ def test_push_by_a_unix_socket(tmp_path: pathlib.Path) -> None:
         assert len(running.requests) == 20 + 1  # a wrong path stays wrong
 
 
-@pytest.fixture(scope="module")
-def certificate(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A file with a key, and a certificate that it has signed itself, for this machine's own address."""
-    if not shutil.which("openssl"):
-        pytest.skip("no openssl on this machine")
-    path = tmp_path_factory.mktemp("tls") / "server.pem"
-    subprocess.run(["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes",
-                    "-days", "2", "-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1",
-                    "-keyout", str(path), "-out", str(path) + ".crt"],
-                   check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=PATIENCE)
-    with path.open("a") as file:
-        file.write(pathlib.Path(str(path) + ".crt").read_text())
-    return str(path)
-
-
 def test_push_by_tls_checks_the_certificate(
-        certificate: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+        certificate: Certificate, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     patience = Patience(pause_seconds=0.01)  # a handshake takes its time
-    with receiver(tls_cert=certificate) as running:
+    with receiver(**certificate.settings()) as running:
         url = url_of(running).replace("http", "https")
         assert push(url, patience=patience) == 1
         assert running.requests == []
         assert push(url, "--insecure", "--count", 50, patience=patience) == 0
-        monkeypatch.setenv("SSL_CERT_FILE", certificate)
+        monkeypatch.setenv("SSL_CERT_FILE", certificate.chain)
         assert push(url, patience=patience) == 0
-        assert push(url.replace("127.0.0.1", "localhost"), patience=patience) == 1
+        assert push(url.replace("127.0.0.1", "127.1"), patience=patience) == 1
     assert capsys.readouterr().err.count("certificate refused: ") == 2
 
 
 @pytest.mark.parametrize(("spoken", "wrong"), [("http", "https"), ("https", "http")])
 @pytest.mark.parametrize("count", [1, 3])
-def test_push_says_that_the_scheme_is_wrong(spoken: str, wrong: str, count: int, certificate: str) -> None:
+def test_push_says_that_the_scheme_is_wrong(spoken: str, wrong: str, count: int, certificate: Certificate) -> None:
     told = f"the receiver speaks {spoken} at this port, not {wrong}: push to {spoken}://"
-    tls_cert = certificate if spoken == "https" else ""
-    with receiver(tls_cert=tls_cert) as running, pytest.raises(SettingsError, match=told):
+    with receiver(**certificate.settings() if spoken == "https" else {}) as running, pytest.raises(SettingsError, match=told):
         push(url_of(running).replace("http", wrong), "--count", count)
 
 
