@@ -2989,8 +2989,8 @@ RETRY_REPLY_SECONDS = 600.0
 RETRY_REPLY_DELAYS = (0.5, 2.0, 8.0, 30.0)
 # Failures in a row after which the send API counts as away.
 AWAY_AFTER = 3
-# Seconds before an API that is away is tried again: at first, and at most. They double with each try.
-PROBE_SECONDS = (1.0, 30.0)
+# Seconds before an API that is away is tried a first, a second, … time; the last one also stands for all later tries.
+PROBE_DELAYS = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
 # Seconds that an idle connection is kept: servers close theirs after 5 s or more, and a request must not meet that.
 KEEP_SECONDS = 4.0
 # Seconds before its end at which a token is not used any more.
@@ -3077,8 +3077,7 @@ class HttpClient:
     `find_proxy` gives.
     """
 
-    def __init__(self, base: str, timeout: float, tls: Optional[ssl.SSLContext] = None,
-                 proxy: str = "") -> None:
+    def __init__(self, base: str, timeout: float, tls: Optional[ssl.SSLContext] = None, proxy: str = "") -> None:
         self._base, self._timeout, self._proxy = urlsplit(base), timeout, urlsplit(proxy)
         self._tls = (tls or ssl.create_default_context()) if self._base.scheme == "https" else None
         self._prefix = "" if self._base.scheme == "unix" else self._base.path.rstrip("/")
@@ -3156,7 +3155,7 @@ class _Connection(http.client.HTTPConnection):
         return seconds
 
     def connect(self) -> None:
-        """Connect."""
+        """Connect, through the proxy and with TLS if need be. Raises OSError or ValueError."""
         try:
             run_within(self._left(), self._connect)
         except TimeoutError:
@@ -3164,18 +3163,19 @@ class _Connection(http.client.HTTPConnection):
             raise
 
     def _connect(self) -> None:
-        """Connect on a thread of its own, which closes what it gets when it comes too late."""
-        self.timeout = self._left()
-        if self._base.scheme == "unix":
-            self.sock = socket.socket(UNIX_FAMILY)
-            self.sock.connect(self._base.path)
-        else:
-            super().connect()
-        if self._tls:
-            self.sock.settimeout(self._left())  # the library takes this for the handshake as a whole
-            self.sock = self._tls.wrap_socket(self.sock, server_hostname=self._base.hostname)
-        if not self.ends:
-            self.close()
+        try:
+            self.timeout = self._left()
+            if self._base.scheme == "unix":
+                self.sock = socket.socket(UNIX_FAMILY)
+                self.sock.connect(self._base.path)
+            else:
+                super().connect()
+            if self._tls:
+                self.sock.settimeout(self._left())  # the library takes this for the handshake as a whole
+                self.sock = self._tls.wrap_socket(self.sock, server_hostname=self._base.hostname)
+        finally:
+            if not self.ends:  # too late: nobody waits for it any more
+                self.close()
 
     def ask(self, method: str, path: str, body: bytes, headers: Mapping[str, str]) -> Tuple[int, bytes]:
         """One request and its answer. Closes the connection if it cannot be used again. Raises as `exchange` does."""
@@ -3260,39 +3260,38 @@ class CircuitBreaker:
     def __init__(self, timer: Callable[[], float]) -> None:
         self._timer = timer
         self._lock = threading.Lock()  # guards all below
-        self._failures = 0  # in a row
-        self._pause = 0.0  # seconds from the last probe to the next
+        self._failures = 0  # in a row; while the API is away, of probes alone
         self._next_probe = 0.0  # infinite while there is one
 
     def pause(self) -> float:
         """Seconds until `begin` may succeed; 0 for now."""
         with self._lock:
             seconds = self._next_probe - self._timer() if self._failures >= AWAY_AFTER else 0.0
-        return PROBE_SECONDS[0] if seconds == float("inf") else max(0.0, seconds)
+        return PROBE_DELAYS[0] if seconds == float("inf") else max(0.0, seconds)
 
     def begin(self) -> bool:
         """Begin a try, which `end` ends; whether it is a probe. Raises `NetworkError` if it must not be made."""
         with self._lock:
-            if self._failures < AWAY_AFTER:
-                return False
-            if self._timer() < self._next_probe:
+            is_away = self._failures >= AWAY_AFTER
+            if is_away and self._timer() < self._next_probe:
                 raise NetworkError("the send API counts as away, and another reply is tried first")
             self._next_probe = float("inf")
-            return True
+            return is_away
 
     def end(self, is_probe: bool, problem: str) -> None:
         """A try has ended: well if ``problem`` is empty, else because of that."""
         with self._lock:
-            was_away = self._failures >= AWAY_AFTER
-            self._failures = self._failures + 1 if problem else 0
-            is_away = self._failures >= AWAY_AFTER
-            if is_probe or is_away > was_away:
-                self._pause = min(self._pause * 2, PROBE_SECONDS[1]) if was_away else PROBE_SECONDS[0]
-                self._next_probe = self._timer() + self._pause
-        if is_away > was_away:
+            before = self._failures
+            if not problem:
+                self._failures = 0
+            elif is_probe or before < AWAY_AFTER:
+                self._failures += 1
+                probes = max(0, self._failures - AWAY_AFTER)
+                self._next_probe = self._timer() + PROBE_DELAYS[min(probes, len(PROBE_DELAYS) - 1)]
+        if problem and before == AWAY_AFTER - 1:
             log.warning("the send API counts as away after %d failures in a row, the last one: %s; replies wait, and "
                         "one at a time is tried", AWAY_AFTER, problem)
-        elif was_away > is_away:
+        elif before >= AWAY_AFTER and not problem:
             log.warning("the send API is back")
 
 
@@ -5302,46 +5301,40 @@ class Draft(NamedTuple):
 _MAIN_FIELDS: Mapping[str, str] = MappingProxyType({"text": "Content", "image": "PicUrl", "event": "Event"})
 
 
-class Drafter:
-    """Drafts the pushes that the arguments ask for. Raises `SettingsError` for options that do not go together.
+def draft_pushes(arguments: argparse.Namespace, settings: Settings) -> Iterator[Draft]:
+    """The pushes that the arguments ask for. Raises `SettingsError` at once for options that do not go together."""
+    kind, in_body = _chosen_kind(arguments), arguments.in_body
+    if in_body and not (settings.aes_key or kind == "handshake"):
+        raise SettingsError("--in-body is for encrypted pushes and handshakes: add --aes-key, --app-id, or --handshake")
+    platform = Platform(settings, time.time, os.urandom)
+    encode = encode_json if arguments.form == "json" else encode_xml
+    if kind == "handshake":
+        return (_draft_handshake(*platform.handshake(in_body)) for _ in range(arguments.count))
+    if kind == "file":
+        messages: Iterable[bytes] = itertools.repeat(read_packet(arguments.file), arguments.count)
+    else:
+        messages = map(encode, _write_messages(arguments, kind, settings.app_id.split(",")[0] or "app"))
+    return (Draft(message, *platform.push(message, encode, in_body)) for message in messages)
 
-    A receiver drops repeats, so no two messages are the same: each has a MsgId of 63 bits of its own. Events have no
-    MsgId and are told apart by their CreateTime: they are one second apart, and the last of them happens now.
-    """
 
-    def __init__(self, arguments: argparse.Namespace, settings: Settings) -> None:
-        self._arguments, self._kind = arguments, _chosen_kind(arguments)
-        if arguments.in_body and not (settings.aes_key or self._kind == "handshake"):
-            raise SettingsError("--in-body is for encrypted pushes and handshakes: add --aes-key, --app-id, "
-                                "or --handshake")
-        self._platform = Platform(settings, time.time, os.urandom)
-        self._encode = encode_json if arguments.form == "json" else encode_xml
-        self._app = arguments.to or settings.app_id.split(",")[0] or "app"
-        self._packet = read_packet(arguments.file) if self._kind == "file" else b""
-        # Another start for each run, high enough that a receiver which reads ids as floating point shows it.
-        self._first_id = 2 ** 62 + random.getrandbits(61)
+def _draft_handshake(query: Mapping[str, str], body: bytes) -> Draft:
+    echo = query.get("echoStr") or dict(parse_qsl(body.decode()))["echoStr"]
+    return Draft(b"", query, body, (echo.encode(),))
 
-    def draft(self, number: int) -> Draft:
-        """The push of that number, from 0."""
-        in_body = self._arguments.in_body
-        if self._kind == "handshake":
-            query, body = self._platform.handshake(in_body)
-            echo = query.get("echoStr") or dict(parse_qsl(body.decode()))["echoStr"]
-            return Draft(b"", query, body, (echo.encode(),))
-        message = self._packet or self._encode(self.fields(number))
-        return Draft(message, *self._platform.push(message, self._encode, in_body))
 
-    def fields(self, number: int) -> Fields:
-        """The fields of the message of that number."""
-        wanted, now, content = self._arguments, int(time.time()), getattr(self._arguments, self._kind)
-        fields: Dict[str, Union[str, int]] = {"ToUserName": self._app, "FromUserName": wanted.sender, "CreateTime": now,
-                                              "MsgType": self._kind}
-        fields[_MAIN_FIELDS[self._kind]] = "hello" if content is None else content
-        if self._kind == "event":
-            fields["CreateTime"] = now - (wanted.count - 1 - number)
-        else:
-            fields["MsgId"] = self._first_id + number
-        return {**fields, **dict(wanted.field)}
+def _write_messages(arguments: argparse.Namespace, kind: str, app: str) -> Iterator[Fields]:
+    """A receiver drops repeats, so no two messages are the same: each has a MsgId of 63 bits of its own. Events have no
+    MsgId and are told apart by their CreateTime: they are one second apart, and the last of them happens now."""
+    # Another start for each run, high enough that a receiver which reads ids as floating point shows it.
+    first_id, content = 2 ** 62 + random.getrandbits(61), getattr(arguments, kind)
+    for number in range(arguments.count):
+        fields: Dict[str, Union[str, int]] = {
+            "ToUserName": arguments.to or app, "FromUserName": arguments.sender, "CreateTime": int(time.time()),
+            "MsgType": kind, _MAIN_FIELDS[kind]: "hello" if content is None else content, "MsgId": first_id + number}
+        if kind == "event":
+            fields["CreateTime"] = int(time.time()) - (arguments.count - 1 - number)
+            del fields["MsgId"]
+        yield {**fields, **dict(arguments.field)}
 
 
 def _chosen_kind(arguments: argparse.Namespace) -> str:
@@ -5467,8 +5460,8 @@ def build_push_parser() -> argparse.ArgumentParser:
 class PushRun:
     """Pushes messages one after the other to ``target`` on the receiver at ``base``.
 
-    ``counts`` says what became of them: messages answered; tries sent, repeated, and not answered by their reason.
-    ``show`` is called with each step, in words.
+    ``counts`` says what became of them: messages answered; tries sent and repeated. ``failures`` counts the tries that
+    were not answered, by their reason. ``show`` is called with each step, in words.
     """
 
     def __init__(self, base: str, target: str, patience: Patience, is_secure: bool = True) -> None:
@@ -5494,18 +5487,22 @@ class PushRun:
         self.counts["answered"] += answered
 
     def _deliver(self, target: str, draft: Draft) -> bool:
-        for tries in range(1, self._patience.retries + 2):
+        for left in reversed(range(self._patience.retries + 1)):
             status, reason = self._try(target, draft)
             if not reason:
                 return True
-            if self.counts["sent"] == 1:
-                self._advise(status, reason)
             self.failures[reason] += 1
+            if self.counts["sent"] == 1:
+                if status in (0, 400):
+                    check_scheme(self._base)
+                if reason in _PUSH_ADVICE:
+                    _say(sys.stdout, f"{reason}: {_PUSH_ADVICE[reason]}")
             if 300 <= status < 500 and status not in TEMPORARY_ERRORS:
                 self.show("not sent again: the answer would be the same")
                 return False
-            if tries <= self._patience.retries:
-                self.show(f"try {tries + 1} of {self._patience.retries + 1} in {self._patience.pause_seconds:g} s")
+            if left:
+                tries = self._patience.retries + 1
+                self.show(f"try {tries - left + 1} of {tries} in {self._patience.pause_seconds:g} s")
                 time.sleep(self._patience.pause_seconds)
         return False
 
@@ -5524,13 +5521,6 @@ class PushRun:
             status, reason = 0, f"no answer in {self._patience.answer_seconds:g} s"
         self.show(f"{f'not answered: {reason}' if reason else 'answered'}, after {seconds * 1000:.2f} ms")
         return status, reason
-
-    def _advise(self, status: int, reason: str) -> None:
-        """Tell what can be done about the first try's failure. Raises `SettingsError` for the wrong scheme."""
-        if status in (0, 400):
-            check_scheme(self._base)
-        if reason in _PUSH_ADVICE:
-            _say(sys.stdout, f"{reason}: {_PUSH_ADVICE[reason]}")
 
     def sums(self, seconds: float) -> str:
         """What became of all messages, in a line."""
@@ -5559,10 +5549,7 @@ def _any_certificate() -> ssl.SSLContext:
     return context
 
 
-PLATFORM_PATIENCE = Patience()
-
-
-def push(arguments: argparse.Namespace, patience: Patience = PLATFORM_PATIENCE) -> int:
+def push(arguments: argparse.Namespace, patience: Patience = Patience()) -> int:
     """Push as the arguments of `build_push_parser` ask, and show what comes of it: one message in full, more in sums.
 
     Returns 0 if all was answered, 1 if not. Raises `SettingsError` before anything is sent, or for the wrong scheme.
@@ -5570,7 +5557,7 @@ def push(arguments: argparse.Namespace, patience: Patience = PLATFORM_PATIENCE) 
     base, target = read_push_url(arguments.url)
     secrets = {name: getattr(arguments, name) or os.environ.get(f"KF_{name.upper()}", "")
                for name in ("token", "aes_key", "app_id")}
-    drafter = Drafter(arguments, Settings(**secrets))  # type: ignore[arg-type]
+    drafts = draft_pushes(arguments, Settings(**secrets))  # type: ignore[arg-type]
     run = PushRun(base, target, patience, not arguments.insecure)
     with contextlib.closing(run.client):
         if not _find_receiver(run.client, base):
@@ -5579,8 +5566,8 @@ def push(arguments: argparse.Namespace, patience: Patience = PLATFORM_PATIENCE) 
             run.show = functools.partial(_say, sys.stdout)
         started = time.monotonic()
         try:
-            for number in range(arguments.count):
-                run.push(drafter.draft(number), is_lost(number, arguments.repeat))
+            for number, draft in enumerate(drafts):
+                run.push(draft, is_lost(number, arguments.repeat))
         finally:  # after Ctrl-C too
             if arguments.count > 1:
                 _say(sys.stdout, run.sums(time.monotonic() - started))

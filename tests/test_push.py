@@ -27,7 +27,6 @@ from support import PATIENCE, PUSHES, ROOT, Certificate, Receiver, receiver
 
 import kfserver
 from kfserver import (
-    Drafter,
     Message,
     Patience,
     Platform,
@@ -35,6 +34,7 @@ from kfserver import (
     Settings,
     SettingsError,
     build_push_parser,
+    draft_pushes,
     encode_json,
     encode_xml,
     is_lost,
@@ -201,8 +201,7 @@ def test_encode_xml_and_encode_json_write_as_the_platform_publishes(encode: kfse
 def write(*options: object) -> List[Message]:
     """The messages that the options ask for."""
     arguments = build_push_parser().parse_args(["http://kf/", *map(str, options)])
-    drafter = Drafter(arguments, Settings())
-    return [parse(drafter.draft(number).message) for number in range(arguments.count)]
+    return [parse(draft.message) for draft in draft_pushes(arguments, Settings())]
 
 
 @pytest.mark.parametrize(("options", "fields"), [
@@ -216,18 +215,18 @@ def write(*options: object) -> List[Message]:
     (["--field", "MsgId=1"], {"MsgId": "1"}),
     (["--to", "shop", "--sender", "me"], {"ToUserName": "shop", "FromUserName": "me"}),
 ], ids=str)
-def test_message_writer_writes_what_is_asked_for(options: List[str], fields: Dict[str, str]) -> None:
+def test_draft_pushes_writes_what_is_asked_for(options: List[str], fields: Dict[str, str]) -> None:
     written = write(*options)[0].fields
     assert {name: written.get(name) for name in fields} == fields
 
 
-def test_message_writer_gives_every_message_an_id_of_64_bits() -> None:
+def test_draft_pushes_gives_every_message_an_id_of_64_bits() -> None:
     ids = {int(message.msg_id or 0) for message in write("--count", 50)}
     assert len(ids) == 50
     assert 2 ** 62 <= min(ids) <= max(ids) < 2 ** 63
 
 
-def test_message_writer_gives_every_event_a_second_of_its_own() -> None:
+def test_draft_pushes_gives_every_event_a_second_of_its_own() -> None:
     events = write("--event", "x", "--count", 5)
     assert [event.create_time - events[-1].create_time for event in events] == [-4, -3, -2, -1, 0]
     assert {event.msg_id for event in events} == {None}
