@@ -3078,7 +3078,7 @@ class HttpClient:
     """
 
     def __init__(self, base: str, timeout: float, tls: Optional[ssl.SSLContext] = None, proxy: str = "") -> None:
-        self._base, self._timeout, self._proxy = urlsplit(base), timeout, urlsplit(proxy)
+        self._base, self.timeout, self._proxy = urlsplit(base), timeout, urlsplit(proxy)
         self._tls = (tls or ssl.create_default_context()) if self._base.scheme == "https" else None
         self._prefix = "" if self._base.scheme == "unix" else self._base.path.rstrip("/")
         self._headers: Dict[str, str] = {}
@@ -3104,7 +3104,7 @@ class HttpClient:
     def _connection(self) -> Iterator[_Connection]:
         """A kept or a new connection for one exchange. It is kept if all goes well."""
         connection = self._take_kept() or _Connection(self._base, self._tls, self._proxy)
-        connection.ends = time.monotonic() + self._timeout
+        connection.ends = time.monotonic() + self.timeout
         try:
             yield connection
         except BaseException:
@@ -3364,11 +3364,11 @@ class SendApi:
         token = self._get_token("")
         number, words = self._post(token, form)
         if number in _TOKEN_ERRORS and self._source:
-            newer = self._get_token(token)
-            if newer == token:
+            refused, token = token, self._get_token(token)
+            if token == refused:
                 raise NetworkError(f"the send API answered {number} ({words}): the access token has expired, and there "
                                    "is no other one yet")
-            number, words = self._post(newer, form)
+            number, words = self._post(token, form)
         if number != "0":
             raise _refusal(number, words)
 
@@ -5260,18 +5260,9 @@ MAX_SHOWN = 4000
 # Of the client's errors (RFC 9110, section 15.5; RFC 8470; RFC 6585) these alone can go away by themselves. The others
 # cannot, nor can a redirection: the same push would get the same answer again.
 TEMPORARY_ERRORS = (408, 425, 429)
-
-
-class Patience(NamedTuple):
-    """How long the sender of a push waits for the answer, and how often it sends a push again that was not answered.
-
-    The default is the platform's: 2 s for messages, and the three retries of its page on coupon events. How soon it
-    sends again is not documented; a receiver that is busy asks for one second.
-    """
-
-    answer_seconds: float = 2.0
-    retries: int = 3
-    pause_seconds: float = 1.0
+# Seconds that the platform waits for an answer, and how often it sends again what was not answered (its page on coupon
+# events). How soon it does so is not documented; a receiver that is busy asks for one second.
+ANSWER_SECONDS, RETRIES, PAUSE_SECONDS = 2.0, 3, 1.0
 
 
 def read_push_url(text: str) -> Tuple[str, str]:
@@ -5464,9 +5455,8 @@ class PushRun:
     were not answered, by their reason. ``show`` is called with each step, in words.
     """
 
-    def __init__(self, base: str, target: str, patience: Patience, is_secure: bool = True) -> None:
-        self._base, self._target, self._patience = base, target, patience
-        self.client = HttpClient(base, patience.answer_seconds, None if is_secure else _any_certificate())
+    def __init__(self, client: HttpClient, base: str, target: str, pause_seconds: float) -> None:
+        self._client, self._base, self._target, self._pause_seconds = client, base, target, pause_seconds
         self.counts: Counter[str] = Counter()
         self.failures: Counter[str] = Counter()
         self.show: Callable[[str], None] = lambda text: None
@@ -5487,7 +5477,7 @@ class PushRun:
         self.counts["answered"] += answered
 
     def _deliver(self, target: str, draft: Draft) -> bool:
-        for left in reversed(range(self._patience.retries + 1)):
+        for tries in range(1, RETRIES + 2):
             status, reason = self._try(target, draft)
             if not reason:
                 return True
@@ -5500,10 +5490,9 @@ class PushRun:
             if 300 <= status < 500 and status not in TEMPORARY_ERRORS:
                 self.show("not sent again: the answer would be the same")
                 return False
-            if left:
-                tries = self._patience.retries + 1
-                self.show(f"try {tries - left + 1} of {tries} in {self._patience.pause_seconds:g} s")
-                time.sleep(self._patience.pause_seconds)
+            if tries <= RETRIES:
+                self.show(f"try {tries + 1} of {RETRIES + 1} in {self._pause_seconds:g} s")
+                time.sleep(self._pause_seconds)
         return False
 
     def _try(self, target: str, draft: Draft) -> Tuple[int, str]:
@@ -5511,14 +5500,14 @@ class PushRun:
         started, status = time.monotonic(), 0
         self.counts["sent"] += 1
         try:
-            status, body = self.client.exchange("POST", target, draft.body, _content_type(draft.body))
+            status, body = self._client.exchange("POST", target, draft.body, _content_type(draft.body))
             reason = judge(status, body, draft.expected)
             self.show(quote_bytes(f"< {status}", body.strip() or b"(nothing)"))
         except (OSError, http.client.HTTPException) as error:
             reason = _explain_failure(error)
         seconds = time.monotonic() - started
-        if seconds > self._patience.answer_seconds:
-            status, reason = 0, f"no answer in {self._patience.answer_seconds:g} s"
+        if seconds > self._client.timeout:
+            status, reason = 0, f"no answer in {self._client.timeout:g} s"
         self.show(f"{f'not answered: {reason}' if reason else 'answered'}, after {seconds * 1000:.2f} ms")
         return status, reason
 
@@ -5549,7 +5538,8 @@ def _any_certificate() -> ssl.SSLContext:
     return context
 
 
-def push(arguments: argparse.Namespace, patience: Patience = Patience()) -> int:
+def push(arguments: argparse.Namespace, answer_seconds: float = ANSWER_SECONDS,
+         pause_seconds: float = PAUSE_SECONDS) -> int:
     """Push as the arguments of `build_push_parser` ask, and show what comes of it: one message in full, more in sums.
 
     Returns 0 if all was answered, 1 if not. Raises `SettingsError` before anything is sent, or for the wrong scheme.
@@ -5558,9 +5548,10 @@ def push(arguments: argparse.Namespace, patience: Patience = Patience()) -> int:
     secrets = {name: getattr(arguments, name) or os.environ.get(f"KF_{name.upper()}", "")
                for name in ("token", "aes_key", "app_id")}
     drafts = draft_pushes(arguments, Settings(**secrets))  # type: ignore[arg-type]
-    run = PushRun(base, target, patience, not arguments.insecure)
-    with contextlib.closing(run.client):
-        if not _find_receiver(run.client, base):
+    client = HttpClient(base, answer_seconds, _any_certificate() if arguments.insecure else None)
+    run = PushRun(client, base, target, pause_seconds)
+    with contextlib.closing(client):
+        if not _find_receiver(client, base):
             return 1
         if arguments.count == 1:
             run.show = functools.partial(_say, sys.stdout)

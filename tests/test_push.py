@@ -11,7 +11,6 @@ import io
 import os
 import pathlib
 import re
-import shutil
 import socket
 import subprocess
 import sys
@@ -28,7 +27,6 @@ from support import PATIENCE, PUSHES, ROOT, Certificate, Receiver, receiver
 import kfserver
 from kfserver import (
     Message,
-    Patience,
     Platform,
     Request,
     Settings,
@@ -45,10 +43,8 @@ from kfserver import (
 )
 
 AES_KEY = "abcdefghijklmnopqrstuvwxyz0123456789ABCDEFG"
-# As persistent as the platform, and back sooner; as patient as tests are, since machines that run them are busy.
-QUICK = Patience(answer_seconds=PATIENCE, retries=3, pause_seconds=0.01)
-# For receivers that never answer.
-IMPATIENT = QUICK._replace(answer_seconds=0.1)
+# Seconds for receivers that never answer.
+IMPATIENT = 0.02
 SUCCESS = b"HTTP/1.1 200 OK\r\nContent-Length: 7\r\n\r\nsuccess"
 
 
@@ -66,9 +62,9 @@ def kf() -> Iterator[Receiver]:
         yield running
 
 
-def push(url: str, *options: object, patience: Patience = QUICK) -> int:
-    """Run the command here; its exit status."""
-    return kfserver.push(build_push_parser().parse_args([url, *map(str, options)]), patience)
+def push(url: str, *options: object, answer_seconds: float = PATIENCE, pause_seconds: float = 0.01) -> int:
+    """Run the command here; its exit status. It is as patient as tests are, and sends again soon."""
+    return kfserver.push(build_push_parser().parse_args([url, *map(str, options)]), answer_seconds, pause_seconds)
 
 
 def url_of(running: Receiver) -> str:
@@ -302,7 +298,7 @@ def test_push_understands_an_answer_that_comes_byte_by_byte_or_ends_with_the_con
         listener.listen(8)
         thread = threading.Thread(target=_answer_slowly, args=(listener,), daemon=True)
         thread.start()
-        assert push(f"http://127.0.0.1:{listener.getsockname()[1]}/", patience=Patience()) == 0
+        assert push(f"http://127.0.0.1:{listener.getsockname()[1]}/") == 0
         thread.join(PATIENCE)
 
 
@@ -338,7 +334,7 @@ def test_push_sends_again_what_was_not_answered(
 @pytest.mark.parametrize("answer", [None, SUCCESS[:-1]])
 def test_push_gives_up_after_three_retries(answer: Optional[bytes], capsys: pytest.CaptureFixture[str]) -> None:
     with ScriptedReceiver(answer) as other:
-        assert push(other.url, patience=IMPATIENT._replace(answer_seconds=0.02)) == 1
+        assert push(other.url, answer_seconds=IMPATIENT) == 1
     assert capsys.readouterr().out.count("not answered: no answer in 0.02 s") == 4
 
 
@@ -366,9 +362,8 @@ def test_push_opens_a_connection_anew_when_the_receiver_has_left_between_two_pus
 def test_push_sends_again_at_once_when_the_answer_counts_as_lost_and_else_after_a_pause() -> None:
     with ScriptedReceiver(b"HTTP/1.1 503 Busy\r\nContent-Length: 0\r\n\r\n", SUCCESS) as other:
         started = time.monotonic()
-        patience = QUICK._replace(pause_seconds=0.1)
-        assert push(other.url, "--count", 2, "--repeat", 100, patience=patience) == 0
-        assert time.monotonic() - started >= patience.pause_seconds
+        assert push(other.url, "--count", 2, "--repeat", 100, pause_seconds=0.1) == 0
+        assert time.monotonic() - started >= 0.1
         first, second = other.requests[0], other.requests[-1]
         assert other.requests == [first, first, first, second, second]
 
@@ -568,15 +563,14 @@ def test_push_by_a_unix_socket(tmp_path: pathlib.Path) -> None:
 
 def test_push_by_tls_checks_the_certificate(
         certificate: Certificate, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    patience = Patience(pause_seconds=0.01)  # a handshake takes its time
     with receiver(**certificate.settings()) as running:
         url = url_of(running).replace("http", "https")
-        assert push(url, patience=patience) == 1
+        assert push(url) == 1
         assert running.requests == []
-        assert push(url, "--insecure", "--count", 50, patience=patience) == 0
+        assert push(url, "--insecure", "--count", 50) == 0
         monkeypatch.setenv("SSL_CERT_FILE", certificate.chain)
-        assert push(url, patience=patience) == 0
-        assert push(url.replace("127.0.0.1", "127.1"), patience=patience) == 1
+        assert push(url) == 0
+        assert push(url.replace("127.0.0.1", "127.1")) == 1
     assert capsys.readouterr().err.count("certificate refused: ") == 2
 
 
@@ -584,7 +578,8 @@ def test_push_by_tls_checks_the_certificate(
 @pytest.mark.parametrize("count", [1, 3])
 def test_push_says_that_the_scheme_is_wrong(spoken: str, wrong: str, count: int, certificate: Certificate) -> None:
     told = f"the receiver speaks {spoken} at this port, not {wrong}: push to {spoken}://"
-    with receiver(**certificate.settings() if spoken == "https" else {}) as running, pytest.raises(SettingsError, match=told):
+    settings = certificate.settings() if spoken == "https" else {}
+    with receiver(**settings) as running, pytest.raises(SettingsError, match=told):
         push(url_of(running).replace("http", wrong), "--count", count)
 
 

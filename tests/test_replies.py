@@ -14,10 +14,7 @@ import logging
 import os
 import pathlib
 import re
-import shutil
-import signal
 import socket
-import subprocess
 import sys
 import threading
 import traceback
@@ -55,7 +52,6 @@ import kfserver
 from kfserver import (
     ApiError,
     HandlerError,
-    HandlerRegistry,
     HttpClient,
     Image,
     KfServer,
@@ -974,7 +970,8 @@ def test_send_api_refuses_a_certificate_that_nobody_vouches_for(certificate: Cer
         assert (platform.token_requests, platform.send_requests) == (0, 0)
 
 
-def test_send_api_refuses_a_certificate_of_another_name(certificate: Certificate, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_send_api_refuses_a_certificate_of_another_name(
+        certificate: Certificate, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SSL_CERT_FILE", certificate.chain)
     with SendApiServer(certificate=certificate.both) as platform:
         base = platform.base.replace("127.0.0.1", "127.1")
@@ -983,7 +980,8 @@ def test_send_api_refuses_a_certificate_of_another_name(certificate: Certificate
         assert platform.token_requests == 0
 
 
-def test_send_api_takes_a_certificate_that_is_trusted(certificate: Certificate, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_send_api_takes_a_certificate_that_is_trusted(
+        certificate: Certificate, monkeypatch: pytest.MonkeyPatch) -> None:
     # Where the library looks for those whom it trusts. So it was the certificate that was refused above, nothing else.
     monkeypatch.setenv("SSL_CERT_FILE", certificate.chain)
     with SendApiServer(certificate=certificate.both) as platform:
@@ -1374,7 +1372,9 @@ def test_kf_server_runs_no_handler_again_because_a_reply_failed(
     assert contents(platform) == ["fine"]
 
 
-def test_kf_server_tries_a_reply_again_and_not_its_handler(platform: SendApiServer) -> None:
+def test_kf_server_tries_a_reply_again_and_not_its_handler(
+        platform: SendApiServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kfserver, "RETRY_REPLY_DELAYS", (0.01,))
     platform.token_troubles.extend([resets])
     platform.send_troubles.extend([says({}, 500)])
     with ReplyingShop(platform, {"hi": "hello"}) as shop:
