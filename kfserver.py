@@ -3055,8 +3055,7 @@ def run_within(seconds: float, function: Callable[[], ResultT]) -> ResultT:
     done = threading.Event()
 
     def run() -> None:
-        error = attempt(lambda: results.append(function()))
-        errors.extend([error] if error else [])
+        errors.extend(filter(None, [attempt(lambda: results.append(function()))]))
         done.set()
     try:
         threading.Thread(target=run, name="kfserver-wait", daemon=True).start()
@@ -3065,7 +3064,7 @@ def run_within(seconds: float, function: Callable[[], ResultT]) -> ResultT:
     if not done.wait(seconds):
         raise TimeoutError("no answer in time")
     if errors:
-        raise errors.pop()  # not kept here: the error refers to this frame, and would keep itself alive
+        raise errors.pop()  # nothing here keeps it: it refers to these frames, and would keep itself alive
     return results[0]
 
 
@@ -3138,13 +3137,10 @@ class _Connection(http.client.HTTPConnection):
     """A connection whose exchange has an end: ``ends``, of time.monotonic. What waits longer raises TimeoutError."""
 
     def __init__(self, base: SplitResult, tls: Optional[ssl.SSLContext], proxy: SplitResult) -> None:
-        self._base, self._tls = base, tls
+        self._base, self._tls, self._proxy = base, tls, proxy
         self.default_port = 443 if tls else 80  # which the Host header need not name
         super().__init__(base.hostname or "localhost", base.port or self.default_port)
-        if proxy.hostname:
-            if tls:
-                self.set_tunnel(self.host, self.port, _proxy_login(proxy))
-            self.host, self.port = proxy.hostname, proxy.port or 80
+        self._address = (proxy.hostname, proxy.port or 80) if proxy.hostname else (self.host, self.port)
         self.ends = 0.0
 
     def _left(self) -> float:
@@ -3164,18 +3160,31 @@ class _Connection(http.client.HTTPConnection):
 
     def _connect(self) -> None:
         try:
-            self.timeout = self._left()
             if self._base.scheme == "unix":
                 self.sock = socket.socket(UNIX_FAMILY)
+                self.sock.settimeout(self._left())
                 self.sock.connect(self._base.path)
             else:
-                super().connect()
+                self.sock = socket.create_connection(self._address, self._left())
+                self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if self._tls and self._proxy.hostname:
+                self._open_tunnel()
             if self._tls:
                 self.sock.settimeout(self._left())  # the library takes this for the handshake as a whole
                 self.sock = self._tls.wrap_socket(self.sock, server_hostname=self._base.hostname)
         finally:
             if not self.ends:  # too late: nobody waits for it any more
                 self.close()
+
+    def _open_tunnel(self) -> None:
+        """Have the proxy connect us to the server: RFC 9110, section 9.3.6."""
+        server = f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+        login = "".join(f"{name}: {value}\r\n" for name, value in _proxy_login(self._proxy).items())
+        self.send(f"CONNECT {server} HTTP/1.1\r\nHost: {server}\r\n{login}\r\n".encode())
+        with self.response_class(self.sock, method="CONNECT") as response:
+            response.begin()
+            if response.status != 200:
+                raise OSError(f"the proxy answered {response.status}")
 
     def ask(self, method: str, path: str, body: bytes, headers: Mapping[str, str]) -> Tuple[int, bytes]:
         """One request and its answer. Closes the connection if it cannot be used again. Raises as `exchange` does."""
