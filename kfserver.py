@@ -3167,9 +3167,9 @@ class _Connection(http.client.HTTPConnection):
             else:
                 self.sock = socket.create_connection(self._address, self._left())
                 self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            if self._tls and self._proxy.hostname:
-                self._open_tunnel()
             if self._tls:
+                if self._proxy.hostname:
+                    self._open_tunnel()
                 self.sock.settimeout(self._left())  # the library takes this for the handshake as a whole
                 self.sock = self._tls.wrap_socket(self.sock, server_hostname=self._base.hostname)
         finally:
@@ -3211,7 +3211,7 @@ class _Connection(http.client.HTTPConnection):
             self, sock: socket.socket, *arguments: Any, **options: Any) -> http.client.HTTPResponse:
         """The reader of an answer, which http.client calls."""
         response = http.client.HTTPResponse(sock, *arguments, **options)
-        # The time limit of a socket starts anew with each byte.
+        # The time limit of a socket starts anew with each byte: without this, one byte a second would never end.
         response.fp.raw.readinto = functools.partial(self._receive, sock)  # type: ignore[method-assign]
         return response
 
@@ -5323,8 +5323,8 @@ def _draft_handshake(query: Mapping[str, str], body: bytes) -> Draft:
 
 
 def _write_messages(arguments: argparse.Namespace, kind: str, app: str) -> Iterator[Fields]:
-    """A receiver drops repeats, so no two messages are the same: each has a MsgId of 63 bits of its own. Events have no
-    MsgId and are told apart by their CreateTime: they are one second apart, and the last of them happens now."""
+    """The fields of each message. A receiver drops repeats, so no two are the same: each has a MsgId of 63 bits of its own. Events
+    have no MsgId and are told apart by their CreateTime: one second lies between two, and the last happens now."""
     # Another start for each run, high enough that a receiver which reads ids as floating point shows it.
     first_id, content = 2 ** 62 + random.getrandbits(61), getattr(arguments, kind)
     for number in range(arguments.count):
