@@ -592,7 +592,7 @@ SLOW = [
 
 
 # Seconds for an exchange that is to reach its deadline: enough to send a request on a machine that is busy.
-SHORT = 0.3
+SHORT = 0.25
 # What is told when the time is over: by our own look at the clock or, if it waits just then, by the socket.
 IN_TIME = "no answer in time|timed out"
 
