@@ -2914,8 +2914,8 @@ RETRY_REPLY_SECONDS = 600.0
 RETRY_REPLY_DELAYS = (0.5, 2.0, 8.0, 30.0)
 # Failures in a row after which the send API counts as away.
 AWAY_AFTER = 3
-# Seconds before an API that is away is tried again: at first, and at most. They double with each try.
-PROBE_SECONDS = (1.0, 30.0)
+# Seconds before an API that is away is tried a first, a second, … time; the last one also stands for all later tries.
+PROBE_DELAYS = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
 # Seconds that an idle connection is kept: servers close theirs after 5 s or more, and a request must not meet that.
 KEEP_SECONDS = 4.0
 # Seconds before its end at which a token is not used any more.
@@ -2970,7 +2970,7 @@ class NoAnswer(OSError):
     """A request was sent in full, and no answer came, or a broken one: the server may have done what it asks."""
 
 
-def run_within(seconds: float, function: Callable[..., ResultT], *arguments: Any) -> ResultT:
+def run_within(seconds: float, function: Callable[[], ResultT]) -> ResultT:
     """The result of a function that cannot be interrupted, like the look-up of a name: it runs on a thread of its own.
 
     Raises what the function raises, and TimeoutError after ``seconds``: the function may then still be running.
@@ -2980,8 +2980,7 @@ def run_within(seconds: float, function: Callable[..., ResultT], *arguments: Any
     done = threading.Event()
 
     def run() -> None:
-        error = attempt(lambda: results.append(function(*arguments)))
-        errors.extend([error] if error else [])
+        errors.extend(filter(None, [attempt(lambda: results.append(function()))]))
         done.set()
     try:
         threading.Thread(target=run, name="kfserver-wait", daemon=True).start()
@@ -2990,7 +2989,7 @@ def run_within(seconds: float, function: Callable[..., ResultT], *arguments: Any
     if not done.wait(seconds):
         raise TimeoutError("no answer in time")
     if errors:
-        raise errors.pop()  # not kept here: the error refers to this frame, and would keep itself alive
+        raise errors.pop()  # nothing here keeps it: it refers to these frames, and would keep itself alive
     return results[0]
 
 
@@ -2998,189 +2997,157 @@ class HttpClient:
     """HTTP with the one server at ``base``, on connections that are kept: as many as requests are under way at once.
 
     ``base`` is http://… or https://…, perhaps with a path, or unix:PATH. ``timeout`` is the seconds for one exchange,
-    from the look-up of the name to the last byte. ``tls`` is for https, instead of the default. ``proxy`` is the
-    address of an HTTP proxy.
+    from the look-up of the name to the last byte. ``tls`` is for https, instead of the default. ``proxy`` is what
+    `find_proxy` gives.
     """
 
     def __init__(self, base: str, timeout: float, tls: Optional[ssl.SSLContext] = None, proxy: str = "") -> None:
-        parts = urlsplit(base)
-        self._timeout = timeout
-        self._tls = (tls or ssl.create_default_context()) if parts.scheme == "https" else None
-        self._server = (parts.hostname or "localhost", parts.port or (443 if self._tls else 80))
-        self._unix, self._prefix = (parts.path, "") if parts.scheme == "unix" else ("", parts.path.rstrip("/"))
-        self._proxy = urlsplit(proxy) if proxy else None
-        if self._proxy and not self._tls:
-            self._prefix = f"http://{parts.netloc}{self._prefix}"  # RFC 9112, section 3.2.2: a proxy wants it all
-        self._kept: Deque[_Connection] = deque()
+        self._base, self.timeout, self._proxy = urlsplit(base), timeout, urlsplit(proxy)
+        self._tls = (tls or ssl.create_default_context()) if self._base.scheme == "https" else None
+        self._prefix = "" if self._base.scheme == "unix" else self._base.path.rstrip("/")
+        self._headers: Dict[str, str] = {}
+        if proxy and not self._tls:
+            self._prefix = f"http://{self._base.netloc}{self._prefix}"  # RFC 9112, section 3.2.2: a proxy wants it all
+            self._headers = _proxy_login(self._proxy)
+        self._kept: List[Tuple[_Connection, float]] = []  # and since when each is idle
         self._closed = False
 
     def exchange(self, method: str, path: str, body: bytes = b"", kind: str = "") -> Tuple[int, bytes]:
         """One request, with a body of that Content-Type or without, and its answer: the status and the body, cut at
         MAX_ANSWER. Raises `NoAnswer` if the server may have the request, else OSError, HTTPException or ValueError."""
-        headers = {"Content-Type": kind} if body else {}
-        if self._proxy and not self._tls:
-            headers.update(_proxy_login(self._proxy))
-        ends = time.monotonic() + self._timeout
-        request = (method, self._prefix + path, body, headers)
-        kept = self._take_kept()
-        if kept:
-            try:
-                return self._try(kept, ends, request)
-            except OSError:
-                if kept.sent:
-                    raise
-                # The server has just closed it, and does not have the whole request.
-        return self._try(_Connection(self._server, self._tls), ends, request)
-
-    def _try(self, connection: _Connection, ends: float, request: Tuple[Any, ...]) -> Tuple[int, bytes]:
-        connection.ends, connection.sent = ends, False
-        try:
-            if connection.sock is None:
-                connection.open(self._unix, self._proxy)
-            answer = connection.ask(*request)
-        except BaseException as error:
-            connection.close()
-            if connection.sent and isinstance(error, Exception):
-                raise NoAnswer(str(error) or type(error).__name__) from error
-            raise
-        self._keep(connection)
-        return answer
+        headers = {**self._headers, "Content-Type": kind} if body else self._headers
+        with self._connection() as connection:
+            return connection.ask(method, self._prefix + path, body, headers)
 
     def probe(self) -> None:
         """Connect, and keep the connection for the next request. Raises OSError when nobody listens."""
-        connection = _Connection(self._server, self._tls)
-        connection.ends = time.monotonic() + self._timeout
+        with self._connection() as connection:
+            connection.connect()
+
+    @contextlib.contextmanager
+    def _connection(self) -> Iterator[_Connection]:
+        """A kept or a new connection for one exchange. It is kept if all goes well."""
+        connection = self._take_kept() or _Connection(self._base, self._tls, self._proxy)
+        connection.ends = time.monotonic() + self.timeout
         try:
-            connection.open(self._unix, self._proxy)
+            yield connection
         except BaseException:
             connection.close()
             raise
-        self._keep(connection)
-
-    def _keep(self, connection: _Connection) -> None:
-        connection.idle_since = time.monotonic()
-        self._kept.append(connection)
+        if connection.sock:
+            self._kept.append((connection, time.monotonic()))
         if self._closed:
             self.close()
 
     def _take_kept(self) -> Optional[_Connection]:
         """A kept connection that the server has not closed; anything that it sends unasked means that it closes."""
-        while self._kept:
-            with contextlib.suppress(IndexError):  # another thread may take the last
-                connection = self._kept.pop()
-                fresh = time.monotonic() - connection.idle_since < KEEP_SECONDS
-                if fresh and connection.sock and not _is_readable(connection.sock):
-                    return connection
-                connection.close()
-        return None
+        while True:
+            try:
+                connection, idle_since = self._kept.pop()
+            except IndexError:
+                return None
+            if time.monotonic() - idle_since < KEEP_SECONDS and not _is_readable(connection.sock):
+                return connection
+            connection.close()
 
     def close(self) -> None:
         """Close the connections that are kept, and those in use when they are free."""
         self._closed = True
         with contextlib.suppress(IndexError):  # two threads may be here
             while True:
-                self._kept.pop().close()
+                self._kept.pop()[0].close()
 
 
 class _Connection(http.client.HTTPConnection):
-    """A connection whose exchange has an end: ``ends``, of time.monotonic. What waits longer raises TimeoutError.
+    """A connection whose exchange has an end: ``ends``, of time.monotonic. What waits longer raises TimeoutError."""
 
-    ``sent`` is whether the server may have the whole of the last request, ``idle_since`` when the last one ended.
-    """
+    def __init__(self, base: SplitResult, tls: Optional[ssl.SSLContext], proxy: SplitResult) -> None:
+        self._base, self._tls, self._proxy = base, tls, proxy
+        self.default_port = 443 if tls else 80  # which the Host header need not name
+        super().__init__(base.hostname or "localhost", base.port or self.default_port)
+        self._address = (proxy.hostname, proxy.port or 80) if proxy.hostname else (self.host, self.port)
+        self.ends = 0.0
 
-    def __init__(self, server: Tuple[str, int], tls: Optional[ssl.SSLContext]) -> None:
-        super().__init__(*server)
-        self._tls = tls
-        self.default_port = 443 if tls else 80  # what the Host header need not say
-        self.ends = self.idle_since = 0.0
-        self.sent = False
-
-    def left(self) -> float:
+    def _left(self) -> float:
         """Seconds until the end. Raises TimeoutError."""
         seconds = self.ends - time.monotonic()
         if seconds <= 0:
             raise TimeoutError("no answer in time")
         return seconds
 
-    def open(self, unix: str, proxy: Optional[SplitResult]) -> None:
-        """Connect to the Unix socket or, if there is none, to the server, through the proxy if there is one."""
-        if unix:
-            self.sock = socket.socket(UNIX_FAMILY)
-            self.sock.settimeout(self.left())
-            self.sock.connect(unix)
-        else:
-            self._open_tcp(*((proxy.hostname, proxy.port or 80) if proxy else (self.host, self.port)))
-            self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        if self._tls:
-            if proxy:
-                self._open_tunnel(_proxy_login(proxy))
-            self.sock.settimeout(self.left())  # the library takes this for the handshake as a whole
-            self.sock = self._tls.wrap_socket(self.sock, server_hostname=self.host)
+    def connect(self) -> None:
+        """Connect, through the proxy and with TLS if need be. Raises OSError or ValueError."""
+        try:
+            run_within(self._left(), self._connect)
+        except TimeoutError:
+            self.ends = 0.0
+            raise
 
-    def _open_tcp(self, host: Optional[str], port: int) -> None:
-        found = run_within(self.left(), socket.getaddrinfo, host, port, 0, socket.SOCK_STREAM)
-        for number, (*_, address) in enumerate(found, 1):
-            try:
-                self.sock = socket.create_connection(address[:2], self.left())
-                return
-            except OSError:
-                if number == len(found):
-                    raise
+    def _connect(self) -> None:
+        try:
+            if self._base.scheme == "unix":
+                self.sock = socket.socket(UNIX_FAMILY)
+                self.sock.settimeout(self._left())
+                self.sock.connect(self._base.path)
+            else:
+                self.sock = socket.create_connection(self._address, self._left())
+                self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if self._tls:
+                if self._proxy.hostname:
+                    self._open_tunnel()
+                self.sock.settimeout(self._left())  # the library takes this for the handshake as a whole
+                self.sock = self._tls.wrap_socket(self.sock, server_hostname=self._base.hostname)
+        finally:
+            if not self.ends:  # too late: nobody waits for it any more
+                self.close()
 
-    def _open_tunnel(self, headers: Mapping[str, str]) -> None:
+    def _open_tunnel(self) -> None:
         """Have the proxy connect us to the server: RFC 9110, section 9.3.6."""
-        host = f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
-        lines = [f"CONNECT {host} HTTP/1.1", f"Host: {host}", *(f"{name}: {headers[name]}" for name in headers)]
-        self.send("\r\n".join([*lines, "\r\n"]).encode())
+        server = f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+        login = "".join(f"{name}: {value}\r\n" for name, value in _proxy_login(self._proxy).items())
+        self.send(f"CONNECT {server} HTTP/1.1\r\nHost: {server}\r\n{login}\r\n".encode())
         with self.response_class(self.sock, method="CONNECT") as response:
             response.begin()
             if response.status != 200:
                 raise OSError(f"the proxy answered {response.status}")
 
-    def ask(self, method: str, path: str, body: bytes, headers: Dict[str, str]) -> Tuple[int, bytes]:
-        """One request and its answer. Closes the connection if it cannot be used again."""
+    def ask(self, method: str, path: str, body: bytes, headers: Mapping[str, str]) -> Tuple[int, bytes]:
+        """One request and its answer. Closes the connection if it cannot be used again. Raises as `exchange` does."""
+        if self.sock is None:
+            self.connect()
         self.request(method, path, body or None, headers)
-        self.sent = True
-        with self.getresponse() as response:
-            answer = response.read(MAX_ANSWER)
-            if response.length and len(answer) < MAX_ANSWER:
-                raise http.client.IncompleteRead(answer, response.length)
-            if response.will_close or not response.isclosed():
-                self.close()
+        try:
+            with self.getresponse() as response:
+                answer = response.read(MAX_ANSWER)
+                if response.length and len(answer) < MAX_ANSWER:
+                    raise http.client.IncompleteRead(answer, response.length)
+                if response.will_close or not response.isclosed():
+                    self.close()
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            raise NoAnswer(str(error) or type(error).__name__) from error
         return response.status, answer
 
     def send(self, data: Any) -> None:
         """Send bytes, which http.client calls."""
-        self.sock.settimeout(self.left())
+        self.sock.settimeout(self._left())
         super().send(data)
 
     def response_class(  # type: ignore[override]  # a class there, which is called in the same way
             self, sock: socket.socket, *arguments: Any, **options: Any) -> http.client.HTTPResponse:
         """The reader of an answer, which http.client calls."""
         response = http.client.HTTPResponse(sock, *arguments, **options)
-        response.fp = io.BufferedReader(_TimedReader(self, sock, response.fp.detach()))
+        # The time limit of a socket starts anew with each byte: without this, one byte a second would never end.
+        response.fp.raw.readinto = functools.partial(self._receive, sock)  # type: ignore[method-assign]
         return response
 
+    def _receive(self, sock: socket.socket, buffer: Any) -> int:
+        sock.settimeout(self._left())
+        return sock.recv_into(buffer)
 
-class _TimedReader(io.RawIOBase):
-    """What a socket receives until the connection's end: the time limit of a socket starts anew with each byte."""
 
-    def __init__(self, connection: _Connection, sock: socket.socket, raw: io.RawIOBase) -> None:
-        self._connection, self._sock, self._raw = connection, sock, raw
-
-    def readable(self) -> bool:
-        """Yes: `io.BufferedReader` asks."""
-        return True
-
-    def readinto(self, buffer: Any) -> Optional[int]:
-        """What has come, as soon as something has."""
-        self._sock.settimeout(self._connection.left())
-        return self._raw.readinto(buffer)
-
-    def close(self) -> None:
-        """Let go of the socket."""
-        self._raw.close()
-        super().close()
+def _explain(error: Optional[BaseException]) -> str:
+    """The error's kind, and its text unless that may quote what a server wrote."""
+    return type(error).__name__ + (f": {error}" if isinstance(error, OSError) else "")
 
 
 def _is_readable(connection: socket.socket) -> bool:
@@ -3190,15 +3157,15 @@ def _is_readable(connection: socket.socket) -> bool:
 
 
 def find_proxy(base: str) -> str:
-    """The proxy to the address, as the standard library finds it: HTTPS_PROXY, HTTP_PROXY, NO_PROXY or the system's
-    own; empty for none. Raises `SettingsError`, without the address, which can hold a password."""
+    """The address of the proxy to a server, as the standard library finds it: HTTPS_PROXY, HTTP_PROXY, NO_PROXY or the
+    system's own; empty for none. Raises `SettingsError`, without the address, which can hold a password."""
     from urllib.request import getproxies, proxy_bypass  # costs 0.2 MiB, so only who sends imports it
     parts = urlsplit(base)
     proxy = getproxies().get(parts.scheme, "")
     if not proxy or proxy_bypass(parts.netloc):
         return ""
     proxy = proxy if "://" in proxy else f"http://{proxy}"
-    if not re.fullmatch(r"https?://([^/?#@\s]*@)?[^/?#@\s]+/?", proxy) or not _is_base(re.sub("//.*@", "//", proxy)):
+    if not _is_base(re.sub("//[^/?#@]*@", "//", proxy)):
         raise SettingsError(f"{parts.scheme.upper()}_PROXY takes the address of an HTTP proxy, as http://proxy:3128")
     return proxy
 
@@ -3209,11 +3176,6 @@ def _proxy_login(proxy: SplitResult) -> Dict[str, str]:
         return {}
     words = f"{unquote(proxy.username)}:{unquote(proxy.password or '')}"
     return {"Proxy-Authorization": "Basic " + base64.b64encode(words.encode()).decode()}
-
-
-def _explain(error: Optional[BaseException]) -> str:
-    """The error's kind, and its text unless that may quote what a server wrote."""
-    return type(error).__name__ + (f": {error}" if isinstance(error, OSError) else "")
 
 
 def _json_or_none(text: bytes) -> Any:
@@ -3227,46 +3189,43 @@ def _json_or_none(text: bytes) -> Any:
 
 class CircuitBreaker:
     """Whether the send API is worth a try: after AWAY_AFTER failures in a row it counts as away, and then one thread at
-    a time may try it, with growing pauses. ``timer`` gives seconds."""
+    a time may probe it, with growing pauses. ``timer`` gives seconds."""
 
     def __init__(self, timer: Callable[[], float]) -> None:
         self._timer = timer
         self._lock = threading.Lock()  # guards all below
-        self._failures = 0  # in a row
-        self._pause = 0.0  # seconds from the last try to the next
-        self._next_try = 0.0
-        self._prober = 0  # the thread that tries, or 0
+        self._failures = 0  # in a row; while the API is away, of probes alone
+        self._next_probe = 0.0  # infinite while there is one
 
     def pause(self) -> float:
         """Seconds until `begin` may succeed; 0 for now."""
         with self._lock:
-            if self._failures < AWAY_AFTER:
-                return 0.0
-            return PROBE_SECONDS[0] if self._prober else max(0.0, self._next_try - self._timer())
+            seconds = self._next_probe - self._timer() if self._failures >= AWAY_AFTER else 0.0
+        return PROBE_DELAYS[0] if seconds == float("inf") else max(0.0, seconds)
 
     def begin(self) -> bool:
-        """Whether this thread may try; if so, it calls `end` afterwards."""
+        """Begin a try, which `end` ends; whether it is a probe. Raises `NetworkError` if it must not be made."""
         with self._lock:
-            if self._failures >= AWAY_AFTER:
-                if self._prober or self._timer() < self._next_try:
-                    return False
-                self._prober = threading.get_ident()
-            return True
-
-    def end(self, problem: str) -> None:
-        """A try of this thread has ended: well if ``problem`` is empty, else because of that."""
-        with self._lock:
-            was_away = self._failures >= AWAY_AFTER
-            self._failures = self._failures + 1 if problem else 0
             is_away = self._failures >= AWAY_AFTER
-            if self._prober == threading.get_ident() or is_away > was_away:
-                self._pause = min(self._pause * 2, PROBE_SECONDS[1]) if was_away else PROBE_SECONDS[0]
-                self._next_try = self._timer() + self._pause
-                self._prober = 0
-        if is_away > was_away:
+            if is_away and self._timer() < self._next_probe:
+                raise NetworkError("the send API counts as away, and another reply is tried first")
+            self._next_probe = float("inf")
+            return is_away
+
+    def end(self, is_probe: bool, problem: str) -> None:
+        """A try has ended: well if ``problem`` is empty, else because of that."""
+        with self._lock:
+            before = self._failures
+            if not problem:
+                self._failures = 0
+            elif is_probe or before < AWAY_AFTER:
+                self._failures += 1
+                probes = max(0, self._failures - AWAY_AFTER)
+                self._next_probe = self._timer() + PROBE_DELAYS[min(probes, len(PROBE_DELAYS) - 1)]
+        if problem and before == AWAY_AFTER - 1:
             log.warning("the send API counts as away after %d failures in a row, the last one: %s; replies wait, and "
                         "one at a time is tried", AWAY_AFTER, problem)
-        elif was_away > is_away:
+        elif before >= AWAY_AFTER and not problem:
             log.warning("the send API is back")
 
 
@@ -3293,33 +3252,28 @@ class SendApi:
         self._attempts = 0  # to get a token, that have ended
         self._failure: Optional[Tuple[Type[ReplyError], Tuple[str, ...]]] = None  # of the last of them
         self._source: Optional[Callable[[], str]] = None  # of the next token
-        given = settings.access_token
-        if not given:
-            self._source, self._expires = self._fetch_token, 0.0
-        elif not isinstance(given, str):
+        given: Any = settings.access_token
+        if isinstance(given, str) and given.startswith("@"):
+            given = functools.partial(read_token, given[1:])
+            self._token = given()
+        if callable(given):
             self._source = functools.partial(self._call_for_token, given)
-        elif given.startswith("@"):
-            self._token = read_token(given[1:])
-            self._source = functools.partial(self._call_for_token, functools.partial(read_token, given[1:]))
-        else:
+        elif given:
             self._token = given
+        else:
+            self._source = self._fetch_token
 
     def send(self, open_id: str, answer: Answer) -> None:
         """Send what a handler returns to the user."""
-        if not self._breaker.begin():
-            raise NetworkError("the send API counts as away, and another reply is tried first")
-        problem = "an error inside kfserver"
+        is_probe, problem = self._breaker.begin(), "an error inside kfserver"
         try:
             self._send(open_id, Text(answer) if isinstance(answer, str) else answer)
             problem = ""
-        except ApiError:
-            problem = ""  # the API is there, and refuses
-            raise
         except ReplyError as error:
-            problem = str(error)
+            problem = "" if isinstance(error, ApiError) else str(error)  # the API is there, and refuses
             raise
         finally:
-            self._breaker.end(problem)
+            self._breaker.end(is_probe, problem)
 
     def send_text(self, open_id: str, text: str, user_type: int = 0) -> None:
         """Send a text to the user. ``user_type`` is 1 or 2; 0 means that of the settings."""
@@ -3339,20 +3293,20 @@ class SendApi:
 
     def _send(self, open_id: str, answer: Union[Text, Image]) -> None:
         kind, text, url = ("image", "", answer.url) if isinstance(answer, Image) else ("text", answer.content, "")
-        form = urlencode({"user_type": answer.user_type or self._settings.user_type, "open_id": open_id,
-                          "msg_type": kind, "content": text, "pic_url": url}, errors="replace")
+        form = {"user_type": answer.user_type or self._settings.user_type, "open_id": open_id, "msg_type": kind,
+                "content": text, "pic_url": url}
         token = self._get_token("")
         number, words = self._post(token, form)
         if number in _TOKEN_ERRORS and self._source:
-            newer = self._get_token(token)
-            if newer == token:
+            refused, token = token, self._get_token(token)
+            if token == refused:
                 raise NetworkError(f"the send API answered {number} ({words}): the access token has expired, and there "
                                    "is no other one yet")
-            number, words = self._post(newer, form)
+            number, words = self._post(token, form)
         if number != "0":
             raise _refusal(number, words)
 
-    def _post(self, token: str, form: str) -> Tuple[str, str]:
+    def _post(self, token: str, form: Mapping[str, object]) -> Tuple[str, str]:
         """The platform's number and words for one reply. The number is 0 only if every number of the answer is."""
         path = THIRD_PARTY_SEND_PATH if self._settings.third_party else SEND_PATH
         status, answer = self._ask(f"{path}?{urlencode({'access_token': token})}", form, ReplyError)
@@ -3388,48 +3342,49 @@ class SendApi:
     def _call_for_token(self, function: Callable[[], str]) -> str:
         tokens: List[object] = []
         error = attempt(lambda: tokens.append(run_within(self._timeout, function)))
-        if error:
-            raise NetworkError(f"no access token: {describe_error(error)}")
-        if not (isinstance(tokens[0], str) and tokens[0]):
-            raise NetworkError("no access token: the function of Settings(access_token=function) returned no text")
-        return tokens[0]
+        if error or not (isinstance(tokens[0], str) and tokens[0]):
+            problem = describe_error(error) if error else "Settings(access_token=function) returned no text"
+            raise NetworkError(f"no access token: {problem}")
+        return str(tokens[0])
 
     def _fetch_token(self) -> str:
         """A new token, asked for by POST: in a URL the secret would reach the logs of servers and proxies."""
-        _, answer = self._ask(TOKEN_PATH, urlencode({
+        _, answer = self._ask(TOKEN_PATH, {
             "grant_type": "client_credentials", "client_id": self._settings.app_key,
-            "client_secret": self._settings.app_secret, "scope": "smartapp_snsapi_base"}), NetworkError)
+            "client_secret": self._settings.app_secret, "scope": "smartapp_snsapi_base"}, NetworkError)
         token = answer.get("access_token")
         if not (isinstance(token, str) and token):
             number = answer.get("error") or answer.get("error_code") or answer.get("errno") or "no access_token"
             words = answer.get("error_description") or answer.get("error_msg") or answer.get("msg") or ""
             raise _refusal(self._clean(number), self._clean(words))
-        self._expires = self._clock() + _seconds(answer.get("expires_in")) - TOKEN_MARGIN
+        try:
+            self._expires = self._clock() + float(answer["expires_in"]) - TOKEN_MARGIN
+        except (KeyError, TypeError, ValueError, OverflowError):
+            self._expires = 0.0  # unknown: it is used once
         return token
 
-    def _ask(self, path: str, form: str, unsure: Type[ReplyError]) -> Tuple[int, Dict[str, Any]]:
+    def _ask(self, path: str, form: Mapping[str, object], unsure: Type[ReplyError]) -> Tuple[int, Dict[str, Any]]:
         """The status and the JSON object that the platform answers to a form. Raises `NetworkError` if it surely has
         not done what the form asks, ``unsure`` if it may have."""
-        status, text, problem, kind = 0, b"", "", unsure
+        body = urlencode(form, errors="replace").encode()
+        status, answer, kind = 0, None, unsure
         try:
-            status, text = self._client.exchange("POST", path, form.encode(), "application/x-www-form-urlencoded")
+            status, text = self._client.exchange("POST", path, body, "application/x-www-form-urlencoded")
+            answer, problem = _json_or_none(text), f"answered no JSON object (status {status})"
         except NoAnswer as error:
             problem = f"did not answer ({_explain(error.__cause__)})"
         except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: a name that cannot be encoded
             problem, kind = f"cannot be reached ({self._clean(_explain(error))})", NetworkError
-        answer = _json_or_none(text)
         if 300 <= status < 400:
             problem, kind = f"redirects (status {status}), which is not followed: correct --api-base", NetworkError
         elif status >= 500 or status == 429:
             problem, kind = f"is out of order (status {status})", NetworkError
-        elif not problem and not isinstance(answer, dict):
-            if status >= 400:
-                raise ApiError(f"status {status}", "and no JSON object")
-            problem = f"answered no JSON object (status {status})"
-        if problem:
-            advice = "" if kind is NetworkError else "; the reply may have arrived, so it is not sent again"
-            raise kind(f"the send API {problem}{advice}")
-        return status, answer
+        elif isinstance(answer, dict):
+            return status, answer
+        elif status >= 400:
+            raise ApiError(f"status {status}", "and no JSON object")
+        advice = "" if kind is NetworkError else "; the reply may have arrived, so it is not sent again"
+        raise kind(f"the send API {problem}{advice}")
 
     def _clean(self, words: object, token: str = "") -> str:
         """Words of the platform, fit for a log: without secrets, short, and in one line."""
@@ -3444,24 +3399,12 @@ def read_token(path: str) -> str:
     try:
         with open(path, encoding="utf-8-sig") as file:
             token = file.read(MAX_ANSWER).strip()
-    except (OSError, ValueError) as error:
-        token, problem = "", getattr(error, "strerror", None) or "it is not a text"
-    else:
         problem = "" if re.fullmatch("[!-~]+", token) else "it must hold one word"
+    except (OSError, ValueError) as error:
+        problem = getattr(error, "strerror", None) or "it is not a text"
     if problem:
         raise SettingsError(f"{setting_names('access_token')} cannot use its file: {problem}")
     return token
-
-
-def _seconds(value: object) -> float:
-    """A lifetime as the platform tells it, as a number or text; 0 for anything else."""
-    try:
-        seconds = float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        return 0.0
-    except OverflowError:
-        return float("inf")
-    return seconds if seconds > 0 else 0.0  # NaN compares false, so it becomes 0 as well
 
 
 def list_answers(answers: Answers) -> List[Answer]:
@@ -5286,18 +5229,9 @@ MAX_SHOWN = 4000
 # Of the client's errors (RFC 9110, section 15.5; RFC 8470; RFC 6585) these alone can go away by themselves. The others
 # cannot, nor can a redirection: the same push would get the same answer again.
 TEMPORARY_ERRORS = (408, 425, 429)
-
-
-class Patience(NamedTuple):
-    """How long the sender of a push waits for the answer, and how often it sends a push again that was not answered.
-
-    The default is the platform's: 2 s for messages, and the three retries of its page on coupon events. How soon it
-    sends again is not documented; a receiver that is busy asks for one second.
-    """
-
-    answer_seconds: float = 2.0
-    retries: int = 3
-    pause_seconds: float = 1.0
+# Seconds that the platform waits for an answer, and how often it sends again what was not answered (its page on coupon
+# events). How soon it does so is not documented; a receiver that is busy asks for one second.
+ANSWER_SECONDS, RETRIES, PAUSE_SECONDS = 2.0, 3, 1.0
 
 
 def read_push_url(text: str) -> Tuple[str, str]:
@@ -5327,46 +5261,40 @@ class Draft(NamedTuple):
 _MAIN_FIELDS: Mapping[str, str] = MappingProxyType({"text": "Content", "image": "PicUrl", "event": "Event"})
 
 
-class Drafter:
-    """Drafts the pushes that the arguments ask for. Raises `SettingsError` for options that do not go together.
+def draft_pushes(arguments: argparse.Namespace, settings: Settings) -> Iterator[Draft]:
+    """The pushes that the arguments ask for. Raises `SettingsError` at once for options that do not go together."""
+    kind, in_body = _chosen_kind(arguments), arguments.in_body
+    if in_body and not (settings.aes_key or kind == "handshake"):
+        raise SettingsError("--in-body is for encrypted pushes and handshakes: add --aes-key, --app-id, or --handshake")
+    platform = Platform(settings, time.time, os.urandom)
+    encode = encode_json if arguments.form == "json" else encode_xml
+    if kind == "handshake":
+        return (_draft_handshake(*platform.handshake(in_body)) for _ in range(arguments.count))
+    if kind == "file":
+        messages: Iterable[bytes] = itertools.repeat(read_packet(arguments.file), arguments.count)
+    else:
+        messages = map(encode, _write_messages(arguments, kind, settings.app_id.split(",")[0] or "app"))
+    return (Draft(message, *platform.push(message, encode, in_body)) for message in messages)
 
-    A receiver drops repeats, so no two messages are the same: each has a MsgId of 63 bits of its own. Events have no
-    MsgId and are told apart by their CreateTime: they are one second apart, and the last of them happens now.
-    """
 
-    def __init__(self, arguments: argparse.Namespace, settings: Settings) -> None:
-        self._arguments, self._kind = arguments, _chosen_kind(arguments)
-        if arguments.in_body and not (settings.aes_key or self._kind == "handshake"):
-            raise SettingsError("--in-body is for encrypted pushes and handshakes: add --aes-key, --app-id, "
-                                "or --handshake")
-        self._platform = Platform(settings, time.time, os.urandom)
-        self._encode = encode_json if arguments.form == "json" else encode_xml
-        self._app = arguments.to or settings.app_id.split(",")[0] or "app"
-        self._packet = read_packet(arguments.file) if self._kind == "file" else b""
-        # Another start for each run, high enough that a receiver which reads ids as floating point shows it.
-        self._first_id = 2 ** 62 + random.getrandbits(61)
+def _draft_handshake(query: Mapping[str, str], body: bytes) -> Draft:
+    echo = query.get("echoStr") or dict(parse_qsl(body.decode()))["echoStr"]
+    return Draft(b"", query, body, (echo.encode(),))
 
-    def draft(self, number: int) -> Draft:
-        """The push of that number, from 0."""
-        in_body = self._arguments.in_body
-        if self._kind == "handshake":
-            query, body = self._platform.handshake(in_body)
-            echo = query.get("echoStr") or dict(parse_qsl(body.decode()))["echoStr"]
-            return Draft(b"", query, body, (echo.encode(),))
-        message = self._packet or self._encode(self.fields(number))
-        return Draft(message, *self._platform.push(message, self._encode, in_body))
 
-    def fields(self, number: int) -> Fields:
-        """The fields of the message of that number."""
-        wanted, now, content = self._arguments, int(time.time()), getattr(self._arguments, self._kind)
-        fields: Dict[str, Union[str, int]] = {"ToUserName": self._app, "FromUserName": wanted.sender, "CreateTime": now,
-                                              "MsgType": self._kind}
-        fields[_MAIN_FIELDS[self._kind]] = "hello" if content is None else content
-        if self._kind == "event":
-            fields["CreateTime"] = now - (wanted.count - 1 - number)
-        else:
-            fields["MsgId"] = self._first_id + number
-        return {**fields, **dict(wanted.field)}
+def _write_messages(arguments: argparse.Namespace, kind: str, app: str) -> Iterator[Fields]:
+    """The fields of each message. A receiver drops repeats, so no two are the same: each has a MsgId of 63 bits of its own. Events
+    have no MsgId and are told apart by their CreateTime: one second lies between two, and the last happens now."""
+    # Another start for each run, high enough that a receiver which reads ids as floating point shows it.
+    first_id, content = 2 ** 62 + random.getrandbits(61), getattr(arguments, kind)
+    for number in range(arguments.count):
+        fields: Dict[str, Union[str, int]] = {
+            "ToUserName": arguments.to or app, "FromUserName": arguments.sender, "CreateTime": int(time.time()),
+            "MsgType": kind, _MAIN_FIELDS[kind]: "hello" if content is None else content, "MsgId": first_id + number}
+        if kind == "event":
+            fields["CreateTime"] = int(time.time()) - (arguments.count - 1 - number)
+            del fields["MsgId"]
+        yield {**fields, **dict(arguments.field)}
 
 
 def _chosen_kind(arguments: argparse.Namespace) -> str:
@@ -5492,13 +5420,12 @@ def build_push_parser() -> argparse.ArgumentParser:
 class PushRun:
     """Pushes messages one after the other to ``target`` on the receiver at ``base``.
 
-    ``counts`` says what became of them: messages answered; tries sent, repeated, and not answered by their reason.
-    ``show`` is called with each step, in words.
+    ``counts`` says what became of them: messages answered; tries sent and repeated. ``failures`` counts the tries that
+    were not answered, by their reason. ``show`` is called with each step, in words.
     """
 
-    def __init__(self, base: str, target: str, patience: Patience, is_secure: bool = True) -> None:
-        self._base, self._target, self._patience = base, target, patience
-        self.client = HttpClient(base, patience.answer_seconds, None if is_secure else _any_certificate())
+    def __init__(self, client: HttpClient, base: str, target: str, pause_seconds: float) -> None:
+        self._client, self._base, self._target, self._pause_seconds = client, base, target, pause_seconds
         self.counts: Counter[str] = Counter()
         self.failures: Counter[str] = Counter()
         self.show: Callable[[str], None] = lambda text: None
@@ -5519,19 +5446,22 @@ class PushRun:
         self.counts["answered"] += answered
 
     def _deliver(self, target: str, draft: Draft) -> bool:
-        for tries in range(1, self._patience.retries + 2):
+        for tries in range(1, RETRIES + 2):
             status, reason = self._try(target, draft)
             if not reason:
                 return True
-            if self.counts["sent"] == 1:
-                self._advise(status, reason)
             self.failures[reason] += 1
+            if self.counts["sent"] == 1:
+                if status in (0, 400):
+                    check_scheme(self._base)
+                if reason in _PUSH_ADVICE:
+                    _say(sys.stdout, f"{reason}: {_PUSH_ADVICE[reason]}")
             if 300 <= status < 500 and status not in TEMPORARY_ERRORS:
                 self.show("not sent again: the answer would be the same")
                 return False
-            if tries <= self._patience.retries:
-                self.show(f"try {tries + 1} of {self._patience.retries + 1} in {self._patience.pause_seconds:g} s")
-                time.sleep(self._patience.pause_seconds)
+            if tries <= RETRIES:
+                self.show(f"try {tries + 1} of {RETRIES + 1} in {self._pause_seconds:g} s")
+                time.sleep(self._pause_seconds)
         return False
 
     def _try(self, target: str, draft: Draft) -> Tuple[int, str]:
@@ -5539,23 +5469,16 @@ class PushRun:
         started, status = time.monotonic(), 0
         self.counts["sent"] += 1
         try:
-            status, body = self.client.exchange("POST", target, draft.body, _content_type(draft.body))
+            status, body = self._client.exchange("POST", target, draft.body, _content_type(draft.body))
             reason = judge(status, body, draft.expected)
             self.show(quote_bytes(f"< {status}", body.strip() or b"(nothing)"))
         except (OSError, http.client.HTTPException) as error:
             reason = _explain_failure(error)
         seconds = time.monotonic() - started
-        if seconds > self._patience.answer_seconds:
-            status, reason = 0, f"no answer in {self._patience.answer_seconds:g} s"
+        if seconds > self._client.timeout:
+            status, reason = 0, f"no answer in {self._client.timeout:g} s"
         self.show(f"{f'not answered: {reason}' if reason else 'answered'}, after {seconds * 1000:.2f} ms")
         return status, reason
-
-    def _advise(self, status: int, reason: str) -> None:
-        """Tell what can be done about the first try's failure. Raises `SettingsError` for the wrong scheme."""
-        if status in (0, 400):
-            check_scheme(self._base)
-        if reason in _PUSH_ADVICE:
-            _say(sys.stdout, f"{reason}: {_PUSH_ADVICE[reason]}")
 
     def sums(self, seconds: float) -> str:
         """What became of all messages, in a line."""
@@ -5584,10 +5507,8 @@ def _any_certificate() -> ssl.SSLContext:
     return context
 
 
-PLATFORM_PATIENCE = Patience()
-
-
-def push(arguments: argparse.Namespace, patience: Patience = PLATFORM_PATIENCE) -> int:
+def push(arguments: argparse.Namespace, answer_seconds: float = ANSWER_SECONDS,
+         pause_seconds: float = PAUSE_SECONDS) -> int:
     """Push as the arguments of `build_push_parser` ask, and show what comes of it: one message in full, more in sums.
 
     Returns 0 if all was answered, 1 if not. Raises `SettingsError` before anything is sent, or for the wrong scheme.
@@ -5595,17 +5516,18 @@ def push(arguments: argparse.Namespace, patience: Patience = PLATFORM_PATIENCE) 
     base, target = read_push_url(arguments.url)
     secrets = {name: getattr(arguments, name) or os.environ.get(f"KF_{name.upper()}", "")
                for name in ("token", "aes_key", "app_id")}
-    drafter = Drafter(arguments, Settings(**secrets))  # type: ignore[arg-type]
-    run = PushRun(base, target, patience, not arguments.insecure)
-    with contextlib.closing(run.client):
-        if not _find_receiver(run.client, base):
+    drafts = draft_pushes(arguments, Settings(**secrets))  # type: ignore[arg-type]
+    client = HttpClient(base, answer_seconds, _any_certificate() if arguments.insecure else None)
+    run = PushRun(client, base, target, pause_seconds)
+    with contextlib.closing(client):
+        if not _find_receiver(client, base):
             return 1
         if arguments.count == 1:
             run.show = functools.partial(_say, sys.stdout)
         started = time.monotonic()
         try:
-            for number in range(arguments.count):
-                run.push(drafter.draft(number), is_lost(number, arguments.repeat))
+            for number, draft in enumerate(drafts):
+                run.push(draft, is_lost(number, arguments.repeat))
         finally:  # after Ctrl-C too
             if arguments.count > 1:
                 _say(sys.stdout, run.sums(time.monotonic() - started))
