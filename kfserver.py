@@ -5283,7 +5283,7 @@ def _draft_handshake(query: Mapping[str, str], body: bytes) -> Draft:
 
 
 def _write_messages(arguments: argparse.Namespace, kind: str, app: str) -> Iterator[Fields]:
-    """The fields of each message. A receiver drops repeats, so no two are the same: each has a MsgId of 63 bits of its own. Events
+    """The fields of each message. A receiver drops repeats, so no two are the same: each has a MsgId of 63 bits. Events
     have no MsgId and are told apart by their CreateTime: one second lies between two, and the last happens now."""
     # Another start for each run, high enough that a receiver which reads ids as floating point shows it.
     first_id, content = 2 ** 62 + random.getrandbits(61), getattr(arguments, kind)

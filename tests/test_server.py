@@ -358,7 +358,8 @@ def test_kf_server_survives_an_on_error_that_fails(caplog: pytest.LogCaptureFixt
     assert shop.served == ["next"]
 
 
-def test_kf_server_logs_two_lines_for_a_message_and_nothing_private(caplog: pytest.LogCaptureFixture, shop: Shop) -> None:
+def test_kf_server_logs_two_lines_for_a_message_and_nothing_private(
+        caplog: pytest.LogCaptureFixture, shop: Shop) -> None:
     caplog.set_level(logging.INFO, "kfserver")
     server = KfServer(shop.registry, Settings(token=TOKEN))
     server.feed(push(content="my secret"))
