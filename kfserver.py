@@ -4015,8 +4015,8 @@ class Handling:
 
     def _try_again(self, job: Job, error: BaseException) -> float:
         seconds = min(4.0 ** (job.tries - 1), LONGEST_PAUSE)  # 1 s, 4 s, 16 s…: an outage needs time to end
-        log.warning("handler failed: key=%(key)s handler=%(handler)s try=%(try)d, %(error)s; again in %(seconds)d s",
-                    {**self._describe(job, error), "seconds": seconds},
+        log.warning("handler failed: key=%(key)s handler=%(handler)s try=%(try)d of %(tries)d, %(error)s; again in "
+                    "%(seconds)d s", {**self._describe(job, error), "tries": self._settings.tries, "seconds": seconds},
                     exc_info=exc_info_of(error) if log.isEnabledFor(logging.DEBUG) else None)
         self.metrics.count("handler_retries")
         if self.journal:
