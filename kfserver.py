@@ -2113,10 +2113,8 @@ JOURNAL_VERSION = 2
 LOCK_SECONDS = 1.0
 # Seconds between two attempts to write a file that could not be written.
 LOOK_AGAIN_SECONDS = 1.0
-# Seconds after which a change of a folder gives it another time than the last one; FAT counts in steps of 2 s.
-FOLDER_SECONDS = 3.0
-# Finished messages between two clean-ups.
-TRIM_EVERY = 1000
+# Changes between two clean-ups.
+TRIM_EVERY = 2000
 # Seconds that a session is kept: the platform lets nobody be answered 48 hours after the last message.
 SESSION_SECONDS = 48 * 60 * 60.0
 # Pushes that could not be read: how many are kept, and how many bytes of each.
@@ -2126,7 +2124,7 @@ MAX_UNREADABLE_BYTES = 64 * 1024
 WAITING, FINISHED, DEAD = 0, 1, 2
 
 # What makes layout 1 of an empty file, layout 2 of layout 1. `done` numbers the messages in the order in which their
-# handlers were done; the index holds only these, so a clean-up never reads the rows that wait or are dead.
+# handlers were done; the index leaves out those that are dead, so a clean-up reads only what it may delete.
 _LAYOUTS = (
     ("""CREATE TABLE messages (id INTEGER PRIMARY KEY, key TEXT NOT NULL UNIQUE, state INTEGER NOT NULL,
         tries INTEGER NOT NULL, received REAL NOT NULL, payload BLOB, error TEXT)""",),
@@ -2134,25 +2132,19 @@ _LAYOUTS = (
      "ALTER TABLE messages ADD COLUMN replies TEXT",
      "ALTER TABLE messages ADD COLUMN done INTEGER",
      "UPDATE messages SET done = id WHERE state = 1",
-     "CREATE INDEX messages_done ON messages (done) WHERE done IS NOT NULL",
+     "CREATE INDEX messages_done ON messages (done) WHERE state = 1",
      "CREATE TABLE sessions (sender TEXT PRIMARY KEY, value TEXT NOT NULL, touched REAL NOT NULL)",
      "CREATE TABLE unreadable (id INTEGER PRIMARY KEY, received REAL NOT NULL, reason TEXT NOT NULL, payload BLOB)"))
 
 _ADD = "INSERT OR REPLACE INTO messages (key, state, tries, received, payload) VALUES (?, 0, 0, ?, ?)"
-_FORGET = "DELETE FROM messages WHERE key = ?"
 _BEGIN = "UPDATE messages SET tries = ?, begun = 1 WHERE key = ?"
 _TRIED = "UPDATE messages SET tries = ?, begun = 0 WHERE key = ?"
 _ANSWERED = "UPDATE messages SET replies = ?, begun = 0 WHERE key = ?"
 _FINISH = "UPDATE messages SET state = 1, begun = 0, payload = NULL, replies = NULL, done = ? WHERE key = ?"
-# For a message that has no row: the file was deleted or moved away while the handler was at work.
-_REMEMBER = "INSERT INTO messages (done, key, state, tries, received) VALUES (?, ?, 1, 0, strftime('%s', 'now'))"
-# It may run twice, when the first commit went to a file that was deleted.
-_FAIL = """UPDATE messages SET state = 2, tries = tries + (state != 2), begun = 0, error = ?,
+_FAIL = """UPDATE messages SET state = 2, tries = tries + 1, begun = 0, error = ?,
     done = CASE WHEN replies != '' THEN ? END WHERE key = ?"""
-# What the journal remembers too long: finished messages go, dead ones stay and do not count as finished any more.
-_OLD = "done <= (SELECT done FROM messages WHERE done IS NOT NULL ORDER BY done DESC LIMIT 1 OFFSET ?)"
-_TRIM = f"DELETE FROM messages WHERE done IS NOT NULL AND state = 1 AND {_OLD}"
-_TRIM_DEAD = f"UPDATE messages SET done = NULL WHERE done IS NOT NULL AND {_OLD}"
+_TRIM = """DELETE FROM messages WHERE state = 1 AND done <=
+    (SELECT done FROM messages WHERE state = 1 ORDER BY done DESC LIMIT 1 OFFSET ?)"""
 _SELECT = """SELECT key, tries, begun, received, coalesce(payload, x''), coalesce(error, ''), coalesce(replies, '')
     FROM messages WHERE state = ? ORDER BY id"""
 _SELECT_FINISHED = "SELECT key FROM messages WHERE done IS NOT NULL ORDER BY done DESC LIMIT ?"
@@ -2164,16 +2156,8 @@ _TRIM_SESSIONS = """DELETE FROM sessions WHERE touched < ? OR sender IN
     (SELECT sender FROM sessions ORDER BY touched DESC LIMIT -1 OFFSET ?)"""
 _KEEP_UNREADABLE = "INSERT INTO unreadable (received, reason, payload) VALUES (?, ?, ?)"
 _TRIM_UNREADABLE = f"DELETE FROM unreadable WHERE id <= (SELECT MAX(id) FROM unreadable) - {MAX_UNREADABLE}"
-# A message in hand, written into a file that was opened anew.
+# For a file that was opened anew.
 _RESTORE = "INSERT OR IGNORE INTO messages (key, state, tries, received, payload) VALUES (?, 0, ?, ?, ?)"
-# What a deleted file still holds while it is open, and what writes that into the file in its place.
-_RESCUE = (
-    ("SELECT key, state, tries, begun, received, payload, error, replies, done FROM messages ORDER BY id",
-     """INSERT OR REPLACE INTO messages (key, state, tries, begun, received, payload, error, replies, done)
-        VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"""),
-    ("SELECT sender, value, touched FROM sessions", _KEEP_SESSION),
-    ("SELECT id, received, reason, payload FROM unreadable",
-     "INSERT OR IGNORE INTO unreadable (id, received, reason, payload) VALUES (?, ?, ?, ?)"))
 
 # Why a journal cannot be had.
 _TAKEN = ("the journal {} is in another process's hands: stop that one, or serve from one process with threads, or set "
@@ -2223,9 +2207,7 @@ class JournalFile:
         self._connect = functools.partial(sqlite3.connect, isolation_level=None, check_same_thread=False)
         self._names = [self.path + suffix for suffix in ("-lock", "", "-wal", "-shm")]
         self._opened: Dict[str, Identity] = {}  # the files by their names, as they were opened
-        self._folder = os.path.dirname(self.path)
-        self._seen: Optional[Tuple[Identity, int]] = None  # the folder when its files were in their places
-        self._let_go: Callable[[], object] = int  # frees the lock; at first there is none
+        self._lock: Optional[int] = None  # the descriptor of the lock's file
         self.db = self._connect(":memory:")
         self.db.close()  # whoever uses it before it is opened gets one of the errors
 
@@ -2235,10 +2217,10 @@ class JournalFile:
         Raises `JournalTaken`, another `SettingsError` for a file that is not ours, or another of ``errors``.
         """
         is_ours = self._has_lock()
-        if not is_ours:
-            self._release()
-            self._take_lock()
         try:
+            if not is_ours:
+                self._release()
+                self._take_lock()
             _refuse_foreign_file(self.path)
             self._make_private()
             self.db = self._connect(self.path, timeout=LOCK_SECONDS)
@@ -2252,37 +2234,20 @@ class JournalFile:
                 self._release()
             raise
         found = ((name, _identify(name)) for name in self._names)
-        self._opened, self._seen = {name: identity for name, identity in found if identity}, None
+        self._opened = {name: identity for name, identity in found if identity}
 
     def _take_lock(self) -> None:
         """Hold the right to write until the process ends, in whatever way: the system frees the lock then."""
-        if fcntl is None:
-            self._take_sqlite_lock()
+        if fcntl is None:  # Windows does not free SQLite's own locks too early
             return
-        number = os.open(self._names[0], os.O_RDWR | os.O_CREAT, 0o600)
-        self._let_go = functools.partial(os.close, number)
+        self._lock = os.open(self._names[0], os.O_RDWR | os.O_CREAT, 0o600)
         try:
-            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self._let_go()
-            self._let_go = int
-            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-                raise
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
             raise JournalTaken(_TAKEN.format(self.path)) from None
-        self._opened, self._seen = {self._names[0]: _IDENTITY(os.fstat(number))}, None
+        self._opened = {self._names[0]: _IDENTITY(os.fstat(self._lock))}
         if self.has_moved():  # the process that had it has just removed it
-            self._release()
             raise JournalTaken(_TAKEN.format(self.path))
-
-    def _take_sqlite_lock(self) -> None:
-        """The same where there is no flock."""
-        lock = self._connect(self._names[0], timeout=0)
-        self._let_go = lock.close
-        try:
-            lock.execute("BEGIN EXCLUSIVE")
-        except self.errors:
-            lock.close()
-            raise JournalTaken(_TAKEN.format(self.path)) from None
 
     def _has_lock(self) -> bool:
         """Whether the lock was taken, and its file is still in its place."""
@@ -2291,11 +2256,11 @@ class JournalFile:
 
     def _release(self) -> None:
         """Free the lock. Its file goes first, if it is still ours."""
-        if fcntl and self._has_lock():
-            with contextlib.suppress(OSError):
-                os.unlink(self._names[0])
-        self._let_go()
-        self._let_go, self._opened = int, {}
+        if self._has_lock():
+            os.unlink(self._names[0])
+        if self._lock is not None:
+            os.close(self._lock)
+        self._lock, self._opened = None, {}
 
     def _make_private(self) -> None:
         """Make the file, for this user alone; SQLite gives its companions the same mode. Closing a descriptor frees
@@ -2323,35 +2288,27 @@ class JournalFile:
             raise OSError(" ".join(found.split()))
 
     def commit(self, changes: Iterable[Change]) -> None:
-        """Write all changes, or none and one of ``errors``. Files that are not in their places do not survive."""
+        """Write all changes, or none and one of ``errors``. What files hold that are not in their places is lost."""
         self.db.execute("BEGIN IMMEDIATE")
         for sql, values in changes:
-            if not self.db.execute(sql, values).rowcount and sql is _FINISH:
-                self.db.execute(_REMEMBER, values)
-        self.db.execute("COMMIT")
+            self.db.execute(sql, values)
         if self.has_moved():
             raise OSError("one of its files was deleted or replaced")
+        self.db.execute("COMMIT")
 
     def has_moved(self) -> bool:
         """Whether a file that was opened is not in its place any more."""
-        try:
-            folder = os.stat(self._folder)
-            if (_IDENTITY(folder), folder.st_mtime_ns) == self._seen:
-                return False  # nothing was deleted or renamed in the folder: one look instead of four
-            if list(map(_IDENTITY, map(os.stat, self._opened))) != list(self._opened.values()):
-                return True
-        except OSError:
-            return True
-        if time.time() - folder.st_mtime > FOLDER_SECONDS:
-            self._seen = _IDENTITY(folder), folder.st_mtime_ns
-        return False
+        return [*map(_identify, self._opened)] != [*self._opened.values()]
 
     def rescue(self) -> List[Change]:
         """What writes into another file all that this one still holds; nothing if it cannot be read."""
-        try:
-            return [(sql, row) for select, sql in _RESCUE for row in self.db.execute(select).fetchall()]
-        except self.errors:
-            return []
+        changes: List[Change] = []
+        with contextlib.suppress(*self.errors):
+            self.db.rollback()
+            for table in ("messages", "sessions", "unreadable"):
+                for row in self.db.execute(f"SELECT * FROM {table}").fetchall():
+                    changes.append((f"INSERT OR REPLACE INTO {table} VALUES ({','.join('?' * len(row))})", row))
+        return changes
 
     def close(self) -> None:
         """Leave nothing of what was handled in the files, close them, and free the lock."""
@@ -2382,10 +2339,12 @@ class Journal:
         # Gives key, payload and failed tries of every message that is not done, for a file that was opened anew. It is
         # called while the journal is locked, and must not call it.
         self.in_hand: Callable[[], Iterable[Tuple[str, bytes, int]]] = list
-        self._lock = threading.Lock()  # guards all below, and the file; the two deques are appended to without it
-        self._marks: Deque[Change] = deque()
-        self._unreadable: Deque[Change] = deque(maxlen=MAX_UNREADABLE)
-        self._finished = 0  # since the last clean-up
+        self._lock = threading.Lock()  # guards all below, and the file; the three lists are appended to without it
+        self._marks: List[Change] = []
+        self._unreadable: List[Change] = []
+        # Changes that threads wait for; what became of them: nothing yet, None, or the error that prevented them.
+        self._waiting: List[Tuple[List[Change], List[Optional[BaseException]]]] = []
+        self._changes = 0  # since the last clean-up
         self._failing = self._closed = False
         self._file = JournalFile(settings.journal, settings.journal_sync)
         try:
@@ -2439,46 +2398,50 @@ class Journal:
             self._later(LOOK_AGAIN_SECONDS, self.flush)
         values = self._clock(), _storable(reason), payload[:MAX_UNREADABLE_BYTES]
         self._unreadable.append((_KEEP_UNREADABLE, values))
+        del self._unreadable[:-MAX_UNREADABLE]
 
     def flush(self) -> None:
         """Write the marks. When the file cannot be written, that is left to the next look at it."""
         with self._lock:
             if (self._marks or self._unreadable) and not self._failing:
-                self._write([])
+                self._write()
 
     def look(self) -> None:
         """Notice files that were deleted or replaced; to be called about once a second, for when nothing is written."""
         with self._lock:
             if not self._failing and not self._closed and self._file.has_moved():
-                self._write([])
+                self._write()
 
     def _write_now(self, changes: List[Change]) -> None:
+        """Write the changes, in one commit with those of other threads that wait for the lock."""
+        outcome: List[Optional[BaseException]] = []
+        self._waiting.append((changes, outcome))
         with self._lock:
-            error = self._write(changes)
-        if error:
-            raise JournalError("the journal cannot be written") from error
+            if not outcome:  # else the thread that had the lock has written them
+                self._write()
+        if outcome[0]:
+            raise JournalError("the journal cannot be written") from outcome[0]
 
-    def _write(self, added: List[Change]) -> Optional[BaseException]:
-        """Write all marks and what is added, or nothing, and the error that prevented it."""
-        if self._closed:
-            return JournalError("closed")
-        marks = [self._marks.popleft() for _ in range(len(self._marks))]
-        unreadable = [self._unreadable.popleft() for _ in range(len(self._unreadable))]
-        error = attempt(self._commit, [*marks, *unreadable, *added])
-        if error:
-            self._unreadable.extend(unreadable)
-            self._marks.extendleft(reversed(marks))
-            if self._file.has_moved():
-                # What was added is refused now, though the deleted file may have it.
-                self._marks.extendleft((_FORGET, values[:1]) for sql, values in added if sql is _ADD)
-                self._marks.extendleft(reversed(self._file.rescue()))
+    def _write(self) -> bool:
+        """Write all that waits, or nothing; whether it is written."""
+        waiting, marks, unreadable = self._waiting[:], self._marks[:], self._unreadable[:]
+        del self._waiting[:len(waiting)]
+        added = itertools.chain.from_iterable(changes for changes, _ in waiting)
+        error = JournalError("closed") if self._closed else attempt(self._commit, [*marks, *unreadable, *added])
+        for _, outcome in waiting:
+            outcome.append(error)
+        if not error:
+            del self._marks[:len(marks)], self._unreadable[:len(unreadable)]
+            if self._failing:
+                self._failing = False
+                log.warning("the journal %s is written again", self._settings.journal)
+        elif not self._closed:
             self._note_failure(error)
-        elif self._failing:
-            self._failing = False
-            log.warning("the journal %s is written again", self._settings.journal)
-        return error
+        return not error
 
     def _note_failure(self, error: BaseException) -> None:
+        if self._file.has_moved():
+            self._marks[:0] = self._file.rescue()
         self._file.db.close()
         if not self._failing:
             self._failing = True
@@ -2490,17 +2453,20 @@ class Journal:
     def _commit(self, changes: List[Change]) -> None:
         if self._failing:
             self._file.open()
-            now = self._clock()
-            changes = [*((_RESTORE, (key, tries, now, payload)) for key, payload, tries in self.in_hand()), *changes]
-        finished = self._finished + sum(sql is _FINISH for sql, _ in changes)
-        is_due = finished >= TRIM_EVERY
-        self._file.commit([*changes, *_list_trims(self._settings, self._clock())] if is_due else changes)
-        self._finished = 0 if is_due else finished
+            done = ((key, b"", 0) for sql, (*_, key) in changes if sql is _FINISH)
+            now, known = self._clock(), [*self.in_hand(), *done]
+            changes = [*((_RESTORE, (key, tries, now, payload)) for key, payload, tries in known), *changes]
+        self._changes += len(changes)
+        if self._changes >= TRIM_EVERY:
+            self._changes = 0
+            changes = [*changes, (_TRIM, (self._settings.dedup_size,)), (_TRIM_UNREADABLE, ()),
+                       (_TRIM_SESSIONS, (self._clock() - SESSION_SECONDS, self._settings.sessions))]
+        self._file.commit(changes)
 
     def _look_again(self) -> None:
         """Write the marks, or nothing, if the file can be written again though no message comes."""
         with self._lock:
-            if self._failing and not self._closed and self._write([]):
+            if self._failing and not self._closed and not self._write():
                 self._later(LOOK_AGAIN_SECONDS, self._look_again)
 
     @property
@@ -2527,7 +2493,7 @@ class Journal:
         with self._lock:
             for _ in range(2):  # the second makes anew what was deleted
                 if self._marks or self._unreadable or not self.healthy:
-                    self._write([])
+                    self._write()
             self._closed = True
             self._file.close()
 
@@ -2542,12 +2508,6 @@ class Journal:
 def _keep_session(session: Session, now: float) -> Change:
     sender, value = map(_storable, session)
     return (_KEEP_SESSION, (sender, value, now)) if value else (_DROP_SESSION, (sender,))
-
-
-def _list_trims(settings: Settings, now: float) -> List[Change]:
-    remembered = (settings.dedup_size,)
-    return [(_TRIM, remembered), (_TRIM_DEAD, remembered), (_TRIM_UNREADABLE, ()),
-            (_TRIM_SESSIONS, (now - SESSION_SECONDS, settings.sessions))]
 
 
 def _storable(text: str) -> str:
