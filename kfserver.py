@@ -2594,21 +2594,21 @@ def _check_marks(mark: int, version: int, path: str) -> None:
 CLAIM_MS = 3 * 1000
 REMEMBER_MS = 24 * 60 * 60 * 1000
 SESSION_MS = 48 * 60 * 60 * 1000
-# Seconds that a round waits for its claims, that all else may take, and between two looks at a Redis that is away.
+# Seconds that Redis may take before it counts as away, which is also what a round waits for its claims; that a
+# connection and a conversation may take; and between two looks at a Redis that is away.
 REDIS_TIMEOUT = 0.1
 REDIS_PATIENCE = 1.0
 REDIS_PAUSE = 1.0
 # Seconds of silence after which a connection is tried: firewalls drop idle ones and tell nobody.
 REDIS_IDLE = 30.0
-# Writes that may be owed while Redis is away, and those of one pipeline.
+# Seconds that writes nobody waits for may wait for a round, to go with its claims.
+REDIS_LINGER = 0.05
+# Writes that may be owed while Redis is away.
 MAX_OWED = 10000
-OWED_BATCH = 500
 
-# A key's value is "owner:number", with "+" before it once the message is safe; each write has a number of its own. Only
-# the owner may release its claim, and a release that comes late must spare a newer claim.
+# A key's value is its owner, with "+" before it once the message is safe. Only the owner may release its claim.
 _RELEASE = """local value = redis.pcall('get', KEYS[1])
-local owner, number = string.match(type(value) == 'string' and value or '', '^%+?(%x+:)(%d+)$')
-if owner == ARGV[1] and tonumber(number) < tonumber(ARGV[2]) then redis.call('del', KEYS[1]) end
+if value == ARGV[1] or value == '+' .. ARGV[1] then redis.call('del', KEYS[1]) end
 return 1"""
 
 _Command = Tuple[Any, ...]
@@ -2647,80 +2647,60 @@ def connect_redis(url: str) -> Any:
 
 
 class _Question:
-    """Commands of a caller who waits, since when, and what Redis answers: None until it does."""
+    """Commands of a caller who waits, and what Redis answers to each: None until it does."""
 
-    __slots__ = ("answers", "commands", "since")
+    __slots__ = ("answers", "commands")
 
     def __init__(self, commands: Sequence[_Command]) -> None:
-        self.commands, self.since = commands, time.monotonic()
+        self.commands = commands
         self.answers: Optional[List[Any]] = None
 
 
 class RedisLine:
     """A connection to Redis, and the thread that alone uses it: resolving, connecting and waiting happen there.
 
-    What several threads ask at the same time goes in one pipeline. While there is ``trouble``, as when an answer takes
-    longer than ``limit`` seconds, nobody is made to wait. If it lasts, Redis is ``away``; ``tell`` is called when that
-    may have changed.
+    All that is owed or asked goes in one pipeline, in this order, so a write never overtakes a later question. Redis is
+    ``away``, for this reason, after an error and when it took longer than REDIS_TIMEOUT. Then nobody is made to wait.
     """
 
-    def __init__(self, url: str, limit: float, tell: Callable[[], None]) -> None:
-        self._url, self._limit, self._tell = url, limit, tell
-        self._begin()
-
-    def _begin(self) -> None:
-        self.trouble: Optional[BaseException] = None
+    def __init__(self, url: str) -> None:
+        self._client = connect_redis(url)
         self.away: Optional[BaseException] = None
-        self._client = connect_redis(self._url)
         self._changed = threading.Condition()  # guards all here; told when there is work, and when it is done
         self._questions: List[_Question] = []
         self._owed: OrderedDict[str, _Command] = OrderedDict()
         self._thread: Optional[threading.Thread] = None
-        self._sent = 0.0  # when the pipeline in hand was begun, by the monotonic clock
-        self._connected = self._late = self._closed = self._ended = False
-        self._pid = os.getpid()
+        self._begun = 0.0  # when the pipeline in hand was begun, by the monotonic clock
+        self._closed = False
 
-    def _begin_in_child(self) -> None:
-        """When a process forks, the thread, the connection and what is owed stay with the parent."""
-        if self._pid != os.getpid():
-            self._begin()
-
-    def open(self) -> bool:
-        """See to it that the thread runs, which connects at once; whether it does."""
-        self._begin_in_child()
+    def open(self) -> None:
+        """See to it that the thread runs, which connects at once."""
         with self._changed:
             if self._closed or (self._thread and self._thread.is_alive()):
-                return not self._closed
+                return
             thread = threading.Thread(target=self._work, name="kfserver-redis", daemon=True)
             try:
                 thread.start()
                 self._thread = thread
             except RuntimeError as error:  # no thread to spare, or the interpreter ends: the next call tries again
-                self.trouble = self.away = error
-        self._tell()
-        return self._thread is thread
+                self._note(error)
 
-    def ask(self, commands: Sequence[_Command]) -> Optional[List[Any]]:
-        """What Redis answers to each of the commands; None while it is away, or slower than the limit."""
-        question, running = _Question(commands), self.open()
+    def ask(self, commands: Sequence[_Command], seconds: float) -> Optional[List[Any]]:
+        """What Redis answers to each of the commands within so many seconds; None if it does not, or is away."""
+        self.open()
+        question, started = _Question(commands), time.monotonic()
         with self._changed:
-            if running and not self.trouble:
-                self._await(question)
-            if self.trouble and time.monotonic() - self._sent > REDIS_PATIENCE:  # as when a resolver is silent
-                self.away = self.trouble
-        self._tell()
-        return question.answers
-
-    def _await(self, question: _Question) -> None:
-        self._questions.append(question)
-        self._changed.notify_all()
-        self._changed.wait_for(lambda: question.answers is not None or self.trouble, self._limit)
-        if question in self._questions:
-            self._questions.remove(question)
-        # One that first had to wait for another's pipeline says nothing about Redis.
-        if question.answers is None and not self.trouble and self._sent < question.since + self._limit / 4:
-            self.trouble = TimeoutError()
+            if self.away or self._closed:
+                return None
+            self._questions.append(question)
             self._changed.notify_all()
+            self._changed.wait_for(lambda: question.answers is not None or self.away, seconds)
+            if question in self._questions:
+                self._questions.remove(question)
+            # A pipeline that was begun later, after another's, may still be in time.
+            if question.answers is None and self._begun < started + REDIS_TIMEOUT / 10:
+                self._note(self.away or TimeoutError())
+        return question.answers
 
     def owe(self, name: str, command: _Command) -> None:
         """Send the command soon, or when Redis is back, and wait for nothing; the last one of a name counts."""
@@ -2733,102 +2713,98 @@ class RedisLine:
                     self._owed.popitem(last=False)
                 self._changed.notify_all()
 
-    def _is_wanted(self) -> bool:
-        return bool(self._closed or self._questions or self._owed or self.trouble)
+    def _note(self, error: Optional[BaseException]) -> None:
+        """Note whether Redis is away, and tell when that changes."""
+        if error and not self.away:
+            log.warning("Redis is away (%s): this instance drops only the repeats that it has seen itself; "
+                        "check the server behind --redis", type(error).__name__)
+        elif self.away and not error:
+            log.warning("Redis is back: instances share their claims again")
+        self.away = error
+        self._changed.notify_all()
 
     def _work(self) -> None:
         """The thread's life: send what waits. While Redis is away, and after a long silence, see whether it answers."""
-        closing = False
-        while not (closing and self.trouble):
+        error: Optional[BaseException] = ConnectionError()
+        while True:
+            self._begun = time.monotonic()
+            error = attempt(self._client.ping) if error else None  # resolves and connects, which may take long
             with self._changed:
-                if self.away:
-                    self._changed.wait_for(lambda: self._closed, REDIS_PAUSE)
-                elif self._connected:
-                    self._changed.wait_for(self._is_wanted, REDIS_IDLE)
-                questions, self._questions = self._questions, []
-                owed = dict(itertools.islice(self._owed.items(), OWED_BATCH))
-                self._sent, closing = time.monotonic(), self._closed
-            if closing and not owed:
+                questions, self._questions, owed = self._questions, [], dict(self._owed)
+            if self._closed and not owed:
                 break
-            self._exchange(questions, owed)
-            self._tell()
+            error = error or attempt(self._exchange, questions, owed)
+            with self._changed:
+                self._note(error)
+                if self._closed and error:
+                    break
+                self._pause()
         attempt(self._client.connection_pool.disconnect)
 
-    def _exchange(self, questions: Sequence[_Question], owed: Dict[str, _Command]) -> None:
-        """Send what waits in one pipeline, and hand the answers out."""
-        commands = [command for question in questions for command in question.commands] + list(owed.values())
-        answers: List[Any] = []
-        error = attempt(self._send, commands or [_PROBE], answers)
-        with self._changed:
-            self.trouble, self._connected = error, bool(answers)
-            self.away = None if answers and not self._late else error  # late once is a hiccup: asked again at once
-            self._late = bool(answers and error)
-            if answers:
-                left = iter(answers)
-                for question in questions:
-                    question.answers = list(itertools.islice(left, len(question.commands)))
-                for name, command in owed.items():
-                    if self._owed.get(name) is command:  # else a newer one has come meanwhile
-                        del self._owed[name]
-            self._changed.notify_all()
+    def _pause(self) -> None:
+        if self.away:
+            self._changed.wait_for(lambda: self._closed, REDIS_PAUSE)
+        else:
+            self._changed.wait_for(lambda: self._closed or self._questions or self._owed, REDIS_IDLE)
+            self._changed.wait_for(lambda: self._closed or self._questions, REDIS_LINGER)
 
-    def _send(self, commands: Sequence[_Command], answers: List[Any]) -> None:
-        """Fill in what Redis answers. Raises what the package raises, and TimeoutError when the answers came late."""
-        if not self._connected:
-            self._client.ping()  # resolves and connects, which may take long
-        if self._ended:
-            raise TimeoutError
+    def _exchange(self, questions: Sequence[_Question], owed: Mapping[str, _Command]) -> None:
+        """Send what waits, and hand the answers out. Raises what the package raises, and TimeoutError if it was slow."""
         started, pipeline = time.monotonic(), self._client.pipeline(transaction=False)
-        for command in commands:
+        asked = [command for question in questions for command in question.commands]
+        for command in [*owed.values(), *asked] or [_PROBE]:
             pipeline.execute_command(*command)
-        answers += pipeline.execute()
-        if time.monotonic() - started > self._limit:
+        answers = iter(pipeline.execute()[len(owed):])
+        with self._changed:
+            for question in questions:
+                question.answers = list(itertools.islice(answers, len(question.commands)))
+            for name, command in owed.items():
+                if self._owed.get(name) is command:  # else a newer one has come meanwhile
+                    del self._owed[name]
+        if time.monotonic() - started > REDIS_TIMEOUT:
             raise TimeoutError
 
-    def close(self, seconds: float) -> None:
-        """Send what is owed, if Redis is there, for so many seconds at most. Nothing is sent afterwards."""
-        self._begin_in_child()
+    def close(self) -> None:
+        """Send what is owed, if Redis is there, for REDIS_PATIENCE at most. Nothing is sent afterwards."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
         if self._thread:
-            self._thread.join(seconds)
-        self._ended = True
+            self._thread.join(REDIS_PATIENCE)
+        with self._changed:
+            self._owed.clear()
 
 
 def check_redis(settings: Settings) -> None:
-    """Raise `SettingsError` unless the Redis of the settings, if there is one, does within 1 s what claims need."""
+    """Raise `SettingsError` unless the Redis of the settings, if there is one, does what claims need."""
     if settings.redis:
-        line = RedisLine(settings.redis, REDIS_PATIENCE, lambda: None)
-        works, trouble = line.ask([_PROBE]), type(line.trouble).__name__
-        line.close(0.0)
-        if not works:
-            raise SettingsError(f"--redis (KF_REDIS): no good answer from there ({trouble}): check the address and the "
-                                "server; without it, each instance drops only the repeats that it has seen itself")
+        client = connect_redis(settings.redis)
+        error = attempt(client.execute_command, *_PROBE)
+        client.connection_pool.disconnect()
+        if error:
+            raise SettingsError(f"--redis (KF_REDIS): no good answer from there ({type(error).__name__}): check the "
+                                "address and the server; without it, each instance drops only the repeats that it has "
+                                "seen itself")
 
 
 class SharedClaims:
     """`ClaimCache`'s methods over the Redis at ``url``; ``local`` decides first, and alone while Redis is away.
 
-    Redis keeps a claim for 3 s, and for a day once its message is safe, which a second connection writes: nobody waits
-    for it. Keeps conversations too. Raises `SettingsError` without the package, or for a bad address.
+    Redis keeps a claim for 3 s, and for a day once its message is safe; nobody waits until that is written. Keeps
+    conversations too. Raises `SettingsError` without the package, or for a bad address.
     """
 
     def __init__(self, url: str, local: ClaimCache) -> None:
-        self._local, self._id, self._numbers = local, os.urandom(6).hex(), itertools.count(1)
+        self._local, self._owner = local, os.urandom(8).hex()
         self._known: Set[str] = set()  # keys in hand that Redis may have from us
-        self._told = False  # that Redis is away
-        self._telling = threading.Lock()  # guards _told
-        self._claimer = RedisLine(url, REDIS_TIMEOUT, self._tell)
-        self._writer = RedisLine(url, REDIS_PATIENCE, self._tell)
+        self._line = RedisLine(url)
 
     def __len__(self) -> int:
         return len(self._local)
 
     def open(self) -> None:
         """Get ready to serve: connect, and do not wait for it. Otherwise the first message does so."""
-        self._claimer.open()
-        self._writer.open()
+        self._line.open()
 
     def claim(self, key: str) -> bool:
         """True for exactly one caller in this instance; False for a repeat. Raises `BeingTaken`."""
@@ -2841,18 +2817,13 @@ class SharedClaims:
         Waits 100 ms at most. What is not ours is released.
         """
         self._known.update(keys)
-        answers = self._claimer.ask([command for key in keys for command in (self._claim(key), ("GET", _name(key)))])
-        answers = answers or [True, None] * len(keys)
+        commands = [command for key in keys for command in (
+            ("SET", _name(key), self._owner, "PX", CLAIM_MS, "NX"), ("GET", _name(key)))]
+        answers = (keys and self._line.ask(commands, REDIS_TIMEOUT)) or [True, None] * len(keys)
         return [self._judge(*each) for each in zip(keys, answers[::2], answers[1::2])]
 
-    def _claim(self, key: str) -> _Command:
-        return "SET", _name(key), "{}{}".format(*self._next()), "PX", CLAIM_MS, "NX"
-
     def _judge(self, key: str, is_set: bool, value: Optional[bytes]) -> Union[bool, PushError]:
-        if is_set:
-            return True
-        if value and value.startswith(self._next()[0].encode()):  # ours: its release was lost, or is on its way
-            self._writer.owe(key, self._claim(key))
+        if is_set or value == self._owner.encode():  # ours: its release was lost
             return True
         self._known.discard(key)
         self._local.release(key)
@@ -2866,10 +2837,8 @@ class SharedClaims:
         self._mark(key)
 
     def finish(self, key: str) -> None:
-        """The message is done. Its mark is owed again while Redis is away: among too many, the first may be gone."""
+        """The message is done."""
         self._local.finish(key)
-        if self._claimer.trouble or self._writer.trouble:
-            self._mark(key)
         self._known.discard(key)
 
     def release(self, key: str) -> None:
@@ -2877,7 +2846,7 @@ class SharedClaims:
         self._local.release(key)
         if key in self._known:  # else Redis has nothing, or what was finished long ago
             self._known.discard(key)
-            self._writer.owe(key, ("EVAL", _RELEASE, 1, _name(key), *self._next()))
+            self._line.owe(key, ("EVAL", _RELEASE, 1, _name(key), self._owner))
 
     def restore(self, key: str) -> None:
         """The message was accepted before a restart, and is in hand again."""
@@ -2886,11 +2855,7 @@ class SharedClaims:
 
     def _mark(self, key: str) -> None:
         self._known.add(key)
-        self._writer.owe(key, ("SET", _name(key), "+{}{}".format(*self._next()), "PX", REMEMBER_MS))
-
-    def _next(self) -> Tuple[str, int]:
-        """This process's name as an owner, and the next number."""
-        return f"{self._id}{os.getpid():x}:", next(self._numbers)
+        self._line.owe(key, ("SET", _name(key), "+" + self._owner, "PX", REMEMBER_MS))
 
     def load_session(self, name: str) -> str:
         """The text that any instance saved last for the conversation; empty if there is none.
@@ -2908,27 +2873,14 @@ class SharedClaims:
             self._ask_for_session("DEL", name)
 
     def _ask_for_session(self, verb: str, name: str, *arguments: Any) -> Any:
-        answers = self._writer.ask([(verb, "kfserver-session:" + name, *arguments)])
+        answers = self._line.ask([(verb, "kfserver-session:" + name, *arguments)], REDIS_PATIENCE)
         if answers is None:
             raise SessionUnavailable("Redis is away, and conversations are there")
         return answers[0]
 
     def close(self) -> None:
         """Write what is owed, if Redis is there, for 1 s at most; nothing is written afterwards."""
-        deadline = time.monotonic() + REDIS_PATIENCE
-        for line in (self._writer, self._claimer):
-            line.close(max(0.0, deadline - time.monotonic()))
-
-    def _tell(self) -> None:
-        """Log that Redis is away, and that it is back: once each, whichever connection finds out."""
-        with self._telling:
-            trouble = self._claimer.away or self._writer.away
-            told, self._told = self._told, bool(trouble)
-        if trouble and not told:
-            log.warning("Redis is away (%s): this instance drops only the repeats that it has seen itself; "
-                        "check the server behind --redis", type(trouble).__name__)
-        elif told and not trouble:
-            log.warning("Redis is back: instances share their claims again")
+        self._line.close()
 
 
 def _name(key: str) -> str:
