@@ -2136,32 +2136,14 @@ _LAYOUTS = (
      "CREATE TABLE sessions (sender TEXT PRIMARY KEY, value TEXT NOT NULL, touched REAL NOT NULL)",
      "CREATE TABLE unreadable (id INTEGER PRIMARY KEY, received REAL NOT NULL, reason TEXT NOT NULL, payload BLOB)"))
 
-_ADD = "INSERT OR REPLACE INTO messages (key, state, tries, received, payload) VALUES (?, 0, 0, ?, ?)"
-_BEGIN = "UPDATE messages SET tries = ?, begun = 1 WHERE key = ?"
-_TRIED = "UPDATE messages SET tries = ?, begun = 0 WHERE key = ?"
-_ANSWERED = "UPDATE messages SET replies = ?, begun = 0 WHERE key = ?"
 _FINISH = "UPDATE messages SET state = 1, begun = 0, payload = NULL, replies = NULL, done = ? WHERE key = ?"
-_FAIL = """UPDATE messages SET state = 2, tries = tries + 1, begun = 0, error = ?,
-    done = CASE WHEN replies != '' THEN ? END WHERE key = ?"""
+# The clean-up.
 _TRIM = """DELETE FROM messages WHERE state = 1 AND done <=
     (SELECT done FROM messages WHERE state = 1 ORDER BY done DESC LIMIT 1 OFFSET ?)"""
-_SELECT = """SELECT key, tries, begun, received, coalesce(payload, x''), coalesce(error, ''), coalesce(replies, '')
-    FROM messages WHERE state = ? ORDER BY id"""
-_SELECT_FINISHED = "SELECT key FROM messages WHERE done IS NOT NULL ORDER BY done DESC LIMIT ?"
-_REQUEUE = "UPDATE messages SET state = 0, tries = 0, error = NULL, done = NULL WHERE state = 2"
-_SELECT_SESSIONS = "SELECT sender, value, touched FROM sessions WHERE touched > ? ORDER BY touched DESC LIMIT ?"
-_KEEP_SESSION = "INSERT OR REPLACE INTO sessions (sender, value, touched) VALUES (?, ?, ?)"
-_DROP_SESSION = "DELETE FROM sessions WHERE sender = ?"
 _TRIM_SESSIONS = """DELETE FROM sessions WHERE touched < ? OR sender IN
     (SELECT sender FROM sessions ORDER BY touched DESC LIMIT -1 OFFSET ?)"""
-_KEEP_UNREADABLE = "INSERT INTO unreadable (received, reason, payload) VALUES (?, ?, ?)"
-_TRIM_UNREADABLE = f"DELETE FROM unreadable WHERE id <= (SELECT MAX(id) FROM unreadable) - {MAX_UNREADABLE}"
-# For a file that was opened anew.
-_RESTORE = "INSERT OR IGNORE INTO messages (key, state, tries, received, payload) VALUES (?, 0, ?, ?, ?)"
+_TRIM_UNREADABLE = "DELETE FROM unreadable WHERE id <= (SELECT MAX(id) FROM unreadable) - ?"
 
-# Why a journal cannot be had.
-_TAKEN = ("the journal {} is in another process's hands: stop that one, or serve from one process with threads, or set "
-          "--redis instead of --journal for several")
 # What tells a file from all others, whatever its name: its device and inode.
 Identity = Tuple[int, int]
 _IDENTITY = operator.attrgetter("st_dev", "st_ino")
@@ -2174,7 +2156,11 @@ Session = Tuple[str, str]
 
 
 class JournalTaken(SettingsError):
-    """Another process has the journal."""
+    """Another process has the journal at ``path``."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(f"the journal {path} is in another process's hands: stop that one, or serve from one process "
+                         "with threads, or set --redis instead of --journal for several")
 
 
 class Row(NamedTuple):
@@ -2244,10 +2230,10 @@ class JournalFile:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
-            raise JournalTaken(_TAKEN.format(self.path)) from None
+            raise JournalTaken(self.path) from None
         self._opened = {self._names[0]: _IDENTITY(os.fstat(self._lock))}
         if self.has_moved():  # the process that had it has just removed it
-            raise JournalTaken(_TAKEN.format(self.path))
+            raise JournalTaken(self.path)
 
     def _has_lock(self) -> bool:
         """Whether the lock was taken, and its file is still in its place."""
@@ -2256,8 +2242,9 @@ class JournalFile:
 
     def _release(self) -> None:
         """Free the lock. Its file goes first, if it is still ours."""
-        if self._has_lock():
-            os.unlink(self._names[0])
+        with contextlib.suppress(OSError):
+            if self._has_lock():
+                os.unlink(self._names[0])
         if self._lock is not None:
             os.close(self._lock)
         self._lock, self._opened = None, {}
@@ -2362,54 +2349,61 @@ class Journal:
     def add(self, messages: Iterable[Tuple[str, bytes]]) -> None:
         """Write down messages, each its key and its bytes, in one commit: all of them, or none and `JournalError`."""
         now = self._clock()
-        self._write_now([(_ADD, (key, now, payload)) for key, payload in messages])
+        self._write_now([("INSERT OR REPLACE INTO messages (key, state, tries, received, payload) VALUES (?, 0, 0, ?, ?)",
+                          (key, now, payload)) for key, payload in messages])
 
     def begin(self, key: str, tries: int) -> None:
         """Write down that try number ``tries`` of a message of an earlier process begins. Raises `JournalError`."""
-        self._write_now([(_BEGIN, (tries - 1, key))])
+        self._write_now([("UPDATE messages SET tries = ?, begun = 1 WHERE key = ?", (tries - 1, key))])
 
     def tried(self, key: str, tries: int) -> None:
         """Try number ``tries`` of the message has failed, and another will follow."""
-        self._marks.append((_TRIED, (tries, key)))
+        self._mark("UPDATE messages SET tries = ?, begun = 0 WHERE key = ?", tries, key)
 
     def answered(self, key: str, replies: str, session: Optional[Session] = None) -> None:
         """The message's handler is done; ``replies``, which may be any text but an empty one, wait to be sent."""
-        if session:
-            self._marks.append(_keep_session(session, self._clock()))
-        self._marks.append((_ANSWERED, (_storable(replies), key)))
+        self._keep_session(session)
+        self._mark("UPDATE messages SET replies = ?, begun = 0 WHERE key = ?", replies, key)
 
     def replied(self, key: str, replies: str) -> None:
         """A reply was sent; ``replies`` are left."""
-        self._marks.append((_ANSWERED, (_storable(replies), key)))
+        self.answered(key, replies)
 
     def finish(self, key: str, session: Optional[Session] = None) -> None:
         """The message is done: its content is forgotten."""
-        if session:
-            self._marks.append(_keep_session(session, self._clock()))
-        self._marks.append((_FINISH, (next(self._numbers), key)))
+        self._keep_session(session)
+        self._mark(_FINISH, next(self._numbers), key)
 
     def fail(self, key: str, error: str) -> None:
         """The message's last try has failed; it is kept, with its replies and what is known of the error."""
-        self._marks.append((_FAIL, (_storable(error), next(self._numbers), key)))
+        self._mark("UPDATE messages SET state = 2, tries = tries + 1, begun = 0, error = ?, "
+                   "done = CASE WHEN replies != '' THEN ? END WHERE key = ?", error, next(self._numbers), key)
+
+    def _keep_session(self, session: Optional[Session]) -> None:
+        if session and session[1]:
+            self._mark("INSERT OR REPLACE INTO sessions (sender, value, touched) VALUES (?, ?, ?)",
+                       *session, self._clock())
+        elif session:
+            self._mark("DELETE FROM sessions WHERE sender = ?", session[0])
+
+    def _mark(self, sql: str, *values: Any) -> None:
+        """Have the change written with the next commit. SQLite takes no half surrogates, which texts may have."""
+        self._marks.append((sql, [value.encode("utf-8", "replace").decode() if isinstance(value, str) else value
+                                  for value in values]))
 
     def keep_unreadable(self, payload: bytes, reason: str) -> None:
         """Keep the beginning of a push that could not be read; written within about a second."""
         if not self._unreadable:
             self._later(LOOK_AGAIN_SECONDS, self.flush)
-        values = self._clock(), _storable(reason), payload[:MAX_UNREADABLE_BYTES]
-        self._unreadable.append((_KEEP_UNREADABLE, values))
+        self._unreadable.append(("INSERT INTO unreadable (received, reason, payload) VALUES (?, ?, ?)",
+                                 (self._clock(), reason, payload[:MAX_UNREADABLE_BYTES])))
         del self._unreadable[:-MAX_UNREADABLE]
 
     def flush(self) -> None:
-        """Write the marks. When the file cannot be written, that is left to the next look at it."""
+        """Write the marks, and notice files that were deleted or replaced: call this about once a second too. When the
+        file cannot be written, that is left to the next look at it."""
         with self._lock:
-            if (self._marks or self._unreadable) and not self._failing:
-                self._write()
-
-    def look(self) -> None:
-        """Notice files that were deleted or replaced; to be called about once a second, for when nothing is written."""
-        with self._lock:
-            if not self._failing and not self._closed and self._file.has_moved():
+            if not self._failing and (self._marks or self._unreadable or self._file.has_moved()):
                 self._write()
 
     def _write_now(self, changes: List[Change]) -> None:
@@ -2455,11 +2449,12 @@ class Journal:
             self._file.open()
             done = ((key, b"", 0) for sql, (*_, key) in changes if sql is _FINISH)
             now, known = self._clock(), [*self.in_hand(), *done]
-            changes = [*((_RESTORE, (key, tries, now, payload)) for key, payload, tries in known), *changes]
+            changes = [*(("INSERT OR IGNORE INTO messages (key, state, tries, received, payload) VALUES (?, 0, ?, ?, ?)",
+                          (key, tries, now, payload)) for key, payload, tries in known), *changes]
         self._changes += len(changes)
         if self._changes >= TRIM_EVERY:
             self._changes = 0
-            changes = [*changes, (_TRIM, (self._settings.dedup_size,)), (_TRIM_UNREADABLE, ()),
+            changes = [*changes, (_TRIM, (self._settings.dedup_size,)), (_TRIM_UNREADABLE, (MAX_UNREADABLE,)),
                        (_TRIM_SESSIONS, (self._clock() - SESSION_SECONDS, self._settings.sessions))]
         self._file.commit(changes)
 
@@ -2480,13 +2475,16 @@ class Journal:
 
     def finished_keys(self) -> List[str]:
         """The keys of the messages whose handlers were done, oldest first, as many as are remembered."""
-        found = self._file.db.execute(_SELECT_FINISHED, (self._settings.dedup_size,))
+        found = self._file.db.execute("SELECT key FROM messages WHERE done IS NOT NULL ORDER BY done DESC LIMIT ?",
+                                      (self._settings.dedup_size,))
         return [key for key, in found][::-1]
 
     def sessions(self) -> List[Tuple[str, str, float]]:
         """The sessions, each with its sender, its text and when it was touched, in Unix seconds; the newest last."""
-        since = self._clock() - SESSION_SECONDS
-        return self._file.db.execute(_SELECT_SESSIONS, (since, self._settings.sessions)).fetchall()[::-1]
+        found = self._file.db.execute(
+            "SELECT sender, value, touched FROM sessions WHERE touched > ? ORDER BY touched DESC LIMIT ?",
+            (self._clock() - SESSION_SECONDS, self._settings.sessions))
+        return found.fetchall()[::-1]
 
     def close(self) -> None:
         """Write the marks, and let go of the file."""
@@ -2503,16 +2501,6 @@ class Journal:
         self._marks.clear()
         self._closed = True
         self._file.after_fork()
-
-
-def _keep_session(session: Session, now: float) -> Change:
-    sender, value = map(_storable, session)
-    return (_KEEP_SESSION, (sender, value, now)) if value else (_DROP_SESSION, (sender,))
-
-
-def _storable(text: str) -> str:
-    """The text without half surrogates, which SQLite does not take."""
-    return text.encode("utf-8", "replace").decode()
 
 
 def _identify(file: Union[str, int]) -> Optional[Identity]:
@@ -2538,7 +2526,9 @@ def _drop_descriptors(identities: Collection[Identity]) -> None:
 
 def read_rows(db: sqlite3.Connection, state: int) -> List[Row]:
     """The messages in one state, oldest first."""
-    return [Row(key, tries, bool(begun), *rest) for key, tries, begun, *rest in db.execute(_SELECT, (state,))]
+    found = db.execute("""SELECT key, tries, begun, received, coalesce(payload, x''), coalesce(error, ''),
+        coalesce(replies, '') FROM messages WHERE state = ? ORDER BY id""", (state,))
+    return [Row(key, tries, bool(begun), *rest) for key, tries, begun, *rest in found]
 
 
 def _read_version(db: sqlite3.Connection, path: str) -> int:
@@ -2558,7 +2548,7 @@ def _refuse_company(db: sqlite3.Connection, path: str) -> None:
             db.execute(statement).fetchall()
     except sqlite3.OperationalError as error:
         if "locked" in str(error):
-            raise JournalTaken(_TAKEN.format(path)) from error
+            raise JournalTaken(path) from error
         raise
     for statement in ("PRAGMA locking_mode = NORMAL", "PRAGMA user_version"):
         db.execute(statement).fetchall()  # the lock is freed by the next reading
@@ -4204,7 +4194,7 @@ class Inbox:
         """Begin what a shortage of threads held up, and notice a journal that was deleted though nothing is written."""
         self._dispatcher.wake()
         if self._journal:
-            self._journal.look()
+            self._journal.flush()
 
     def trouble(self) -> str:
         """What keeps messages from being taken, in words; empty if nothing does."""
@@ -6019,6 +6009,7 @@ def _converse(talk: Chat) -> None:
 # words only on request.
 
 Report = Dict[str, Any]
+_REQUEUE = "UPDATE messages SET state = 0, tries = 0, error = NULL, done = NULL WHERE state = 2"
 
 
 def build_journal_parser() -> argparse.ArgumentParser:
@@ -6043,7 +6034,12 @@ def journal_command(arguments: argparse.Namespace) -> int:
         raise SettingsError(f"there is no journal {arguments.journal}")
     try:
         with contextlib.closing(_connect_beside(path, "ro")) as db:
-            requeued = _requeue(db, path) if arguments.requeue else 0
+            requeued = 0
+            if arguments.requeue:
+                # `db`, which can only read, stays open longer: who closes the file last would delete its log, and the
+                # locks that keep the server's log alive may have been lost.
+                with contextlib.closing(_connect_beside(path, "rw")) as writer:
+                    requeued = writer.execute(_REQUEUE).rowcount
             report = _report_journal(db, requeued, arguments.show)
     except sqlite3.Error as error:
         if "not a database" in str(error):
@@ -6066,13 +6062,6 @@ def _connect_beside(path: str, mode: str) -> sqlite3.Connection:
         db.close()
         raise
     return db
-
-
-def _requeue(db: sqlite3.Connection, path: str) -> int:
-    """Put the dead back; their number. ``db``, which can only read, stays open longer: who closes the file last would
-    delete its log, and the locks that keep the server's log alive may have been lost."""
-    with contextlib.closing(_connect_beside(path, "rw")) as writer:
-        return writer.execute(_REQUEUE).rowcount
 
 
 def _report_journal(db: sqlite3.Connection, requeued: int, show: bool) -> Report:
