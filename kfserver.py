@@ -2276,12 +2276,13 @@ class JournalFile:
 
     def commit(self, changes: Iterable[Change]) -> None:
         """Write all changes, or none and one of ``errors``. What files hold that are not in their places is lost."""
-        self.db.execute("BEGIN IMMEDIATE")
+        execute = self.db.cursor().execute
+        execute("BEGIN IMMEDIATE")
         for sql, values in changes:
-            self.db.execute(sql, values)
+            execute(sql, values)
         if self.has_moved():
             raise OSError("one of its files was deleted or replaced")
-        self.db.execute("COMMIT")
+        execute("COMMIT")
 
     def has_moved(self) -> bool:
         """Whether a file that was opened is not in its place any more."""
@@ -2372,7 +2373,7 @@ class Journal:
     def finish(self, key: str, session: Optional[Session] = None) -> None:
         """The message is done: its content is forgotten."""
         self._keep_session(session)
-        self._mark(_FINISH, next(self._numbers), key)
+        self._marks.append((_FINISH, (next(self._numbers), key)))
 
     def fail(self, key: str, error: str) -> None:
         """The message's last try has failed; it is kept, with its replies and what is known of the error."""
@@ -2387,7 +2388,7 @@ class Journal:
             self._mark("DELETE FROM sessions WHERE sender = ?", session[0])
 
     def _mark(self, sql: str, *values: Any) -> None:
-        """Have the change written with the next commit. SQLite takes no half surrogates, which texts may have."""
+        """Have a change written with the next commit. SQLite takes no half surrogates, which texts may have."""
         self._marks.append((sql, [value.encode("utf-8", "replace").decode() if isinstance(value, str) else value
                                   for value in values]))
 
@@ -2591,8 +2592,6 @@ REDIS_PATIENCE = 1.0
 REDIS_PAUSE = 1.0
 # Seconds of silence after which a connection is tried: firewalls drop idle ones and tell nobody.
 REDIS_IDLE = 30.0
-# Seconds that writes nobody waits for may wait for a round, to go with its claims.
-REDIS_LINGER = 0.05
 # Writes that may be owed while Redis is away.
 MAX_OWED = 10000
 
@@ -2732,11 +2731,13 @@ class RedisLine:
         attempt(self._client.connection_pool.disconnect)
 
     def _pause(self) -> None:
+        """Wait for work. What is owed waits for a question a little, to go with it: as long as the last pipeline took."""
+        took = time.monotonic() - self._begun
         if self.away:
             self._changed.wait_for(lambda: self._closed, REDIS_PAUSE)
         else:
             self._changed.wait_for(lambda: self._closed or self._questions or self._owed, REDIS_IDLE)
-            self._changed.wait_for(lambda: self._closed or self._questions, REDIS_LINGER)
+            self._changed.wait_for(lambda: self._closed or self._questions, took)
 
     def _exchange(self, questions: Sequence[_Question], owed: Mapping[str, _Command]) -> None:
         """Send what waits, and hand the answers out. Raises what the package raises, and TimeoutError if it was slow."""
