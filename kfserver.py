@@ -2276,13 +2276,12 @@ class JournalFile:
 
     def commit(self, changes: Iterable[Change]) -> None:
         """Write all changes, or none and one of ``errors``. What files hold that are not in their places is lost."""
-        execute = self.db.cursor().execute
-        execute("BEGIN IMMEDIATE")
+        self.db.execute("BEGIN IMMEDIATE")
         for sql, values in changes:
-            execute(sql, values)
+            self.db.execute(sql, values)
         if self.has_moved():
             raise OSError("one of its files was deleted or replaced")
-        execute("COMMIT")
+        self.db.execute("COMMIT")
 
     def has_moved(self) -> bool:
         """Whether a file that was opened is not in its place any more."""
