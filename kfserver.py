@@ -2136,7 +2136,10 @@ _LAYOUTS = (
      "CREATE TABLE sessions (sender TEXT PRIMARY KEY, value TEXT NOT NULL, touched REAL NOT NULL)",
      "CREATE TABLE unreadable (id INTEGER PRIMARY KEY, received REAL NOT NULL, reason TEXT NOT NULL, payload BLOB)"))
 
+_ADD = "INSERT OR REPLACE INTO messages (key, state, tries, received, payload) VALUES (?, 0, 0, ?, ?)"
 _FINISH = "UPDATE messages SET state = 1, begun = 0, payload = NULL, replies = NULL, done = ? WHERE key = ?"
+# For a file that was opened anew.
+_RESTORE = "INSERT OR IGNORE INTO messages (key, state, tries, received, payload) VALUES (?, 0, ?, ?, ?)"
 # The clean-up.
 _TRIM = """DELETE FROM messages WHERE state = 1 AND done <=
     (SELECT done FROM messages WHERE state = 1 ORDER BY done DESC LIMIT 1 OFFSET ?)"""
@@ -2349,8 +2352,7 @@ class Journal:
     def add(self, messages: Iterable[Tuple[str, bytes]]) -> None:
         """Write down messages, each its key and its bytes, in one commit: all of them, or none and `JournalError`."""
         now = self._clock()
-        self._write_now([("INSERT OR REPLACE INTO messages (key, state, tries, received, payload) VALUES (?, 0, 0, ?, ?)",
-                          (key, now, payload)) for key, payload in messages])
+        self._write_now([(_ADD, (key, now, payload)) for key, payload in messages])
 
     def begin(self, key: str, tries: int) -> None:
         """Write down that try number ``tries`` of a message of an earlier process begins. Raises `JournalError`."""
@@ -2449,8 +2451,7 @@ class Journal:
             self._file.open()
             done = ((key, b"", 0) for sql, (*_, key) in changes if sql is _FINISH)
             now, known = self._clock(), [*self.in_hand(), *done]
-            changes = [*(("INSERT OR IGNORE INTO messages (key, state, tries, received, payload) VALUES (?, 0, ?, ?, ?)",
-                          (key, tries, now, payload)) for key, payload, tries in known), *changes]
+            changes = [*((_RESTORE, (key, tries, now, payload)) for key, payload, tries in known), *changes]
         self._changes += len(changes)
         if self._changes >= TRIM_EVERY:
             self._changes = 0
@@ -2647,8 +2648,8 @@ class _Question:
 class RedisLine:
     """A connection to Redis, and the thread that alone uses it: resolving, connecting and waiting happen there.
 
-    All that is owed or asked goes in one pipeline, in this order, so a write never overtakes a later question. Redis is
-    ``away``, for this reason, after an error and when it took longer than REDIS_TIMEOUT. Then nobody is made to wait.
+    All that is owed and then all that is asked goes in one pipeline: a claim never overtakes an older release. ``away``
+    is why Redis is away, if it is: after an error, or when it took longer than REDIS_TIMEOUT. Nobody waits for it then.
     """
 
     def __init__(self, url: str) -> None:
@@ -2730,7 +2731,7 @@ class RedisLine:
         attempt(self._client.connection_pool.disconnect)
 
     def _pause(self) -> None:
-        """Wait for work. What is owed waits for a question a little, to go with it: as long as the last pipeline took."""
+        """Wait for work. What is owed waits for a question as long as the last pipeline took, to go with it."""
         took = time.monotonic() - self._begun
         if self.away:
             self._changed.wait_for(lambda: self._closed, REDIS_PAUSE)
@@ -2739,7 +2740,7 @@ class RedisLine:
             self._changed.wait_for(lambda: self._closed or self._questions, took)
 
     def _exchange(self, questions: Sequence[_Question], owed: Mapping[str, _Command]) -> None:
-        """Send what waits, and hand the answers out. Raises what the package raises, and TimeoutError if it was slow."""
+        """Send what waits, and hand the answers out. Raises what the package raises, and TimeoutError if it is slow."""
         started, pipeline = time.monotonic(), self._client.pipeline(transaction=False)
         asked = [command for question in questions for command in question.commands]
         for command in [*owed.values(), *asked] or [_PROBE]:

@@ -186,7 +186,9 @@ class Proxy:
 
     def __init__(self, port: int) -> None:
         self.delay = 0.0
-        self._port, self._listener = port, socket.create_server(("127.0.0.1", 0))
+        self._port, self._listener = port, socket.socket()
+        self._listener.bind(("127.0.0.1", 0))
+        self._listener.listen(10)
         self._open: List[socket.socket] = [self._listener]
         threading.Thread(target=self._accept, daemon=True).start()
         self.url = f"redis://127.0.0.1:{self._listener.getsockname()[1]}/0"
@@ -394,7 +396,8 @@ def test_shared_claims_restore_marks_what_was_left_by_the_last_run(
 
 
 @needs_package
-def test_shared_claims_keep_a_conversation_for_all_instances(one: SharedClaims, other: SharedClaims, store: Any) -> None:
+def test_shared_claims_keep_a_conversation_for_all_instances(
+        one: SharedClaims, other: SharedClaims, store: Any) -> None:
     name, text = "app/用户 \ud800", '{"step": "é\ud800"}'
     assert one.load_session(name) == ""
     one.save_session(name, text)
@@ -562,7 +565,7 @@ def test_kf_server_stop_writes_what_is_owed_and_nothing_goes_on_after_it(
     for number in range(50):
         server.feed(push(number=number))
     server.stop()
-    assert len([key for key in store.keys() if store.pttl(key) in DAY]) == 50
+    assert len([key for key in store.keys("*") if store.pttl(key) in DAY]) == 50
     wait_until(lambda: "kfserver-redis" not in [thread.name for thread in threading.enumerate()])
 
 
@@ -788,7 +791,7 @@ def test_shared_claims_do_without_what_version_3_of_the_package_lacks(
 
 def test_shared_claims_say_that_what_is_called_redis_is_not_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "redis", ModuleType("redis"))  # as from a redis.py beside the handlers
-    with pytest.raises(SettingsError, match=r"needs the redis package \(.* is not it, or is broken\): pip install redis"):
+    with pytest.raises(SettingsError, match=r"needs the redis package \(.* is not it, or is broken\): pip install"):
         SharedClaims("redis://127.0.0.1", ClaimCache(100))
 
 
