@@ -2402,10 +2402,15 @@ class Journal:
         del self._unreadable[:-MAX_UNREADABLE]
 
     def flush(self) -> None:
-        """Write the marks, and notice files that were deleted or replaced: call this about once a second too. When the
-        file cannot be written, that is left to the next look at it."""
+        """Write the marks. When the file cannot be written, that is left to the next look at it."""
         with self._lock:
-            if not self._failing and (self._marks or self._unreadable or self._file.has_moved()):
+            if (self._marks or self._unreadable) and not self._failing:
+                self._write()
+
+    def look(self) -> None:
+        """Notice files that were deleted or replaced; to be called about once a second, for when nothing is written."""
+        with self._lock:
+            if not self._failing and self._file.has_moved():
                 self._write()
 
     def _write_now(self, changes: List[Change]) -> None:
@@ -4195,7 +4200,7 @@ class Inbox:
         """Begin what a shortage of threads held up, and notice a journal that was deleted though nothing is written."""
         self._dispatcher.wake()
         if self._journal:
-            self._journal.flush()
+            self._journal.look()
 
     def trouble(self) -> str:
         """What keeps messages from being taken, in words; empty if nothing does."""

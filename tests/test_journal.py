@@ -969,16 +969,16 @@ def test_kf_server_loses_nothing_when_its_files_are_deleted_or_replaced(
 
 
 @pytest.mark.parametrize("suffix", ["", "-wal", "-shm", "-lock"])
-def test_journal_flush_notices_deleted_files_though_nothing_comes(path: str, suffix: str) -> None:
+def test_journal_look_notices_deleted_files_though_nothing_comes(path: str, suffix: str) -> None:
     due: List[Callable[[], None]] = []
     journal = Journal(Settings(journal=path), lambda seconds, job: due.append(job), lambda: NOW)
     with contextlib.closing(journal):
         journal.add([("a/1", b"1")])
-        journal.flush()
+        journal.look()
         assert (journal.healthy, due) == (True, [])
         os.unlink(path + suffix)
         assert not journal.healthy
-        journal.flush()
+        journal.look()
         due.pop()()
         assert journal.healthy
         assert [row.key for row in left_by_a_kill(path)] == ["a/1"]
