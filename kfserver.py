@@ -2038,10 +2038,8 @@ JOURNAL_VERSION = 2
 LOCK_SECONDS = 1.0
 # Seconds between two attempts to write a file that could not be written.
 LOOK_AGAIN_SECONDS = 1.0
-# Seconds after which a change of a folder gives it another time than the last one; FAT counts in steps of 2 s.
-FOLDER_SECONDS = 3.0
-# Finished messages between two clean-ups.
-TRIM_EVERY = 1000
+# Changes between two clean-ups.
+TRIM_EVERY = 2000
 # Seconds that a session is kept: the platform lets nobody be answered 48 hours after the last message.
 SESSION_SECONDS = 48 * 60 * 60.0
 # Pushes that could not be read: how many are kept, and how many bytes of each.
@@ -2051,7 +2049,7 @@ MAX_UNREADABLE_BYTES = 64 * 1024
 WAITING, FINISHED, DEAD = 0, 1, 2
 
 # What makes layout 1 of an empty file, layout 2 of layout 1. `done` numbers the messages in the order in which their
-# handlers were done; the index holds only these, so a clean-up never reads the rows that wait or are dead.
+# handlers were done; the index leaves out those that are dead, so a clean-up reads only what it may delete.
 _LAYOUTS = (
     ("""CREATE TABLE messages (id INTEGER PRIMARY KEY, key TEXT NOT NULL UNIQUE, state INTEGER NOT NULL,
         tries INTEGER NOT NULL, received REAL NOT NULL, payload BLOB, error TEXT)""",),
@@ -2059,50 +2057,21 @@ _LAYOUTS = (
      "ALTER TABLE messages ADD COLUMN replies TEXT",
      "ALTER TABLE messages ADD COLUMN done INTEGER",
      "UPDATE messages SET done = id WHERE state = 1",
-     "CREATE INDEX messages_done ON messages (done) WHERE done IS NOT NULL",
+     "CREATE INDEX messages_done ON messages (done) WHERE state = 1",
      "CREATE TABLE sessions (sender TEXT PRIMARY KEY, value TEXT NOT NULL, touched REAL NOT NULL)",
      "CREATE TABLE unreadable (id INTEGER PRIMARY KEY, received REAL NOT NULL, reason TEXT NOT NULL, payload BLOB)"))
 
 _ADD = "INSERT OR REPLACE INTO messages (key, state, tries, received, payload) VALUES (?, 0, 0, ?, ?)"
-_FORGET = "DELETE FROM messages WHERE key = ?"
-_BEGIN = "UPDATE messages SET tries = ?, begun = 1 WHERE key = ?"
-_TRIED = "UPDATE messages SET tries = ?, begun = 0 WHERE key = ?"
-_ANSWERED = "UPDATE messages SET replies = ?, begun = 0 WHERE key = ?"
 _FINISH = "UPDATE messages SET state = 1, begun = 0, payload = NULL, replies = NULL, done = ? WHERE key = ?"
-# For a message that has no row: the file was deleted or moved away while the handler was at work.
-_REMEMBER = "INSERT INTO messages (done, key, state, tries, received) VALUES (?, ?, 1, 0, strftime('%s', 'now'))"
-# It may run twice, when the first commit went to a file that was deleted.
-_FAIL = """UPDATE messages SET state = 2, tries = tries + (state != 2), begun = 0, error = ?,
-    done = CASE WHEN replies != '' THEN ? END WHERE key = ?"""
-# What the journal remembers too long: finished messages go, dead ones stay and do not count as finished any more.
-_OLD = "done <= (SELECT done FROM messages WHERE done IS NOT NULL ORDER BY done DESC LIMIT 1 OFFSET ?)"
-_TRIM = f"DELETE FROM messages WHERE done IS NOT NULL AND state = 1 AND {_OLD}"
-_TRIM_DEAD = f"UPDATE messages SET done = NULL WHERE done IS NOT NULL AND {_OLD}"
-_SELECT = """SELECT key, tries, begun, received, coalesce(payload, x''), coalesce(error, ''), coalesce(replies, '')
-    FROM messages WHERE state = ? ORDER BY id"""
-_SELECT_FINISHED = "SELECT key FROM messages WHERE done IS NOT NULL ORDER BY done DESC LIMIT ?"
-_REQUEUE = "UPDATE messages SET state = 0, tries = 0, error = NULL, done = NULL WHERE state = 2"
-_SELECT_SESSIONS = "SELECT sender, value, touched FROM sessions WHERE touched > ? ORDER BY touched DESC LIMIT ?"
-_KEEP_SESSION = "INSERT OR REPLACE INTO sessions (sender, value, touched) VALUES (?, ?, ?)"
-_DROP_SESSION = "DELETE FROM sessions WHERE sender = ?"
+# For a file that was opened anew.
+_RESTORE = "INSERT OR IGNORE INTO messages (key, state, tries, received, payload) VALUES (?, 0, ?, ?, ?)"
+# The clean-up.
+_TRIM = """DELETE FROM messages WHERE state = 1 AND done <=
+    (SELECT done FROM messages WHERE state = 1 ORDER BY done DESC LIMIT 1 OFFSET ?)"""
 _TRIM_SESSIONS = """DELETE FROM sessions WHERE touched < ? OR sender IN
     (SELECT sender FROM sessions ORDER BY touched DESC LIMIT -1 OFFSET ?)"""
-_KEEP_UNREADABLE = "INSERT INTO unreadable (received, reason, payload) VALUES (?, ?, ?)"
-_TRIM_UNREADABLE = f"DELETE FROM unreadable WHERE id <= (SELECT MAX(id) FROM unreadable) - {MAX_UNREADABLE}"
-# A message in hand, written into a file that was opened anew.
-_RESTORE = "INSERT OR IGNORE INTO messages (key, state, tries, received, payload) VALUES (?, 0, ?, ?, ?)"
-# What a deleted file still holds while it is open, and what writes that into the file in its place.
-_RESCUE = (
-    ("SELECT key, state, tries, begun, received, payload, error, replies, done FROM messages ORDER BY id",
-     """INSERT OR REPLACE INTO messages (key, state, tries, begun, received, payload, error, replies, done)
-        VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"""),
-    ("SELECT sender, value, touched FROM sessions", _KEEP_SESSION),
-    ("SELECT id, received, reason, payload FROM unreadable",
-     "INSERT OR IGNORE INTO unreadable (id, received, reason, payload) VALUES (?, ?, ?, ?)"))
+_TRIM_UNREADABLE = "DELETE FROM unreadable WHERE id <= (SELECT MAX(id) FROM unreadable) - ?"
 
-# Why a journal cannot be had.
-_TAKEN = ("the journal {} is in another process's hands: stop that one, or serve from one process with threads, or set "
-          "--redis instead of --journal for several")
 # What tells a file from all others, whatever its name: its device and inode.
 Identity = Tuple[int, int]
 _IDENTITY = operator.attrgetter("st_dev", "st_ino")
@@ -2115,7 +2084,11 @@ Session = Tuple[str, str]
 
 
 class JournalTaken(SettingsError):
-    """Another process has the journal."""
+    """Another process has the journal at ``path``."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(f"the journal {path} is in another process's hands: stop that one, or serve from one process "
+                         "with threads, or set --redis instead of --journal for several")
 
 
 class Row(NamedTuple):
@@ -2148,9 +2121,7 @@ class JournalFile:
         self._connect = functools.partial(sqlite3.connect, isolation_level=None, check_same_thread=False)
         self._names = [self.path + suffix for suffix in ("-lock", "", "-wal", "-shm")]
         self._opened: Dict[str, Identity] = {}  # the files by their names, as they were opened
-        self._folder = os.path.dirname(self.path)
-        self._seen: Optional[Tuple[Identity, int]] = None  # the folder when its files were in their places
-        self._let_go: Callable[[], object] = int  # frees the lock; at first there is none
+        self._lock: Optional[int] = None  # the descriptor of the lock's file
         self.db = self._connect(":memory:")
         self.db.close()  # whoever uses it before it is opened gets one of the errors
 
@@ -2160,10 +2131,10 @@ class JournalFile:
         Raises `JournalTaken`, another `SettingsError` for a file that is not ours, or another of ``errors``.
         """
         is_ours = self._has_lock()
-        if not is_ours:
-            self._release()
-            self._take_lock()
         try:
+            if not is_ours:
+                self._release()
+                self._take_lock()
             _refuse_foreign_file(self.path)
             self._make_private()
             self.db = self._connect(self.path, timeout=LOCK_SECONDS)
@@ -2177,37 +2148,20 @@ class JournalFile:
                 self._release()
             raise
         found = ((name, _identify(name)) for name in self._names)
-        self._opened, self._seen = {name: identity for name, identity in found if identity}, None
+        self._opened = {name: identity for name, identity in found if identity}
 
     def _take_lock(self) -> None:
         """Hold the right to write until the process ends, in whatever way: the system frees the lock then."""
-        if fcntl is None:
-            self._take_sqlite_lock()
+        if fcntl is None:  # Windows does not free SQLite's own locks too early
             return
-        number = os.open(self._names[0], os.O_RDWR | os.O_CREAT, 0o600)
-        self._let_go = functools.partial(os.close, number)
+        self._lock = os.open(self._names[0], os.O_RDWR | os.O_CREAT, 0o600)
         try:
-            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self._let_go()
-            self._let_go = int
-            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-                raise
-            raise JournalTaken(_TAKEN.format(self.path)) from None
-        self._opened, self._seen = {self._names[0]: _IDENTITY(os.fstat(number))}, None
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise JournalTaken(self.path) from None
+        self._opened = {self._names[0]: _IDENTITY(os.fstat(self._lock))}
         if self.has_moved():  # the process that had it has just removed it
-            self._release()
-            raise JournalTaken(_TAKEN.format(self.path))
-
-    def _take_sqlite_lock(self) -> None:
-        """The same where there is no flock."""
-        lock = self._connect(self._names[0], timeout=0)
-        self._let_go = lock.close
-        try:
-            lock.execute("BEGIN EXCLUSIVE")
-        except self.errors:
-            lock.close()
-            raise JournalTaken(_TAKEN.format(self.path)) from None
+            raise JournalTaken(self.path)
 
     def _has_lock(self) -> bool:
         """Whether the lock was taken, and its file is still in its place."""
@@ -2216,11 +2170,12 @@ class JournalFile:
 
     def _release(self) -> None:
         """Free the lock. Its file goes first, if it is still ours."""
-        if fcntl and self._has_lock():
-            with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):
+            if self._has_lock():
                 os.unlink(self._names[0])
-        self._let_go()
-        self._let_go, self._opened = int, {}
+        if self._lock is not None:
+            os.close(self._lock)
+        self._lock, self._opened = None, {}
 
     def _make_private(self) -> None:
         """Make the file, for this user alone; SQLite gives its companions the same mode. Closing a descriptor frees
@@ -2248,35 +2203,27 @@ class JournalFile:
             raise OSError(" ".join(found.split()))
 
     def commit(self, changes: Iterable[Change]) -> None:
-        """Write all changes, or none and one of ``errors``. Files that are not in their places do not survive."""
+        """Write all changes, or none and one of ``errors``. What files hold that are not in their places is lost."""
         self.db.execute("BEGIN IMMEDIATE")
         for sql, values in changes:
-            if not self.db.execute(sql, values).rowcount and sql is _FINISH:
-                self.db.execute(_REMEMBER, values)
-        self.db.execute("COMMIT")
+            self.db.execute(sql, values)
         if self.has_moved():
             raise OSError("one of its files was deleted or replaced")
+        self.db.execute("COMMIT")
 
     def has_moved(self) -> bool:
         """Whether a file that was opened is not in its place any more."""
-        try:
-            folder = os.stat(self._folder)
-            if (_IDENTITY(folder), folder.st_mtime_ns) == self._seen:
-                return False  # nothing was deleted or renamed in the folder: one look instead of four
-            if list(map(_IDENTITY, map(os.stat, self._opened))) != list(self._opened.values()):
-                return True
-        except OSError:
-            return True
-        if time.time() - folder.st_mtime > FOLDER_SECONDS:
-            self._seen = _IDENTITY(folder), folder.st_mtime_ns
-        return False
+        return [*map(_identify, self._opened)] != [*self._opened.values()]
 
     def rescue(self) -> List[Change]:
         """What writes into another file all that this one still holds; nothing if it cannot be read."""
-        try:
-            return [(sql, row) for select, sql in _RESCUE for row in self.db.execute(select).fetchall()]
-        except self.errors:
-            return []
+        changes: List[Change] = []
+        with contextlib.suppress(*self.errors):
+            self.db.rollback()
+            for table in ("messages", "sessions", "unreadable"):
+                for row in self.db.execute(f"SELECT * FROM {table}").fetchall():
+                    changes.append((f"INSERT OR REPLACE INTO {table} VALUES ({','.join('?' * len(row))})", row))
+        return changes
 
     def close(self) -> None:
         """Leave nothing of what was handled in the files, close them, and free the lock."""
@@ -2307,10 +2254,12 @@ class Journal:
         # Gives key, payload and failed tries of every message that is not done, for a file that was opened anew. It is
         # called while the journal is locked, and must not call it.
         self.in_hand: Callable[[], Iterable[Tuple[str, bytes, int]]] = list
-        self._lock = threading.Lock()  # guards all below, and the file; the two deques are appended to without it
-        self._marks: Deque[Change] = deque()
-        self._unreadable: Deque[Change] = deque(maxlen=MAX_UNREADABLE)
-        self._finished = 0  # since the last clean-up
+        self._lock = threading.Lock()  # guards all below, and the file; the three lists are appended to without it
+        self._marks: List[Change] = []
+        self._unreadable: List[Change] = []
+        # Changes that threads wait for; what became of them: nothing yet, None, or the error that prevented them.
+        self._waiting: List[Tuple[List[Change], List[Optional[BaseException]]]] = []
+        self._changes = 0  # since the last clean-up
         self._failing = self._closed = False
         self._file = JournalFile(settings.journal, settings.journal_sync)
         try:
@@ -2332,78 +2281,93 @@ class Journal:
 
     def begin(self, key: str, tries: int) -> None:
         """Write down that try number ``tries`` of a message of an earlier process begins. Raises `JournalError`."""
-        self._write_now([(_BEGIN, (tries - 1, key))])
+        self._write_now([("UPDATE messages SET tries = ?, begun = 1 WHERE key = ?", (tries - 1, key))])
 
     def tried(self, key: str, tries: int) -> None:
         """Try number ``tries`` of the message has failed, and another will follow."""
-        self._marks.append((_TRIED, (tries, key)))
+        self._mark("UPDATE messages SET tries = ?, begun = 0 WHERE key = ?", tries, key)
 
     def answered(self, key: str, replies: str, session: Optional[Session] = None) -> None:
         """The message's handler is done; ``replies``, which may be any text but an empty one, wait to be sent."""
-        if session:
-            self._marks.append(_keep_session(session, self._clock()))
-        self._marks.append((_ANSWERED, (_storable(replies), key)))
+        self._keep_session(session)
+        self._mark("UPDATE messages SET replies = ?, begun = 0 WHERE key = ?", replies, key)
 
     def replied(self, key: str, replies: str) -> None:
         """A reply was sent; ``replies`` are left."""
-        self._marks.append((_ANSWERED, (_storable(replies), key)))
+        self.answered(key, replies)
 
     def finish(self, key: str, session: Optional[Session] = None) -> None:
         """The message is done: its content is forgotten."""
-        if session:
-            self._marks.append(_keep_session(session, self._clock()))
+        self._keep_session(session)
         self._marks.append((_FINISH, (next(self._numbers), key)))
 
     def fail(self, key: str, error: str) -> None:
         """The message's last try has failed; it is kept, with its replies and what is known of the error."""
-        self._marks.append((_FAIL, (_storable(error), next(self._numbers), key)))
+        self._mark("UPDATE messages SET state = 2, tries = tries + 1, begun = 0, error = ?, "
+                   "done = CASE WHEN replies != '' THEN ? END WHERE key = ?", error, next(self._numbers), key)
+
+    def _keep_session(self, session: Optional[Session]) -> None:
+        if session and session[1]:
+            self._mark("INSERT OR REPLACE INTO sessions (sender, value, touched) VALUES (?, ?, ?)",
+                       *session, self._clock())
+        elif session:
+            self._mark("DELETE FROM sessions WHERE sender = ?", session[0])
+
+    def _mark(self, sql: str, *values: Any) -> None:
+        """Have a change written with the next commit. SQLite takes no half surrogates, which texts may have."""
+        self._marks.append((sql, [value.encode("utf-8", "replace").decode() if isinstance(value, str) else value
+                                  for value in values]))
 
     def keep_unreadable(self, payload: bytes, reason: str) -> None:
         """Keep the beginning of a push that could not be read; written within about a second."""
         if not self._unreadable:
             self._later(LOOK_AGAIN_SECONDS, self.flush)
-        values = self._clock(), _storable(reason), payload[:MAX_UNREADABLE_BYTES]
-        self._unreadable.append((_KEEP_UNREADABLE, values))
+        self._unreadable.append(("INSERT INTO unreadable (received, reason, payload) VALUES (?, ?, ?)",
+                                 (self._clock(), reason, payload[:MAX_UNREADABLE_BYTES])))
+        del self._unreadable[:-MAX_UNREADABLE]
 
     def flush(self) -> None:
         """Write the marks. When the file cannot be written, that is left to the next look at it."""
         with self._lock:
             if (self._marks or self._unreadable) and not self._failing:
-                self._write([])
+                self._write()
 
     def look(self) -> None:
         """Notice files that were deleted or replaced; to be called about once a second, for when nothing is written."""
         with self._lock:
-            if not self._failing and not self._closed and self._file.has_moved():
-                self._write([])
+            if not self._failing and self._file.has_moved():
+                self._write()
 
     def _write_now(self, changes: List[Change]) -> None:
+        """Write the changes, in one commit with those of other threads that wait for the lock."""
+        outcome: List[Optional[BaseException]] = []
+        self._waiting.append((changes, outcome))
         with self._lock:
-            error = self._write(changes)
-        if error:
-            raise JournalError("the journal cannot be written") from error
+            if not outcome:  # else the thread that had the lock has written them
+                self._write()
+        if outcome[0]:
+            raise JournalError("the journal cannot be written") from outcome[0]
 
-    def _write(self, added: List[Change]) -> Optional[BaseException]:
-        """Write all marks and what is added, or nothing, and the error that prevented it."""
-        if self._closed:
-            return JournalError("closed")
-        marks = [self._marks.popleft() for _ in range(len(self._marks))]
-        unreadable = [self._unreadable.popleft() for _ in range(len(self._unreadable))]
-        error = attempt(self._commit, [*marks, *unreadable, *added])
-        if error:
-            self._unreadable.extend(unreadable)
-            self._marks.extendleft(reversed(marks))
-            if self._file.has_moved():
-                # What was added is refused now, though the deleted file may have it.
-                self._marks.extendleft((_FORGET, values[:1]) for sql, values in added if sql is _ADD)
-                self._marks.extendleft(reversed(self._file.rescue()))
+    def _write(self) -> bool:
+        """Write all that waits, or nothing; whether it is written."""
+        waiting, marks, unreadable = self._waiting[:], self._marks[:], self._unreadable[:]
+        del self._waiting[:len(waiting)]
+        added = itertools.chain.from_iterable(changes for changes, _ in waiting)
+        error = JournalError("closed") if self._closed else attempt(self._commit, [*marks, *unreadable, *added])
+        for _, outcome in waiting:
+            outcome.append(error)
+        if not error:
+            del self._marks[:len(marks)], self._unreadable[:len(unreadable)]
+            if self._failing:
+                self._failing = False
+                log.warning("the journal %s is written again", self._settings.journal)
+        elif not self._closed:
             self._note_failure(error)
-        elif self._failing:
-            self._failing = False
-            log.warning("the journal %s is written again", self._settings.journal)
-        return error
+        return not error
 
     def _note_failure(self, error: BaseException) -> None:
+        if self._file.has_moved():
+            self._marks[:0] = self._file.rescue()
         self._file.db.close()
         if not self._failing:
             self._failing = True
@@ -2415,17 +2379,20 @@ class Journal:
     def _commit(self, changes: List[Change]) -> None:
         if self._failing:
             self._file.open()
-            now = self._clock()
-            changes = [*((_RESTORE, (key, tries, now, payload)) for key, payload, tries in self.in_hand()), *changes]
-        finished = self._finished + sum(sql is _FINISH for sql, _ in changes)
-        is_due = finished >= TRIM_EVERY
-        self._file.commit([*changes, *_list_trims(self._settings, self._clock())] if is_due else changes)
-        self._finished = 0 if is_due else finished
+            done = ((key, b"", 0) for sql, (*_, key) in changes if sql is _FINISH)
+            now, known = self._clock(), [*self.in_hand(), *done]
+            changes = [*((_RESTORE, (key, tries, now, payload)) for key, payload, tries in known), *changes]
+        self._changes += len(changes)
+        if self._changes >= TRIM_EVERY:
+            self._changes = 0
+            changes = [*changes, (_TRIM, (self._settings.dedup_size,)), (_TRIM_UNREADABLE, (MAX_UNREADABLE,)),
+                       (_TRIM_SESSIONS, (self._clock() - SESSION_SECONDS, self._settings.sessions))]
+        self._file.commit(changes)
 
     def _look_again(self) -> None:
         """Write the marks, or nothing, if the file can be written again though no message comes."""
         with self._lock:
-            if self._failing and not self._closed and self._write([]):
+            if self._failing and not self._closed and not self._write():
                 self._later(LOOK_AGAIN_SECONDS, self._look_again)
 
     @property
@@ -2439,20 +2406,23 @@ class Journal:
 
     def finished_keys(self) -> List[str]:
         """The keys of the messages whose handlers were done, oldest first, as many as are remembered."""
-        found = self._file.db.execute(_SELECT_FINISHED, (self._settings.dedup_size,))
+        found = self._file.db.execute("SELECT key FROM messages WHERE done IS NOT NULL ORDER BY done DESC LIMIT ?",
+                                      (self._settings.dedup_size,))
         return [key for key, in found][::-1]
 
     def sessions(self) -> List[Tuple[str, str, float]]:
         """The sessions, each with its sender, its text and when it was touched, in Unix seconds; the newest last."""
-        since = self._clock() - SESSION_SECONDS
-        return self._file.db.execute(_SELECT_SESSIONS, (since, self._settings.sessions)).fetchall()[::-1]
+        found = self._file.db.execute(
+            "SELECT sender, value, touched FROM sessions WHERE touched > ? ORDER BY touched DESC LIMIT ?",
+            (self._clock() - SESSION_SECONDS, self._settings.sessions))
+        return found.fetchall()[::-1]
 
     def close(self) -> None:
         """Write the marks, and let go of the file."""
         with self._lock:
             for _ in range(2):  # the second makes anew what was deleted
                 if self._marks or self._unreadable or not self.healthy:
-                    self._write([])
+                    self._write()
             self._closed = True
             self._file.close()
 
@@ -2462,22 +2432,6 @@ class Journal:
         self._marks.clear()
         self._closed = True
         self._file.after_fork()
-
-
-def _keep_session(session: Session, now: float) -> Change:
-    sender, value = map(_storable, session)
-    return (_KEEP_SESSION, (sender, value, now)) if value else (_DROP_SESSION, (sender,))
-
-
-def _list_trims(settings: Settings, now: float) -> List[Change]:
-    remembered = (settings.dedup_size,)
-    return [(_TRIM, remembered), (_TRIM_DEAD, remembered), (_TRIM_UNREADABLE, ()),
-            (_TRIM_SESSIONS, (now - SESSION_SECONDS, settings.sessions))]
-
-
-def _storable(text: str) -> str:
-    """The text without half surrogates, which SQLite does not take."""
-    return text.encode("utf-8", "replace").decode()
 
 
 def _identify(file: Union[str, int]) -> Optional[Identity]:
@@ -2503,7 +2457,9 @@ def _drop_descriptors(identities: Collection[Identity]) -> None:
 
 def read_rows(db: sqlite3.Connection, state: int) -> List[Row]:
     """The messages in one state, oldest first."""
-    return [Row(key, tries, bool(begun), *rest) for key, tries, begun, *rest in db.execute(_SELECT, (state,))]
+    found = db.execute("""SELECT key, tries, begun, received, coalesce(payload, x''), coalesce(error, ''),
+        coalesce(replies, '') FROM messages WHERE state = ? ORDER BY id""", (state,))
+    return [Row(key, tries, bool(begun), *rest) for key, tries, begun, *rest in found]
 
 
 def _read_version(db: sqlite3.Connection, path: str) -> int:
@@ -2523,7 +2479,7 @@ def _refuse_company(db: sqlite3.Connection, path: str) -> None:
             db.execute(statement).fetchall()
     except sqlite3.OperationalError as error:
         if "locked" in str(error):
-            raise JournalTaken(_TAKEN.format(path)) from error
+            raise JournalTaken(path) from error
         raise
     for statement in ("PRAGMA locking_mode = NORMAL", "PRAGMA user_version"):
         db.execute(statement).fetchall()  # the lock is freed by the next reading
@@ -2559,21 +2515,19 @@ def _check_marks(mark: int, version: int, path: str) -> None:
 CLAIM_MS = 3 * 1000
 REMEMBER_MS = 24 * 60 * 60 * 1000
 SESSION_MS = 48 * 60 * 60 * 1000
-# Seconds that a round waits for its claims, that all else may take, and between two looks at a Redis that is away.
+# Seconds that Redis may take before it counts as away, which is also what a round waits for its claims; that a
+# connection and a conversation may take; and between two looks at a Redis that is away.
 REDIS_TIMEOUT = 0.1
 REDIS_PATIENCE = 1.0
 REDIS_PAUSE = 1.0
 # Seconds of silence after which a connection is tried: firewalls drop idle ones and tell nobody.
 REDIS_IDLE = 30.0
-# Writes that may be owed while Redis is away, and those of one pipeline.
+# Writes that may be owed while Redis is away.
 MAX_OWED = 10000
-OWED_BATCH = 500
 
-# A key's value is "owner:number", with "+" before it once the message is safe; each write has a number of its own. Only
-# the owner may release its claim, and a release that comes late must spare a newer claim.
+# A key's value is its owner, with "+" before it once the message is safe. Only the owner may release its claim.
 _RELEASE = """local value = redis.pcall('get', KEYS[1])
-local owner, number = string.match(type(value) == 'string' and value or '', '^%+?(%x+:)(%d+)$')
-if owner == ARGV[1] and tonumber(number) < tonumber(ARGV[2]) then redis.call('del', KEYS[1]) end
+if value == ARGV[1] or value == '+' .. ARGV[1] then redis.call('del', KEYS[1]) end
 return 1"""
 
 _Command = Tuple[Any, ...]
@@ -2612,80 +2566,60 @@ def connect_redis(url: str) -> Any:
 
 
 class _Question:
-    """Commands of a caller who waits, since when, and what Redis answers: None until it does."""
+    """Commands of a caller who waits, and what Redis answers to each: None until it does."""
 
-    __slots__ = ("answers", "commands", "since")
+    __slots__ = ("answers", "commands")
 
     def __init__(self, commands: Sequence[_Command]) -> None:
-        self.commands, self.since = commands, time.monotonic()
+        self.commands = commands
         self.answers: Optional[List[Any]] = None
 
 
 class RedisLine:
     """A connection to Redis, and the thread that alone uses it: resolving, connecting and waiting happen there.
 
-    What several threads ask at the same time goes in one pipeline. While there is ``trouble``, as when an answer takes
-    longer than ``limit`` seconds, nobody is made to wait. If it lasts, Redis is ``away``; ``tell`` is called when that
-    may have changed.
+    All that is owed and then all that is asked goes in one pipeline: a claim never overtakes an older release. ``away``
+    is why Redis is away, if it is: after an error, or when it took longer than REDIS_TIMEOUT. Nobody waits for it then.
     """
 
-    def __init__(self, url: str, limit: float, tell: Callable[[], None]) -> None:
-        self._url, self._limit, self._tell = url, limit, tell
-        self._begin()
-
-    def _begin(self) -> None:
-        self.trouble: Optional[BaseException] = None
+    def __init__(self, url: str) -> None:
+        self._client = connect_redis(url)
         self.away: Optional[BaseException] = None
-        self._client = connect_redis(self._url)
         self._changed = threading.Condition()  # guards all here; told when there is work, and when it is done
         self._questions: List[_Question] = []
         self._owed: OrderedDict[str, _Command] = OrderedDict()
         self._thread: Optional[threading.Thread] = None
-        self._sent = 0.0  # when the pipeline in hand was begun, by the monotonic clock
-        self._connected = self._late = self._closed = self._ended = False
-        self._pid = os.getpid()
+        self._begun = 0.0  # when the pipeline in hand was begun, by the monotonic clock
+        self._closed = False
 
-    def _begin_in_child(self) -> None:
-        """When a process forks, the thread, the connection and what is owed stay with the parent."""
-        if self._pid != os.getpid():
-            self._begin()
-
-    def open(self) -> bool:
-        """See to it that the thread runs, which connects at once; whether it does."""
-        self._begin_in_child()
+    def open(self) -> None:
+        """See to it that the thread runs, which connects at once."""
         with self._changed:
             if self._closed or (self._thread and self._thread.is_alive()):
-                return not self._closed
+                return
             thread = threading.Thread(target=self._work, name="kfserver-redis", daemon=True)
             try:
                 thread.start()
                 self._thread = thread
             except RuntimeError as error:  # no thread to spare, or the interpreter ends: the next call tries again
-                self.trouble = self.away = error
-        self._tell()
-        return self._thread is thread
+                self._note(error)
 
-    def ask(self, commands: Sequence[_Command]) -> Optional[List[Any]]:
-        """What Redis answers to each of the commands; None while it is away, or slower than the limit."""
-        question, running = _Question(commands), self.open()
+    def ask(self, commands: Sequence[_Command], seconds: float) -> Optional[List[Any]]:
+        """What Redis answers to each of the commands within so many seconds; None if it does not, or is away."""
+        self.open()
+        question, started = _Question(commands), time.monotonic()
         with self._changed:
-            if running and not self.trouble:
-                self._await(question)
-            if self.trouble and time.monotonic() - self._sent > REDIS_PATIENCE:  # as when a resolver is silent
-                self.away = self.trouble
-        self._tell()
-        return question.answers
-
-    def _await(self, question: _Question) -> None:
-        self._questions.append(question)
-        self._changed.notify_all()
-        self._changed.wait_for(lambda: question.answers is not None or self.trouble, self._limit)
-        if question in self._questions:
-            self._questions.remove(question)
-        # One that first had to wait for another's pipeline says nothing about Redis.
-        if question.answers is None and not self.trouble and self._sent < question.since + self._limit / 4:
-            self.trouble = TimeoutError()
+            if self.away or self._closed:
+                return None
+            self._questions.append(question)
             self._changed.notify_all()
+            self._changed.wait_for(lambda: question.answers is not None or self.away, seconds)
+            if question in self._questions:
+                self._questions.remove(question)
+            # A pipeline that was begun later, after another's, may still be in time.
+            if question.answers is None and self._begun < started + REDIS_TIMEOUT / 10:
+                self._note(self.away or TimeoutError())
+        return question.answers
 
     def owe(self, name: str, command: _Command) -> None:
         """Send the command soon, or when Redis is back, and wait for nothing; the last one of a name counts."""
@@ -2698,102 +2632,100 @@ class RedisLine:
                     self._owed.popitem(last=False)
                 self._changed.notify_all()
 
-    def _is_wanted(self) -> bool:
-        return bool(self._closed or self._questions or self._owed or self.trouble)
+    def _note(self, error: Optional[BaseException]) -> None:
+        """Note whether Redis is away, and tell when that changes."""
+        if error and not self.away:
+            log.warning("Redis is away (%s): this instance drops only the repeats that it has seen itself; "
+                        "check the server behind --redis", type(error).__name__)
+        elif self.away and not error:
+            log.warning("Redis is back: instances share their claims again")
+        self.away = error
+        self._changed.notify_all()
 
     def _work(self) -> None:
         """The thread's life: send what waits. While Redis is away, and after a long silence, see whether it answers."""
-        closing = False
-        while not (closing and self.trouble):
+        error: Optional[BaseException] = ConnectionError()
+        while True:
+            self._begun = time.monotonic()
+            error = attempt(self._client.ping) if error else None  # resolves and connects, which may take long
             with self._changed:
-                if self.away:
-                    self._changed.wait_for(lambda: self._closed, REDIS_PAUSE)
-                elif self._connected:
-                    self._changed.wait_for(self._is_wanted, REDIS_IDLE)
-                questions, self._questions = self._questions, []
-                owed = dict(itertools.islice(self._owed.items(), OWED_BATCH))
-                self._sent, closing = time.monotonic(), self._closed
-            if closing and not owed:
+                questions, self._questions, owed = self._questions, [], dict(self._owed)
+            if self._closed and not owed:
                 break
-            self._exchange(questions, owed)
-            self._tell()
+            error = error or attempt(self._exchange, questions, owed)
+            with self._changed:
+                self._note(error)
+                if self._closed and error:
+                    break
+                self._pause()
         attempt(self._client.connection_pool.disconnect)
 
-    def _exchange(self, questions: Sequence[_Question], owed: Dict[str, _Command]) -> None:
-        """Send what waits in one pipeline, and hand the answers out."""
-        commands = [command for question in questions for command in question.commands] + list(owed.values())
-        answers: List[Any] = []
-        error = attempt(self._send, commands or [_PROBE], answers)
-        with self._changed:
-            self.trouble, self._connected = error, bool(answers)
-            self.away = None if answers and not self._late else error  # late once is a hiccup: asked again at once
-            self._late = bool(answers and error)
-            if answers:
-                left = iter(answers)
-                for question in questions:
-                    question.answers = list(itertools.islice(left, len(question.commands)))
-                for name, command in owed.items():
-                    if self._owed.get(name) is command:  # else a newer one has come meanwhile
-                        del self._owed[name]
-            self._changed.notify_all()
+    def _pause(self) -> None:
+        """Wait for work. What is owed waits for a question as long as the last pipeline took, to go with it."""
+        took = time.monotonic() - self._begun
+        if self.away:
+            self._changed.wait_for(lambda: self._closed, REDIS_PAUSE)
+        else:
+            self._changed.wait_for(lambda: self._closed or self._questions or self._owed, REDIS_IDLE)
+            self._changed.wait_for(lambda: self._closed or self._questions, took)
 
-    def _send(self, commands: Sequence[_Command], answers: List[Any]) -> None:
-        """Fill in what Redis answers. Raises what the package raises, and TimeoutError when the answers came late."""
-        if not self._connected:
-            self._client.ping()  # resolves and connects, which may take long
-        if self._ended:
-            raise TimeoutError
+    def _exchange(self, questions: Sequence[_Question], owed: Mapping[str, _Command]) -> None:
+        """Send what waits, and hand the answers out. Raises what the package raises, and TimeoutError if it is slow."""
         started, pipeline = time.monotonic(), self._client.pipeline(transaction=False)
-        for command in commands:
+        asked = [command for question in questions for command in question.commands]
+        for command in [*owed.values(), *asked] or [_PROBE]:
             pipeline.execute_command(*command)
-        answers += pipeline.execute()
-        if time.monotonic() - started > self._limit:
+        answers = iter(pipeline.execute()[len(owed):])
+        with self._changed:
+            for question in questions:
+                question.answers = list(itertools.islice(answers, len(question.commands)))
+            for name, command in owed.items():
+                if self._owed.get(name) is command:  # else a newer one has come meanwhile
+                    del self._owed[name]
+        if time.monotonic() - started > REDIS_TIMEOUT:
             raise TimeoutError
 
-    def close(self, seconds: float) -> None:
-        """Send what is owed, if Redis is there, for so many seconds at most. Nothing is sent afterwards."""
-        self._begin_in_child()
+    def close(self) -> None:
+        """Send what is owed, if Redis is there, for REDIS_PATIENCE at most. Nothing is sent afterwards."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
         if self._thread:
-            self._thread.join(seconds)
-        self._ended = True
+            self._thread.join(REDIS_PATIENCE)
+        with self._changed:
+            self._owed.clear()
 
 
 def check_redis(settings: Settings) -> None:
-    """Raise `SettingsError` unless the Redis of the settings, if there is one, does within 1 s what claims need."""
+    """Raise `SettingsError` unless the Redis of the settings, if there is one, does what claims need."""
     if settings.redis:
-        line = RedisLine(settings.redis, REDIS_PATIENCE, lambda: None)
-        works, trouble = line.ask([_PROBE]), type(line.trouble).__name__
-        line.close(0.0)
-        if not works:
-            raise SettingsError(f"--redis (KF_REDIS): no good answer from there ({trouble}): check the address and the "
-                                "server; without it, each instance drops only the repeats that it has seen itself")
+        client = connect_redis(settings.redis)
+        error = attempt(client.execute_command, *_PROBE)
+        client.connection_pool.disconnect()
+        if error:
+            raise SettingsError(f"--redis (KF_REDIS): no good answer from there ({type(error).__name__}): check the "
+                                "address and the server; without it, each instance drops only the repeats that it has "
+                                "seen itself")
 
 
 class SharedClaims:
     """`ClaimCache`'s methods over the Redis at ``url``; ``local`` decides first, and alone while Redis is away.
 
-    Redis keeps a claim for 3 s, and for a day once its message is safe, which a second connection writes: nobody waits
-    for it. Keeps conversations too. Raises `SettingsError` without the package, or for a bad address.
+    Redis keeps a claim for 3 s, and for a day once its message is safe; nobody waits until that is written. Keeps
+    conversations too. Raises `SettingsError` without the package, or for a bad address.
     """
 
     def __init__(self, url: str, local: ClaimCache) -> None:
-        self._local, self._id, self._numbers = local, os.urandom(6).hex(), itertools.count(1)
+        self._local, self._owner = local, os.urandom(8).hex()
         self._known: Set[str] = set()  # keys in hand that Redis may have from us
-        self._told = False  # that Redis is away
-        self._telling = threading.Lock()  # guards _told
-        self._claimer = RedisLine(url, REDIS_TIMEOUT, self._tell)
-        self._writer = RedisLine(url, REDIS_PATIENCE, self._tell)
+        self._line = RedisLine(url)
 
     def __len__(self) -> int:
         return len(self._local)
 
     def open(self) -> None:
         """Get ready to serve: connect, and do not wait for it. Otherwise the first message does so."""
-        self._claimer.open()
-        self._writer.open()
+        self._line.open()
 
     def claim(self, key: str) -> bool:
         """True for exactly one caller in this instance; False for a repeat. Raises `BeingTaken`."""
@@ -2806,18 +2738,13 @@ class SharedClaims:
         Waits 100 ms at most. What is not ours is released.
         """
         self._known.update(keys)
-        answers = self._claimer.ask([command for key in keys for command in (self._claim(key), ("GET", _name(key)))])
-        answers = answers or [True, None] * len(keys)
+        commands = [command for key in keys for command in (
+            ("SET", _name(key), self._owner, "PX", CLAIM_MS, "NX"), ("GET", _name(key)))]
+        answers = (keys and self._line.ask(commands, REDIS_TIMEOUT)) or [True, None] * len(keys)
         return [self._judge(*each) for each in zip(keys, answers[::2], answers[1::2])]
 
-    def _claim(self, key: str) -> _Command:
-        return "SET", _name(key), "{}{}".format(*self._next()), "PX", CLAIM_MS, "NX"
-
     def _judge(self, key: str, is_set: bool, value: Optional[bytes]) -> Union[bool, PushError]:
-        if is_set:
-            return True
-        if value and value.startswith(self._next()[0].encode()):  # ours: its release was lost, or is on its way
-            self._writer.owe(key, self._claim(key))
+        if is_set or value == self._owner.encode():  # ours: its release was lost
             return True
         self._known.discard(key)
         self._local.release(key)
@@ -2831,10 +2758,8 @@ class SharedClaims:
         self._mark(key)
 
     def finish(self, key: str) -> None:
-        """The message is done. Its mark is owed again while Redis is away: among too many, the first may be gone."""
+        """The message is done."""
         self._local.finish(key)
-        if self._claimer.trouble or self._writer.trouble:
-            self._mark(key)
         self._known.discard(key)
 
     def release(self, key: str) -> None:
@@ -2842,7 +2767,7 @@ class SharedClaims:
         self._local.release(key)
         if key in self._known:  # else Redis has nothing, or what was finished long ago
             self._known.discard(key)
-            self._writer.owe(key, ("EVAL", _RELEASE, 1, _name(key), *self._next()))
+            self._line.owe(key, ("EVAL", _RELEASE, 1, _name(key), self._owner))
 
     def restore(self, key: str) -> None:
         """The message was accepted before a restart, and is in hand again."""
@@ -2851,11 +2776,7 @@ class SharedClaims:
 
     def _mark(self, key: str) -> None:
         self._known.add(key)
-        self._writer.owe(key, ("SET", _name(key), "+{}{}".format(*self._next()), "PX", REMEMBER_MS))
-
-    def _next(self) -> Tuple[str, int]:
-        """This process's name as an owner, and the next number."""
-        return f"{self._id}{os.getpid():x}:", next(self._numbers)
+        self._line.owe(key, ("SET", _name(key), "+" + self._owner, "PX", REMEMBER_MS))
 
     def load_session(self, name: str) -> str:
         """The text that any instance saved last for the conversation; empty if there is none.
@@ -2873,27 +2794,14 @@ class SharedClaims:
             self._ask_for_session("DEL", name)
 
     def _ask_for_session(self, verb: str, name: str, *arguments: Any) -> Any:
-        answers = self._writer.ask([(verb, "kfserver-session:" + name, *arguments)])
+        answers = self._line.ask([(verb, "kfserver-session:" + name, *arguments)], REDIS_PATIENCE)
         if answers is None:
             raise SessionUnavailable("Redis is away, and conversations are there")
         return answers[0]
 
     def close(self) -> None:
         """Write what is owed, if Redis is there, for 1 s at most; nothing is written afterwards."""
-        deadline = time.monotonic() + REDIS_PATIENCE
-        for line in (self._writer, self._claimer):
-            line.close(max(0.0, deadline - time.monotonic()))
-
-    def _tell(self) -> None:
-        """Log that Redis is away, and that it is back: once each, whichever connection finds out."""
-        with self._telling:
-            trouble = self._claimer.away or self._writer.away
-            told, self._told = self._told, bool(trouble)
-        if trouble and not told:
-            log.warning("Redis is away (%s): this instance drops only the repeats that it has seen itself; "
-                        "check the server behind --redis", type(trouble).__name__)
-        elif told and not trouble:
-            log.warning("Redis is back: instances share their claims again")
+        self._line.close()
 
 
 def _name(key: str) -> str:
@@ -5989,6 +5897,7 @@ def _converse(talk: Chat) -> None:
 # words only on request.
 
 Report = Dict[str, Any]
+_REQUEUE = "UPDATE messages SET state = 0, tries = 0, error = NULL, done = NULL WHERE state = 2"
 
 
 def build_journal_parser() -> argparse.ArgumentParser:
@@ -6013,7 +5922,12 @@ def journal_command(arguments: argparse.Namespace) -> int:
         raise SettingsError(f"there is no journal {arguments.journal}")
     try:
         with contextlib.closing(_connect_beside(path, "ro")) as db:
-            requeued = _requeue(db, path) if arguments.requeue else 0
+            requeued = 0
+            if arguments.requeue:
+                # `db`, which can only read, stays open longer: who closes the file last would delete its log, and the
+                # locks that keep the server's log alive may have been lost.
+                with contextlib.closing(_connect_beside(path, "rw")) as writer:
+                    requeued = writer.execute(_REQUEUE).rowcount
             report = _report_journal(db, requeued, arguments.show)
     except sqlite3.Error as error:
         if "not a database" in str(error):
@@ -6036,13 +5950,6 @@ def _connect_beside(path: str, mode: str) -> sqlite3.Connection:
         db.close()
         raise
     return db
-
-
-def _requeue(db: sqlite3.Connection, path: str) -> int:
-    """Put the dead back; their number. ``db``, which can only read, stays open longer: who closes the file last would
-    delete its log, and the locks that keep the server's log alive may have been lost."""
-    with contextlib.closing(_connect_beside(path, "rw")) as writer:
-        return writer.execute(_REQUEUE).rowcount
 
 
 def _report_journal(db: sqlite3.Connection, requeued: int, show: bool) -> Report:
