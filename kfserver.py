@@ -4241,7 +4241,7 @@ def _origin_form(method: str, target: str) -> str:
     """Path and query of a request target; proxies write it with scheme and host (RFC 9112, section 3.2.2)."""
     if target.startswith("/") or (target == "*" and method == "OPTIONS"):
         return target
-    found = re.fullmatch(r"(?i:https?)://[^/?#]+(/[^?#]*)?(\?[^#]*)?", target)
+    found = re.fullmatch(r"(?i:https?)://[!$%&'()*+,;=:\[\]._~0-9A-Za-z-]+(/[^?#]*)?(\?[^#]*)?", target)
     if not found:
         raise MalformedPush("malformed request target")
     return (found.group(1) or "/") + (found.group(2) or "")
@@ -4346,7 +4346,7 @@ class RequestReader:
 
     def _take_line(self) -> Generator[None, None, bytes]:
         while b"\r\n" not in self._buffer[:MAX_CHUNK_LINE + 2]:
-            if len(self._buffer) > MAX_CHUNK_LINE:
+            if len(self._buffer) > MAX_CHUNK_LINE + 1:  # with its CR
                 raise MalformedPush("a line too long between chunks")
             yield None
         line = yield from self._take(self._buffer.index(b"\r\n") + 2)
