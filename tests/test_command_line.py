@@ -418,6 +418,18 @@ def test_program_finds_its_libraries_whatever_the_handlers_and_their_neighbours_
     assert (result.stdout, result.stderr, result.returncode) == ("handled\nb'success' True\n", "", 0)
 
 
+@pytest.mark.parametrize("name", ["sqlite3", "redis", "queue"])
+def test_program_finds_its_libraries_though_it_lies_beside_such_handlers(name: str) -> None:
+    shutil.copy(str(ROOT / "kfserver.py"), "kfserver.py")
+    write(f"{name}.py", "from kfserver import HandlerRegistry\nregistry = HandlerRegistry()\n")
+    options = ["--handlers", f"{name}.py", "--journal", "kf.db"]
+    command = [sys.executable, "-W", "error", "kfserver.py", "--host", "127.0.0.1", "--port", "0", *options]
+    with Program(command=command, folder=pathlib.Path.cwd()) as program:
+        program.push()
+        assert program.end() == 0
+    assert f"0 handlers from {os.path.abspath(name)}.py\n" in program.output
+
+
 def test_program_needs_nothing_but_its_file() -> None:
     shutil.copy(str(ROOT / "kfserver.py"), "kfserver.py")
     result = run("-I", "-S", "kfserver.py", "--check")
@@ -855,7 +867,7 @@ def test_json_formatter_rounds_numbers_and_keeps_the_rest() -> None:
 
 
 @pytest.mark.parametrize(("arguments", "told"), [
-    (["--app-id", "a", "--access-token", "@missing"], "--access-token (KF_ACCESS_TOKEN) cannot use its file: No such file"),
+    (["--access-token", "@missing"], "--access-token (KF_ACCESS_TOKEN) cannot use its file: No such file"),
     (["--journal", "missing/kf.db"], "cannot write the journal missing/kf.db: No such file or directory"),
     (["--journal", "text"], "text is not a journal of kfserver"),
     (["--tls-cert", "text"], "cannot use the certificate text"),
