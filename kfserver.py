@@ -5140,7 +5140,7 @@ MAX_SHOWN = 4000
 TEMPORARY_ERRORS = (408, 425, 429)
 # Seconds that the platform waits for an answer, and how often it sends again what was not answered (its page on coupon
 # events). How soon it does so is not documented; a receiver that is busy asks for one second.
-ANSWER_SECONDS, RETRIES, PAUSE_SECONDS = 2.0, 3, 1.0
+ANSWER_SECONDS, RETRIES, RETRY_SECONDS = 2.0, 3, 1.0
 
 
 def read_push_url(text: str) -> Tuple[str, str]:
@@ -5417,7 +5417,7 @@ def _any_certificate() -> ssl.SSLContext:
 
 
 def push(arguments: argparse.Namespace, answer_seconds: float = ANSWER_SECONDS,
-         pause_seconds: float = PAUSE_SECONDS) -> int:
+         pause_seconds: float = RETRY_SECONDS) -> int:
     """Push as the arguments of `build_push_parser` ask, and show what comes of it: one message in full, more in sums.
 
     Returns 0 if all was answered, 1 if not. Raises `SettingsError` before anything is sent, or for the wrong scheme.

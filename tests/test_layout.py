@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import collections
 import importlib.util
 import re
 import statistics
@@ -137,6 +138,13 @@ def test_names_refer_only_to_sections_above() -> None:
                 for statement in TREE.body for name in loaded(statement)
                 if names.get(name.id, 0) > section_at(name.lineno)]
     assert downward == []
+
+
+def test_each_name_of_the_module_is_bound_once() -> None:
+    # A constant that another section binds again changes what the first one does. A fallback binds its name twice.
+    bound = collections.Counter(name for statement in TREE.body for name in (
+        [statement.name] if isinstance(statement, (*FUNCTION_KINDS, ast.ClassDef)) else set(stored(statement))))
+    assert [name for name, times in bound.items() if times > 1] == []
 
 
 # ---- Purity and imports
