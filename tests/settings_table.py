@@ -86,7 +86,7 @@ def main() -> None:
     tables = make_tables()
     if "--update" in sys.argv[1:]:
         text = README.read_text("utf-8")
-        assert len(read_tables()) == len(tables), "the README has not two pairs of <!-- settings --> and <!-- /settings -->"
+        assert len(read_tables()) == len(tables), "the README has a pair of markers <!-- settings --> in each half"
         left = iter(tables)
         README.write_bytes(PLACE.sub(lambda found: next(left), text).encode())
     else:

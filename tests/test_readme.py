@@ -1,6 +1,7 @@
 """The README: every example in it is run, every table walked, and every option, target and metric that it names exists.
 
-It has two halves, Chinese and English, and both are held together here: the same sections, examples and tables. Its commands are run as they stand there, but for the port, which is a free one, and the address, which is 127.0.0.1.
+It has two halves, Chinese and English, which are held together here: the same sections, examples and tables. Its
+commands are run as they stand there, but for the port, which is a free one, and the address, which is 127.0.0.1.
 """
 
 from __future__ import annotations
@@ -58,7 +59,8 @@ def find_blocks() -> List[Block]:
 BLOCKS = find_blocks()
 # Those of each half.
 HALF_LINE = README.count("\n", 0, HALF) + 1
-HALVES_OF_BLOCKS = [[block for block in BLOCKS if (block.line > HALF_LINE) == is_english] for is_english in (False, True)]
+HALVES_OF_BLOCKS = [[block for block in BLOCKS if (block.line > HALF_LINE) == is_english]
+                    for is_english in (False, True)]
 both_halves_of_blocks = pytest.mark.parametrize("blocks", HALVES_OF_BLOCKS, ids=["chinese", "english"])
 
 
@@ -226,7 +228,7 @@ def test_halves_have_the_same_sections_in_the_same_order() -> None:
     assert sections(CHINESE_HALF) == sections(ENGLISH_HALF)
     for half in HALVES:
         without_code = re.sub(r"^ *```.*?^ *```$", "", half, flags=re.MULTILINE | re.DOTALL)
-        assert len(re.findall(r"^#+ ", without_code, re.MULTILINE)) == len(sections(half)), "a heading without an anchor"
+        assert len(re.findall(r"^#+ ", without_code, re.MULTILINE)) == len(sections(half)), "one has no anchor"
 
 
 def test_links_inside_the_readme_lead_to_an_anchor() -> None:
@@ -293,7 +295,7 @@ def test_first_push_sent_twice_runs_the_handler_once(blocks: Sequence[Block]) ->
 
 
 def replies_of(platform: SendApiServer) -> List[str]:
-    """What users were sent, in order. A reply whose sending was cut off by a kill may be there twice: it counts once."""
+    """What users were sent, in order. What a kill has cut off may have been sent twice: it counts once."""
     return list(dict.fromkeys(reply.content for reply in platform.sent))
 
 
@@ -394,7 +396,8 @@ def test_unit_starts_kfserver(tmp_path: pathlib.Path, blocks: Sequence[Block]) -
 
 @both_halves_of_blocks
 def test_unit_gives_the_server_more_time_than_it_takes_to_end(blocks: Sequence[Block]) -> None:
-    assert int(read_unit(blocks)["Service"]["TimeoutStopSec"]) > SETTING_FIELDS["grace"].default + kfserver.FINISH_SECONDS
+    given = int(read_unit(blocks)["Service"]["TimeoutStopSec"])
+    assert given > SETTING_FIELDS["grace"].default + kfserver.FINISH_SECONDS
 
 
 @both_halves_of_blocks
@@ -484,8 +487,8 @@ SEALED_PUSH = Request("POST", "/", urlencode(SEALED["query"]), SEALED["body"].en
 
 
 class Case(NamedTuple):
-    """A request that a row of the answers table speaks of, and what it meets: settings, a push before it, no room, or an
-    error of ours."""
+    """A request that a row of the answers table speaks of, and what it meets: settings, a push before it, no room,
+    or an error of ours."""
 
     request: Request
     settings: Dict[str, Any] = {}
@@ -533,8 +536,9 @@ def test_answers_table_has_a_row_for_each_kind_of_push() -> None:
 
 def test_answers_tables_of_both_halves_say_the_same() -> None:
     in_english = {"一次": "once", "否": "no", "稍后": "later"}
-    told = [(re.findall(r"\d{3}|`\w+`|\b[A-Z][\w-]*[a-z]\b", told), in_english[runs]) for _, told, runs in CHINESE_ANSWERS]
-    assert told == [(re.findall(r"\d{3}|`\w+`|\b[A-Z][\w-]*[a-z]\b", told), runs) for _, told, runs in ANSWERS]
+    named = re.compile(r"\d{3}|`\w+`|\b[A-Z][\w-]*[a-z]\b")  # statuses, bodies and headers
+    chinese = [(named.findall(told), in_english[runs]) for _, told, runs in CHINESE_ANSWERS]
+    assert chinese == [(named.findall(told), runs) for _, told, runs in ANSWERS]
 
 
 @pytest.mark.parametrize(("kind", "told", "runs"), ANSWERS, ids=[kind for kind, _, _ in ANSWERS])
@@ -589,7 +593,8 @@ def logged_texts() -> List[str]:
     reasons = [text for call in calls if getattr(call.func, "id", "") in ("ForbiddenPush", "Busy")
                for text in texts_of(call)]
     texts = [re.sub(r"%\(\w+\)", "%", text) for text in logged]
-    return texts + constants + [text.replace("%s", reason, 1) for text in texts if "refused" in text for reason in reasons]
+    refusals = [text for text in texts if "refused" in text]
+    return texts + constants + [text.replace("%s", reason, 1) for text in refusals for reason in reasons]
 
 
 LOG_LINES, CHINESE_LOG_LINES = read_rows("log line | what to do"), read_rows("日志行 | 怎么办")
