@@ -8,15 +8,21 @@ library alone, CPython 3.7 or later:
 
     python3 kfserver.py --port 8080
 
-The path of one push:
+The path of one push, through these ten objects:
 
-    bytes -> PushServer -> Request -> Endpoint -> Response -> bytes
+    bytes -> Connection -> Request -> Endpoint -> Response -> bytes
+                                         |  proves it, decrypts it, parses it
+                                         v
+                                      Message
+                                         |
+             Inbox.take: a key, claimed in the ClaimCache; a place in the queue
+             Inbox.deliver: one write of the Journal for all pushes of a round
                                          |
                                          v
-                        Inbox: claim, journal, one mailbox a sender
+             Dispatcher: a Job in its sender's mailbox, until a worker comes
                                          |
                                          v
-                        HandlerRegistry -> handler(message) -> SendApi
+             HandlerRegistry -> handler(message) -> what it returns -> SendApi
 
 Sections, in the order of dependence; a name refers only to what stands above it:
 
@@ -86,6 +92,7 @@ import weakref
 from collections import Counter, OrderedDict, deque
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.machinery import EXTENSION_SUFFIXES, ModuleSpec, PathFinder, SourceFileLoader
 from pathlib import PurePath
 from socketserver import TCPServer
 from types import MappingProxyType, ModuleType, TracebackType
@@ -123,10 +130,8 @@ class KfError(Exception):
 
 
 class PushError(KfError):
-    """A push is refused with ``status``; ``advice`` tells the operator, in the log, what can be done about it.
-
-    The sender is told the reason, or ``public`` instead where there is one.
-    """
+    """A push is refused with ``status``. The sender is told the reason, or ``public`` where there is one; ``advice``
+    tells the operator, in the log, what to do."""
 
     status = 400
     public = ""
@@ -200,8 +205,7 @@ def describe_error(error: BaseException) -> str:
 
 
 def exc_info_of(error: BaseException) -> Tuple[Type[BaseException], BaseException, Optional[TracebackType]]:
-    """The error's traceback for the log, with `describe_error` in place of its text, which may hold a user's words.
-    At the level debug, which is meant for that, the text stays."""
+    """What the log shows of the error: its text, which may hold a user's words, only at the level debug."""
     if log.isEnabledFor(logging.DEBUG):
         return type(error), error, error.__traceback__
     return KfError, KfError(describe_error(error)), error.__traceback__
@@ -220,7 +224,7 @@ def attempt(function: Callable[..., object], *arguments: Any) -> Optional[BaseEx
 
 
 def guard(function: Callable[..., object], *arguments: Any) -> bool:
-    """Call a part of our own that must not end the thread it runs on; whether it went well."""
+    """Call what must not end the thread it runs on; whether it went well."""
     error = attempt(function, *arguments)
     if error:
         report_bug(error)
@@ -234,15 +238,13 @@ def report_bug(error: BaseException, more: str = "") -> None:
 
 # Seconds between two lines of one kind in the log: an attacker must not be able to fill it.
 TELL_SECONDS = 60.0
-# Kinds that are remembered; there are a few dozen, so that more would be a mistake of ours.
-MAX_KINDS = 1000
 
 
 class Teller:
     """Tells the log about each kind of thing at most once a minute, and then how often it was left out before.
 
-    ``timer`` gives seconds from anywhere. There is no lock: when two threads tell of one kind at the same moment, both
-    lines may be written.
+    ``timer`` gives seconds from anywhere. A kind is a text from this file, never from outside, so there are few. There
+    is no lock: when two threads tell of one kind at the same moment, both lines may be written.
     """
 
     def __init__(self, timer: Callable[[], float]) -> None:
@@ -255,12 +257,6 @@ class Teller:
         if more is not None:
             log.warning(text + "%s", *arguments, more)
 
-    def report_bug(self, error: BaseException) -> None:
-        """Tell of an error that should not be. Its kind is its type, and the line that raised it."""
-        more = self._count(type(error).__name__ if isinstance(error, KfError) else describe_error(error))
-        if more is not None:
-            report_bug(error, more)
-
     def guard(self, function: Callable[..., object], *arguments: Any) -> bool:
         """Call what must not end the thread it runs on; whether it went well. Not even telling of an error raises."""
         error = attempt(function, *arguments)
@@ -269,6 +265,12 @@ class Teller:
             error.__traceback__ = None  # which up to Python 3.10 leads back to this frame: a cycle
         return error is None
 
+    def report_bug(self, error: BaseException) -> None:
+        """Tell of an error that should not be. Its kind is its type, and the line that raised it."""
+        more = self._count(type(error).__name__ if isinstance(error, KfError) else describe_error(error))
+        if more is not None:
+            report_bug(error, more)
+
     def _count(self, kind: str) -> Optional[str]:
         """What to add to the line, if it is time for one; None if not."""
         now = self._timer()
@@ -276,8 +278,6 @@ class Teller:
         if now - when < TELL_SECONDS:
             self._told[kind] = when, left_out + 1
             return None
-        if len(self._told) >= MAX_KINDS:
-            self._told.clear()
         self._told[kind] = now, 0
         return f" ({left_out} more like this since the last such line)" if left_out else ""
 
@@ -285,19 +285,19 @@ class Teller:
 # ---- 2 Values -------------------------------------------------------------------------------------------------------
 # Law: plain values, read-only, that know nothing but themselves. Every other section may use them.
 
+# An access token, or a function that returns the current one.
+AccessToken = Union[str, Callable[[], str]]
+
+
 def _setting(default: Any, text: str, low: Optional[float] = None, high: Optional[float] = None,
              choices: Sequence[str] = ()) -> Any:
     """A field of `Settings`: its default, its line of help, and the values that it takes."""
     return dataclasses.field(default=default, metadata={"help": text, "low": low, "high": high, "choices": choices})
 
 
-# An access token, or a function that returns the current one.
-AccessToken = Union[str, Callable[[], str]]
-
-
 def _secret(text: str) -> Any:
     """A text field of `Settings` that must not show when settings are printed."""
-    return dataclasses.field(default="", repr=False, metadata={"help": text, "low": None, "high": None, "choices": ()})
+    return dataclasses.field(default="", repr=False, metadata=_setting("", text).metadata)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -356,7 +356,9 @@ class Settings:
                 (self.app_key and self.access_token, "access_token", "replaces --app-key and --app-secret: set either"),
                 (self.third_party and not self.access_token, "third_party", "needs --access-token, the app's"),
                 (self.tls_key and not self.tls_cert, "tls_key", "needs --tls-cert, the certificate that it belongs to"),
-                (self.admin and not _is_address(self.admin), "admin", "takes an address and a port, as 127.0.0.1:9090"),
+                (self.admin and not (re.fullmatch(r"\S*:\d{1,5}", self.admin)
+                                     and int(self.admin.rpartition(":")[2]) < 65536), "admin",
+                 "takes an address and a port, as 127.0.0.1:9090"),
                 (self.aes_key and not re.fullmatch("[A-Za-z0-9+/]{43}", self.aes_key), "aes_key",
                  "takes the 43 characters that the console shows"),
                 (self.app_id and not all(map(str.strip, self.app_id.split(","))), "app_id",
@@ -375,10 +377,6 @@ def _is_base(text: str) -> bool:
     except ValueError:
         return False
     return bool(re.fullmatch(r"https?://[^/?#@\s]+(/[^?#\s]*)?", text) and parts.hostname)
-
-
-def _is_address(text: str) -> bool:
-    return bool(re.fullmatch(r"\S*:\d{1,5}", text)) and int(text.rpartition(":")[2]) < 65536
 
 
 SETTING_FIELDS: Mapping[str, dataclasses.Field[Any]] = MappingProxyType(
@@ -671,13 +669,11 @@ class LibraryAes256Cbc:
 
     def decrypt(self, data: bytes) -> bytes:
         """Complete blocks in, as many out."""
-        decryptor = self._cipher.decryptor()
-        return bytes(decryptor.update(data) + decryptor.finalize())
+        return bytes(self._cipher.decryptor().update(data))
 
     def encrypt(self, data: bytes) -> bytes:
         """Complete blocks in, as many out."""
-        encryptor = self._cipher.encryptor()
-        return bytes(encryptor.update(data) + encryptor.finalize())
+        return bytes(self._cipher.encryptor().update(data))
 
 
 class Aes256Cbc:
@@ -1223,8 +1219,6 @@ _SUBJECTS: Mapping[str, Callable[[Message], str]] = MappingProxyType(
     {"text": lambda message: message.content.strip(), "event": lambda message: message.event})
 # Kinds of unhandled message that are told of: bounds what a sender that invents types puts into memory and log.
 MAX_KINDS_TOLD = 100
-# Seconds after which a thread that waits for an async function looks whether the event loop still runs.
-LOOP_CHECK_SECONDS = 1.0
 
 
 def encode_session(session: Dict[str, Any]) -> str:
@@ -1232,21 +1226,19 @@ def encode_session(session: Dict[str, Any]) -> str:
 
     Raises `HandlerError` that names the key whose value JSON does not have.
     """
-    text = _encode_exactly(session) if session else ""
-    if text is None:
-        wrong = next((key for key, value in session.items() if _encode_exactly({key: value}) is None), "")
-        raise HandlerError(f"session[{wrong!r:.64}] is not what JSON has: keep None, True, False, numbers, texts, "
-                           "lists, and dicts whose keys are texts")
-    return text
-
-
-def _encode_exactly(value: Any) -> Optional[str]:
-    """JSON text, or None if decoding it would not give an equal value: JSON turns tuples into lists, for example."""
+    if not session:
+        return ""
     try:
-        text = json.dumps(value, allow_nan=False, separators=(",", ":"))
-        return text if json.loads(text) == value else None
+        text = json.dumps(session, allow_nan=False, separators=(",", ":"))
+        if json.loads(text) == session:  # not so for tuples, which become lists, and for keys that are numbers
+            return text
     except (TypeError, ValueError, RecursionError):
-        return None
+        pass
+    if len(session) > 1:
+        for key, value in session.items():
+            encode_session({key: value})
+    raise HandlerError(f"session[{next(iter(session))!r:.64}] is not what JSON has: keep None, True, False, numbers, "
+                       "texts, lists, and dicts whose keys are texts")
 
 
 def handler_name(function: object) -> str:
@@ -1272,6 +1264,10 @@ def _called(function: Any) -> Any:
     return getattr(function, "__func__", function)
 
 
+def _is_async(function: object) -> bool:
+    return inspect.iscoroutinefunction(_called(function))
+
+
 class EventLoop:
     """One asyncio loop in a daemon thread. Both are made at the first use, and made again in a forked process.
 
@@ -1287,31 +1283,33 @@ class EventLoop:
         """Whether the caller runs on the loop, where waiting would stop everything else on it."""
         return self._thread is not None and self._thread is threading.current_thread()
 
-    def is_alive(self) -> bool:
-        """Whether the thread of the loop runs: it does not before the first use and after a fork."""
-        return self._thread is not None and self._thread.is_alive()
-
-    def submit(self, awaitable: Any) -> Future[Any]:
-        """Run ``awaitable`` on the loop, in the caller's context variables. To cancel the future cancels it there."""
+    def wait(self, result: Any, caller: Optional[Future[Any]] = None) -> Any:
+        """What a function has returned; if that can be awaited, its outcome, from the loop. It runs in the context
+        variables of this thread, and is cancelled when ``caller``, which wants the outcome, is done before."""
+        if not hasattr(result, "__await__"):
+            return result
         import asyncio
         with self._lock:
-            if not self.is_alive():
+            if self._thread is None or not self._thread.is_alive():
                 self._start(asyncio.new_event_loop())
-            loop = self._loop
-        return asyncio.run_coroutine_threadsafe(_await(awaitable, loop), loop)
+            future = asyncio.run_coroutine_threadsafe(_await(result, self._loop), self._loop)
+        if caller:
+            caller.add_done_callback(lambda _: future.cancel())
+        try:
+            return future.result()
+        finally:
+            future.cancel()  # after Ctrl-C; what is done stays as it is
 
     def _start(self, loop: Any) -> None:
-        ended = threading.Event()
         # The thread must not refer to this object, or that would never be garbage.
-        thread = threading.Thread(target=_run_loop, args=(loop, ended), name="kfserver-async", daemon=True)
+        thread = threading.Thread(target=_run_loop, args=(loop, weakref.ref(self)), name="kfserver-async", daemon=True)
         try:
             thread.start()
         except RuntimeError:  # the system has no thread to give
             loop.close()
             raise
-        # The loop of a parent process is left alone: to close it would take sockets from the parent's loop.
         self._loop, self._thread = loop, thread
-        weakref.finalize(self, _end_loop, loop, thread, ended).atexit = False
+        weakref.finalize(self, loop.call_soon_threadsafe, loop.stop).atexit = False
 
 
 async def _await(awaitable: Any, loop: Any) -> Any:
@@ -1327,9 +1325,9 @@ def _is_forked() -> bool:
     return threading.current_thread() is threading.main_thread()
 
 
-def _run_loop(loop: Any, ended: threading.Event) -> None:
-    """Run the loop until ``ended``. asyncio lets sys.exit() of a handler end the loop: it is begun again."""
-    while not (ended.is_set() or loop.is_closed()):
+def _run_loop(loop: Any, owner: weakref.ReferenceType[EventLoop]) -> None:
+    """Run the loop as long as its owner lives. asyncio lets sys.exit() of a handler end the loop: it is begun again."""
+    while owner():
         attempt(loop.run_forever)
         if _is_forked():
             return  # it is the last thread of the child, which ends with it
@@ -1340,88 +1338,31 @@ def _run_loop(loop: Any, ended: threading.Event) -> None:
 async def _cancel_tasks() -> None:
     """Cancel everything else on the loop, and wait until it has ended."""
     import asyncio
-    loop = asyncio.get_running_loop()
     tasks = asyncio.all_tasks() - {asyncio.current_task()}
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
-    await loop.shutdown_asyncgens()
+    await asyncio.get_running_loop().shutdown_asyncgens()
 
 
-def _end_loop(loop: Any, thread: threading.Thread, ended: threading.Event) -> None:
-    ended.set()
-    if thread.is_alive():  # not so in a forked process, where the loop is still the parent's
-        loop.call_soon_threadsafe(loop.stop)
+async def _call_in_thread(function: Callable[[Future[Any]], Any]) -> Any:
+    """Call a plain function from the event loop, in a thread of its own, because it may wait. It gets the future of
+    this call, and runs in the caller's context variables."""
+    import asyncio
+    import concurrent.futures
+    import contextvars
+    call: Future[Optional[BaseException]] = concurrent.futures.Future()
+    context = contextvars.copy_context()
+    results: List[Any] = []
 
-
-class Waiter:
-    """A thread that waits for async functions of one message, and meanwhile runs the plain functions that they call.
-
-    So a plain function always runs on the thread that handles the message, and an async one on the event loop.
-    """
-
-    def __init__(self, loop: EventLoop) -> None:
-        self._loop = loop
-        self._changed = threading.Condition()  # guards the jobs; notified when one comes and when a future is done
-        self._jobs: Deque[Callable[[], None]] = deque()
-        self._futures: List[Future[Any]] = []
-
-    def finish(self, result: Any) -> Any:
-        """What a function has returned; if that can be awaited, its outcome: the thread waits for it."""
-        if not hasattr(result, "__await__"):
-            return result
-        outer, future = list(self._futures), self._loop.submit(result)
-        self._futures.append(future)
-        future.add_done_callback(self._notify)
-        try:
-            # When a function further out has ended already, by a timeout for example, nobody wants the result any more.
-            while not any(each.done() for each in (future, *outer)) and self._loop.is_alive():
-                self._run_next_job((future, *outer))
-        except BaseException:  # Ctrl-C
-            future.cancel()
-            raise
-        finally:
-            self._futures.remove(future)
-        future.cancel()  # does nothing to one that is done
-        return future.result()
-
-    def _run_next_job(self, futures: Sequence[Future[Any]]) -> None:
-        """Wait for a job and run it, or until one of ``futures`` is done; LOOP_CHECK_SECONDS at most."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._jobs or any(each.done() for each in futures), LOOP_CHECK_SECONDS)
-            job = self._jobs.popleft() if self._jobs and not any(each.done() for each in futures) else None
-        if job:
-            job()
-
-    def _notify(self, _: object = None) -> None:
-        with self._changed:
-            self._changed.notify_all()
-
-    async def lend(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """On the event loop: have the waiting thread call ``function``, in the caller's context variables; its result,
-        awaited if it can be."""
-        import asyncio
-        import concurrent.futures
-        import contextvars
-        outcome: Future[Optional[BaseException]] = concurrent.futures.Future()
-        context = contextvars.copy_context()
-        results: List[Any] = []
-
-        def job() -> None:
-            if outcome.set_running_or_notify_cancel():  # else the caller has stopped waiting
-                error = attempt(lambda: results.append(context.run(function, *arguments)))
-                outcome.set_result(error)
-        with self._changed:
-            self._jobs.append(job)
-            self._changed.notify_all()
-        try:
-            error = await asyncio.wrap_future(outcome)
-        except asyncio.CancelledError:
-            outcome.add_done_callback(lambda _: [each.close() for each in results if hasattr(each, "close")])
-            raise
-        if error:
-            raise error
-        return await results[0] if hasattr(results[0], "__await__") else results[0]
+    def work() -> None:
+        error = attempt(lambda: results.append(context.run(function, call)))
+        attempt(call.set_result, error)  # fails when the caller has stopped waiting
+    threading.Thread(target=work, name="kfserver-plain", daemon=True).start()
+    error = await asyncio.wrap_future(call)
+    if error:
+        raise error
+    return results[0]
 
 
 class Match(NamedTuple):
@@ -1460,7 +1401,7 @@ class HandlerRegistry:
         return tuple(rule for _, rule in self._rules)
 
     def rules_of(self, handler: Handler) -> Tuple[str, ...]:
-        """Those of the `rules` that registered this function: one for each of its decorators."""
+        """Those of the `rules` that registered this function."""
         return tuple(rule for function, rule in self._rules if function is handler)
 
     def on(self, msg_type: str, *patterns: Pattern) -> Callable[[HandlerT], HandlerT]:
@@ -1529,13 +1470,9 @@ class HandlerRegistry:
         if handler is not None:
             return Match(handler)
         for pattern, function in self._tried.get(kind, ()):
-            if callable(pattern):
-                if _takes(pattern, message):
-                    return Match(function)
-                continue
-            found = pattern.search(subject)
+            found = _takes(pattern, message) if callable(pattern) else pattern.search(subject)
             if found:
-                return Match(function, found.groups())
+                return Match(function, () if found is True else found.groups())
         handler = self._handlers.get((kind, None))
         return None if handler is None else Match(handler)
 
@@ -1551,38 +1488,33 @@ class HandlerRegistry:
         if self._loop.is_current():
             raise HandlerError("an async function cannot wait for registry.handle(): await the other handler itself")
         if match is None:
-            self._tell_unhandled(message)
+            decorator = decorator_for(message)
+            if decorator not in self._told and len(self._told) < MAX_KINDS_TOLD:
+                self._told.add(decorator)
+                log.warning("no handler takes this message; to take it, write: %s", decorator)
             return None
-        if self._arounds:
-            answers: Answers = self._pass_on(Waiter(self._loop), match, 0, message)
-            return answers
-        answers = match.handler(message, *match.arguments)
-        return Waiter(self._loop).finish(answers) if hasattr(answers, "__await__") else answers
+        result = self._call(match, 0, message, None) if self._arounds else match.handler(message, *match.arguments)
+        answers: Answers = self._loop.wait(result) if hasattr(result, "__await__") else result
+        return answers
 
-    def _pass_on(self, waiter: Waiter, match: Match, depth: int, message: Message) -> Any:
+    def _pass_on(self, match: Match, depth: int, caller: Optional[Future[Any]], message: Message) -> Any:
         """The ``handle`` of around-functions: what stands further in. On the event loop it is an awaitable."""
-        if self._loop.is_current():
-            return waiter.lend(self._call, waiter, match, depth, message)
-        return waiter.finish(self._call(waiter, match, depth, message))
+        if not self._loop.is_current():
+            return self._loop.wait(self._call(match, depth, message, caller), caller)
+        if _is_async([*self._arounds, match.handler][depth]):
+            return self._call(match, depth, message, None)
+        return _call_in_thread(lambda call: self._pass_on(match, depth, call, message))
 
-    def _call(self, waiter: Waiter, match: Match, depth: int, message: Message) -> Any:
+    def _call(self, match: Match, depth: int, message: Message, caller: Optional[Future[Any]]) -> Any:
         if depth == len(self._arounds):
             return match.handler(message, *match.arguments)
-        return self._arounds[depth](message, functools.partial(self._pass_on, waiter, match, depth + 1))
+        return self._arounds[depth](message, functools.partial(self._pass_on, match, depth + 1, caller))
 
     def handle_error(self, message: Message, error: BaseException) -> List[BaseException]:
         """Run all functions of `on_error`; the errors that they raised."""
-        failed = [attempt(self._run_error_handler, function, message, error) for function in self._error_handlers]
+        failed = [attempt(lambda: self._loop.wait(function(message, error)))  # noqa: B023  (called at once)
+                  for function in self._error_handlers]
         return [each for each in failed if each]
-
-    def _run_error_handler(self, function: ErrorHandler, message: Message, error: BaseException) -> None:
-        Waiter(self._loop).finish(function(message, error))
-
-    def _tell_unhandled(self, message: Message) -> None:
-        decorator = decorator_for(message)
-        if decorator not in self._told and len(self._told) < MAX_KINDS_TOLD:
-            self._told.add(decorator)
-            log.warning("no handler takes this message; to take it, write: %s", decorator)
 
 
 def decorator_for(message: Message) -> str:
@@ -1592,14 +1524,18 @@ def decorator_for(message: Message) -> str:
 
 
 def _takes(pattern: Callable[[Message], object], message: Message) -> bool:
-    """Whether a function that is a pattern takes the message. Raises `PatternError` if it raises or cannot be used."""
-    results: List[Any] = []
-    error = attempt(lambda: results.append(pattern(message)) or bool(results[0]))  # type: ignore[func-returns-value]
-    if error is None and hasattr(results[0], "__await__"):
-        error = HandlerError("it returns what must be awaited: a pattern cannot be async")
+    """Whether a function that is a pattern takes the message. Raises `PatternError` if it raises."""
+    verdicts: List[bool] = []
+
+    def ask() -> None:
+        verdict = pattern(message)
+        if hasattr(verdict, "__await__"):
+            raise HandlerError("it returns what must be awaited: a pattern cannot be async")
+        verdicts.append(bool(verdict))
+    error = attempt(ask)
     if error:
         raise PatternError(f"the pattern {describe_handler(pattern)} failed: {describe_error(error)}") from error
-    return bool(results[0])
+    return verdicts[0]
 
 
 def _show_pattern(msg_type: str, pattern: object) -> str:
@@ -1647,7 +1583,7 @@ def _check_function(function: object, decorator: str, further: Iterable[int], ad
 def _check_plain(function: object, use: str) -> None:
     """Raise `HandlerError` unless this can be called with a message, and is not async."""
     _check_function(function, use, {0})
-    if inspect.iscoroutinefunction(_called(function)):
+    if _is_async(function):
         raise HandlerError(f"{use} cannot be async: write 'def {handler_name(function)}(message):' without async")
 
 
@@ -1657,8 +1593,6 @@ def _check_plain(function: object, use: str) -> None:
 
 # Bytes of a handshake in a body: four short values, in any format. A longer body is not a handshake.
 MAX_HANDSHAKE = 4096
-# Seconds between two warnings with the same advice: an attacker must not be able to fill the log with them.
-ADVICE_INTERVAL = 60.0
 # The platform's page writes the first; receivers in production have met the second.
 _ECHO_NAMES = ("echoStr", "echostr")
 # XML or JSON with one of these fields is a message, or the envelope of one, and never a handshake.
@@ -1703,7 +1637,7 @@ class Gate:
         outer = self._read_outer(body) if b"Encrypt" in body else {}
         sealed = outer.get("Encrypt")
         if isinstance(sealed, str) and self._envelope:
-            self._prove_sealed(_find_message_signature(query, outer), sealed)
+            self._check("msg_signature", _find_message_signature(query, outer), sealed)
             return self._envelope.open(sealed), True
         if self._envelope and not self._settings.compatible:
             raise ForbiddenPush("not encrypted", "choose safe mode in the console, or set --compatible")
@@ -1722,31 +1656,25 @@ class Gate:
     def prove(self, query: Mapping[str, str]) -> bool:
         """Whether ``query`` carries a valid signature; False if it has none and none is needed. Raises `ForbiddenPush`
         for one that is wrong, or missing."""
-        token, signature = self._settings.token, query.get("signature")
-        if not token or (signature is None and self._settings.allow_unsigned):
+        if not self._settings.token or ("signature" not in query and self._settings.allow_unsigned):
             return False
-        if signature is None:
+        if "signature" not in query:
             raise ForbiddenPush("no signature", "if the platform does not sign your pushes, set --allow-unsigned")
-        if not verify(signature, token, query.get("timestamp", ""), query.get("nonce", "")):
-            raise ForbiddenPush("wrong signature", "set --token to the Token that the platform's console shows")
-        self._check_age(query.get("timestamp", ""))
+        self._check("signature", query)
         return True
 
-    def _prove_sealed(self, values: Mapping[str, str], sealed: str) -> None:
-        """Raise `ForbiddenPush` unless the message signature in ``values`` covers the exact text of Encrypt."""
-        signature, timestamp = values.get("msg_signature", ""), values.get("timestamp", "")
+    def _check(self, name: str, values: Mapping[str, str], sealed: str = "") -> None:
+        """Raise `ForbiddenPush` unless the signature of that name is right, and not too old."""
+        signature, timestamp = values.get(name, ""), values.get("timestamp", "")
         parts = (self._settings.token, timestamp, values.get("nonce", ""))
-        # Blanks around it may have been there when it was signed, or may be layout.
+        # Blanks around Encrypt may have been there when it was signed, or may be layout.
         if not (verify(signature, *parts, sealed) or verify(signature, *parts, sealed.strip())):
-            raise ForbiddenPush("wrong message signature", "set --token to the Token that the platform's console shows")
-        self._check_age(timestamp)
-
-    def _check_age(self, timestamp: str) -> None:
-        if not self._settings.max_age:
-            return
-        good = timestamp.isdecimal() and len(timestamp) < MAX_NUMBER
-        if not good or abs(self._clock() - int(timestamp)) > self._settings.max_age:
-            raise ForbiddenPush("stale signature", "check this machine's clock, or raise --max-age")
+            raise ForbiddenPush("wrong signature" if not sealed else "wrong message signature",
+                                "set --token to the Token that the platform's console shows")
+        if self._settings.max_age:
+            is_number = timestamp.isdecimal() and len(timestamp) < MAX_NUMBER
+            if not is_number or abs(self._clock() - int(timestamp)) > self._settings.max_age:
+                raise ForbiddenPush("stale signature", "check this machine's clock, or raise --max-age")
 
 
 def _find_message_signature(query: Mapping[str, str], outer: Mapping[str, Any]) -> Dict[str, str]:
@@ -1809,8 +1737,9 @@ class Endpoint:
 
     def __init__(self, settings: Settings, inbox: Any, clock: Callable[[], float], timer: Callable[[], float]) -> None:
         self._settings, self._inbox, self._timer = settings, inbox, timer
+        self._path = _decode_path(settings.path)
         self._gate = Gate(settings, clock)
-        self._advised: Dict[str, float] = {}
+        self._teller = Teller(timer)
 
     def handle(self, request: Request) -> Response:
         """The answer to one request."""
@@ -1823,9 +1752,10 @@ class Endpoint:
         self._handle(pushes)
         self._handle([push for push in pushes if push.too_soon])
         for push in pushes:
-            error = attempt(self._record, push)
-            if error:  # the answer stands: an accepted message is safe, and is handled
-                attempt(report_bug, error)
+            if push.response is not UP:
+                error = attempt(self._record, push)
+                if error:  # the answer stands: an accepted message is safe, and is handled
+                    attempt(self._teller.report_bug, error)
         return [push.response for push in pushes]
 
     def _handle(self, pushes: Sequence[_Push]) -> None:
@@ -1842,9 +1772,7 @@ class Endpoint:
             for push in taken:
                 self._inbox.cancel(push.message)
             raise
-        error = attempt(self._deliver, taken) if taken else None
-        if error:  # nobody foresaw it, and it is not the fault of one message
-            attempt(report_bug, error)
+        if taken and not self._teller.guard(self._deliver, taken):
             for push in taken:
                 push.response = FAILED
 
@@ -1876,7 +1804,7 @@ class Endpoint:
     def _admit(self, request: Request) -> None:
         if request.problem:
             raise request.problem
-        if self._settings.path and request.path != self._settings.path:
+        if self._path and request.path != self._path and _decode_path(request.path) != self._path:
             raise PushError("no such path", "the URL in the platform's console must have the path that --path names",
                             404)
         if request.method not in ("POST", "GET", "HEAD"):
@@ -1885,41 +1813,34 @@ class Endpoint:
             raise PushError(f"more than {self._settings.max_body} bytes", TOO_LARGE, 413)
 
     def _read(self, push: _Push, is_proven: bool) -> None:
-        """Parse the message. What is not proven must be exact, to the last character."""
+        """Parse the message. What is not proven must be exact, to the last character. What is proven is read whatever
+        its characters, and kept if it cannot be read all the same."""
         try:
             push.message = parse(push.payload)
+            return
         except MalformedPush:
             if not is_proven:
                 raise
-            self._read_leniently(push)
-
-    def _read_leniently(self, push: _Push) -> None:
-        """Parse a proven message whatever its characters; it is kept if it cannot be read all the same."""
-        payload = push.payload
-        push.payload = replace_unreadable(payload)
+        came, push.payload = push.payload, replace_unreadable(push.payload)
         try:
             push.message = parse(push.payload)
         except MalformedPush as error:
-            if payload:
-                self._inbox.keep_unreadable(payload, str(error))
+            if came:
+                self._inbox.keep_unreadable(came, str(error))
             raise
 
     def _refuse(self, push: _Push, error: BaseException) -> None:
         """Answer with the error; one that nobody foresaw is this request's own."""
-        push.response = refusal(error) if isinstance(error, PushError) else FAILED
-        attempt(self._tell, error)
-
-    def _tell(self, error: BaseException) -> None:
-        """Log what nobody foresaw, and a refusal's advice at most once a minute."""
-        if not isinstance(error, PushError):
-            report_bug(error)
-        elif error.advice and self._timer() - self._advised.get(error.advice, -ADVICE_INTERVAL) >= ADVICE_INTERVAL:
-            self._advised[error.advice] = self._timer()
-            log.warning("push refused: %s; %s", error, error.advice)
+        if isinstance(error, PushError):
+            push.response, advice = refusal(error), error.advice
+            if advice:
+                attempt(lambda: self._teller.warn(advice, "push refused: %s; %s", error, advice))
+        else:
+            push.response = FAILED
+            attempt(self._teller.report_bug, error)
+        error.__traceback__ = None  # it leads back to the frame that holds the error: a cycle
 
     def _record(self, push: _Push) -> None:
-        if push.response is UP:
-            return
         seconds = self._timer() - push.started
         self._inbox.observe(push.response, push.message, seconds)
         if log.isEnabledFor(logging.INFO):
@@ -1927,6 +1848,11 @@ class Endpoint:
             log.info("push type=%(type)s key=%(key)s outcome=%(outcome)s ms=%(ms).2f", {
                 "type": ascii(kind[:64])[1:-1], "key": key or "-", "outcome": push.response.outcome,
                 "ms": seconds * 1000})
+
+
+def _decode_path(path: str) -> str:
+    """The path without percent-encoding, a character for each byte: WSGI servers decode it, and HTTP does not."""
+    return unquote(path, "latin-1")
 
 
 def _parse_form(text: str) -> Dict[str, str]:
@@ -2113,10 +2039,8 @@ JOURNAL_VERSION = 2
 LOCK_SECONDS = 1.0
 # Seconds between two attempts to write a file that could not be written.
 LOOK_AGAIN_SECONDS = 1.0
-# Seconds after which a change of a folder gives it another time than the last one; FAT counts in steps of 2 s.
-FOLDER_SECONDS = 3.0
-# Finished messages between two clean-ups.
-TRIM_EVERY = 1000
+# Changes between two clean-ups.
+TRIM_EVERY = 2000
 # Seconds that a session is kept: the platform lets nobody be answered 48 hours after the last message.
 SESSION_SECONDS = 48 * 60 * 60.0
 # Pushes that could not be read: how many are kept, and how many bytes of each.
@@ -2126,7 +2050,7 @@ MAX_UNREADABLE_BYTES = 64 * 1024
 WAITING, FINISHED, DEAD = 0, 1, 2
 
 # What makes layout 1 of an empty file, layout 2 of layout 1. `done` numbers the messages in the order in which their
-# handlers were done; the index holds only these, so a clean-up never reads the rows that wait or are dead.
+# handlers were done; the index leaves out those that are dead, so a clean-up reads only what it may delete.
 _LAYOUTS = (
     ("""CREATE TABLE messages (id INTEGER PRIMARY KEY, key TEXT NOT NULL UNIQUE, state INTEGER NOT NULL,
         tries INTEGER NOT NULL, received REAL NOT NULL, payload BLOB, error TEXT)""",),
@@ -2134,50 +2058,21 @@ _LAYOUTS = (
      "ALTER TABLE messages ADD COLUMN replies TEXT",
      "ALTER TABLE messages ADD COLUMN done INTEGER",
      "UPDATE messages SET done = id WHERE state = 1",
-     "CREATE INDEX messages_done ON messages (done) WHERE done IS NOT NULL",
+     "CREATE INDEX messages_done ON messages (done) WHERE state = 1",
      "CREATE TABLE sessions (sender TEXT PRIMARY KEY, value TEXT NOT NULL, touched REAL NOT NULL)",
      "CREATE TABLE unreadable (id INTEGER PRIMARY KEY, received REAL NOT NULL, reason TEXT NOT NULL, payload BLOB)"))
 
 _ADD = "INSERT OR REPLACE INTO messages (key, state, tries, received, payload) VALUES (?, 0, 0, ?, ?)"
-_FORGET = "DELETE FROM messages WHERE key = ?"
-_BEGIN = "UPDATE messages SET tries = ?, begun = 1 WHERE key = ?"
-_TRIED = "UPDATE messages SET tries = ?, begun = 0 WHERE key = ?"
-_ANSWERED = "UPDATE messages SET replies = ?, begun = 0 WHERE key = ?"
 _FINISH = "UPDATE messages SET state = 1, begun = 0, payload = NULL, replies = NULL, done = ? WHERE key = ?"
-# For a message that has no row: the file was deleted or moved away while the handler was at work.
-_REMEMBER = "INSERT INTO messages (done, key, state, tries, received) VALUES (?, ?, 1, 0, strftime('%s', 'now'))"
-# It may run twice, when the first commit went to a file that was deleted.
-_FAIL = """UPDATE messages SET state = 2, tries = tries + (state != 2), begun = 0, error = ?,
-    done = CASE WHEN replies != '' THEN ? END WHERE key = ?"""
-# What the journal remembers too long: finished messages go, dead ones stay and do not count as finished any more.
-_OLD = "done <= (SELECT done FROM messages WHERE done IS NOT NULL ORDER BY done DESC LIMIT 1 OFFSET ?)"
-_TRIM = f"DELETE FROM messages WHERE done IS NOT NULL AND state = 1 AND {_OLD}"
-_TRIM_DEAD = f"UPDATE messages SET done = NULL WHERE done IS NOT NULL AND {_OLD}"
-_SELECT = """SELECT key, tries, begun, received, coalesce(payload, x''), coalesce(error, ''), coalesce(replies, '')
-    FROM messages WHERE state = ? ORDER BY id"""
-_SELECT_FINISHED = "SELECT key FROM messages WHERE done IS NOT NULL ORDER BY done DESC LIMIT ?"
-_REQUEUE = "UPDATE messages SET state = 0, tries = 0, error = NULL, done = NULL WHERE state = 2"
-_SELECT_SESSIONS = "SELECT sender, value, touched FROM sessions WHERE touched > ? ORDER BY touched DESC LIMIT ?"
-_KEEP_SESSION = "INSERT OR REPLACE INTO sessions (sender, value, touched) VALUES (?, ?, ?)"
-_DROP_SESSION = "DELETE FROM sessions WHERE sender = ?"
+# For a file that was opened anew.
+_RESTORE = "INSERT OR IGNORE INTO messages (key, state, tries, received, payload) VALUES (?, 0, ?, ?, ?)"
+# The clean-up.
+_TRIM = """DELETE FROM messages WHERE state = 1 AND done <=
+    (SELECT done FROM messages WHERE state = 1 ORDER BY done DESC LIMIT 1 OFFSET ?)"""
 _TRIM_SESSIONS = """DELETE FROM sessions WHERE touched < ? OR sender IN
     (SELECT sender FROM sessions ORDER BY touched DESC LIMIT -1 OFFSET ?)"""
-_KEEP_UNREADABLE = "INSERT INTO unreadable (received, reason, payload) VALUES (?, ?, ?)"
-_TRIM_UNREADABLE = f"DELETE FROM unreadable WHERE id <= (SELECT MAX(id) FROM unreadable) - {MAX_UNREADABLE}"
-# A message in hand, written into a file that was opened anew.
-_RESTORE = "INSERT OR IGNORE INTO messages (key, state, tries, received, payload) VALUES (?, 0, ?, ?, ?)"
-# What a deleted file still holds while it is open, and what writes that into the file in its place.
-_RESCUE = (
-    ("SELECT key, state, tries, begun, received, payload, error, replies, done FROM messages ORDER BY id",
-     """INSERT OR REPLACE INTO messages (key, state, tries, begun, received, payload, error, replies, done)
-        VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"""),
-    ("SELECT sender, value, touched FROM sessions", _KEEP_SESSION),
-    ("SELECT id, received, reason, payload FROM unreadable",
-     "INSERT OR IGNORE INTO unreadable (id, received, reason, payload) VALUES (?, ?, ?, ?)"))
+_TRIM_UNREADABLE = "DELETE FROM unreadable WHERE id <= (SELECT MAX(id) FROM unreadable) - ?"
 
-# Why a journal cannot be had.
-_TAKEN = ("the journal {} is in another process's hands: stop that one, or serve from one process with threads, or set "
-          "--redis instead of --journal for several")
 # What tells a file from all others, whatever its name: its device and inode.
 Identity = Tuple[int, int]
 _IDENTITY = operator.attrgetter("st_dev", "st_ino")
@@ -2190,7 +2085,11 @@ Session = Tuple[str, str]
 
 
 class JournalTaken(SettingsError):
-    """Another process has the journal."""
+    """Another process has the journal at ``path``."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(f"the journal {path} is in another process's hands: stop that one, or serve from one process "
+                         "with threads, or set --redis instead of --journal for several")
 
 
 class Row(NamedTuple):
@@ -2223,9 +2122,7 @@ class JournalFile:
         self._connect = functools.partial(sqlite3.connect, isolation_level=None, check_same_thread=False)
         self._names = [self.path + suffix for suffix in ("-lock", "", "-wal", "-shm")]
         self._opened: Dict[str, Identity] = {}  # the files by their names, as they were opened
-        self._folder = os.path.dirname(self.path)
-        self._seen: Optional[Tuple[Identity, int]] = None  # the folder when its files were in their places
-        self._let_go: Callable[[], object] = int  # frees the lock; at first there is none
+        self._lock: Optional[int] = None  # the descriptor of the lock's file
         self.db = self._connect(":memory:")
         self.db.close()  # whoever uses it before it is opened gets one of the errors
 
@@ -2235,10 +2132,10 @@ class JournalFile:
         Raises `JournalTaken`, another `SettingsError` for a file that is not ours, or another of ``errors``.
         """
         is_ours = self._has_lock()
-        if not is_ours:
-            self._release()
-            self._take_lock()
         try:
+            if not is_ours:
+                self._release()
+                self._take_lock()
             _refuse_foreign_file(self.path)
             self._make_private()
             self.db = self._connect(self.path, timeout=LOCK_SECONDS)
@@ -2252,37 +2149,20 @@ class JournalFile:
                 self._release()
             raise
         found = ((name, _identify(name)) for name in self._names)
-        self._opened, self._seen = {name: identity for name, identity in found if identity}, None
+        self._opened = {name: identity for name, identity in found if identity}
 
     def _take_lock(self) -> None:
         """Hold the right to write until the process ends, in whatever way: the system frees the lock then."""
-        if fcntl is None:
-            self._take_sqlite_lock()
+        if fcntl is None:  # Windows does not free SQLite's own locks too early
             return
-        number = os.open(self._names[0], os.O_RDWR | os.O_CREAT, 0o600)
-        self._let_go = functools.partial(os.close, number)
+        self._lock = os.open(self._names[0], os.O_RDWR | os.O_CREAT, 0o600)
         try:
-            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self._let_go()
-            self._let_go = int
-            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-                raise
-            raise JournalTaken(_TAKEN.format(self.path)) from None
-        self._opened, self._seen = {self._names[0]: _IDENTITY(os.fstat(number))}, None
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise JournalTaken(self.path) from None
+        self._opened = {self._names[0]: _IDENTITY(os.fstat(self._lock))}
         if self.has_moved():  # the process that had it has just removed it
-            self._release()
-            raise JournalTaken(_TAKEN.format(self.path))
-
-    def _take_sqlite_lock(self) -> None:
-        """The same where there is no flock."""
-        lock = self._connect(self._names[0], timeout=0)
-        self._let_go = lock.close
-        try:
-            lock.execute("BEGIN EXCLUSIVE")
-        except self.errors:
-            lock.close()
-            raise JournalTaken(_TAKEN.format(self.path)) from None
+            raise JournalTaken(self.path)
 
     def _has_lock(self) -> bool:
         """Whether the lock was taken, and its file is still in its place."""
@@ -2291,11 +2171,12 @@ class JournalFile:
 
     def _release(self) -> None:
         """Free the lock. Its file goes first, if it is still ours."""
-        if fcntl and self._has_lock():
-            with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):
+            if self._has_lock():
                 os.unlink(self._names[0])
-        self._let_go()
-        self._let_go, self._opened = int, {}
+        if self._lock is not None:
+            os.close(self._lock)
+        self._lock, self._opened = None, {}
 
     def _make_private(self) -> None:
         """Make the file, for this user alone; SQLite gives its companions the same mode. Closing a descriptor frees
@@ -2323,35 +2204,27 @@ class JournalFile:
             raise OSError(" ".join(found.split()))
 
     def commit(self, changes: Iterable[Change]) -> None:
-        """Write all changes, or none and one of ``errors``. Files that are not in their places do not survive."""
+        """Write all changes, or none and one of ``errors``. What files hold that are not in their places is lost."""
         self.db.execute("BEGIN IMMEDIATE")
         for sql, values in changes:
-            if not self.db.execute(sql, values).rowcount and sql is _FINISH:
-                self.db.execute(_REMEMBER, values)
-        self.db.execute("COMMIT")
+            self.db.execute(sql, values)
         if self.has_moved():
             raise OSError("one of its files was deleted or replaced")
+        self.db.execute("COMMIT")
 
     def has_moved(self) -> bool:
         """Whether a file that was opened is not in its place any more."""
-        try:
-            folder = os.stat(self._folder)
-            if (_IDENTITY(folder), folder.st_mtime_ns) == self._seen:
-                return False  # nothing was deleted or renamed in the folder: one look instead of four
-            if list(map(_IDENTITY, map(os.stat, self._opened))) != list(self._opened.values()):
-                return True
-        except OSError:
-            return True
-        if time.time() - folder.st_mtime > FOLDER_SECONDS:
-            self._seen = _IDENTITY(folder), folder.st_mtime_ns
-        return False
+        return [*map(_identify, self._opened)] != [*self._opened.values()]
 
     def rescue(self) -> List[Change]:
         """What writes into another file all that this one still holds; nothing if it cannot be read."""
-        try:
-            return [(sql, row) for select, sql in _RESCUE for row in self.db.execute(select).fetchall()]
-        except self.errors:
-            return []
+        changes: List[Change] = []
+        with contextlib.suppress(*self.errors):
+            self.db.rollback()
+            for table in ("messages", "sessions", "unreadable"):
+                for row in self.db.execute(f"SELECT * FROM {table}").fetchall():
+                    changes.append((f"INSERT OR REPLACE INTO {table} VALUES ({','.join('?' * len(row))})", row))
+        return changes
 
     def close(self) -> None:
         """Leave nothing of what was handled in the files, close them, and free the lock."""
@@ -2382,10 +2255,12 @@ class Journal:
         # Gives key, payload and failed tries of every message that is not done, for a file that was opened anew. It is
         # called while the journal is locked, and must not call it.
         self.in_hand: Callable[[], Iterable[Tuple[str, bytes, int]]] = list
-        self._lock = threading.Lock()  # guards all below, and the file; the two deques are appended to without it
-        self._marks: Deque[Change] = deque()
-        self._unreadable: Deque[Change] = deque(maxlen=MAX_UNREADABLE)
-        self._finished = 0  # since the last clean-up
+        self._lock = threading.Lock()  # guards all below, and the file; the three lists are appended to without it
+        self._marks: List[Change] = []
+        self._unreadable: List[Change] = []
+        # Changes that threads wait for; what became of them: nothing yet, None, or the error that prevented them.
+        self._waiting: List[Tuple[List[Change], List[Optional[BaseException]]]] = []
+        self._changes = 0  # since the last clean-up
         self._failing = self._closed = False
         self._file = JournalFile(settings.journal, settings.journal_sync)
         try:
@@ -2407,78 +2282,93 @@ class Journal:
 
     def begin(self, key: str, tries: int) -> None:
         """Write down that try number ``tries`` of a message of an earlier process begins. Raises `JournalError`."""
-        self._write_now([(_BEGIN, (tries - 1, key))])
+        self._write_now([("UPDATE messages SET tries = ?, begun = 1 WHERE key = ?", (tries - 1, key))])
 
     def tried(self, key: str, tries: int) -> None:
         """Try number ``tries`` of the message has failed, and another will follow."""
-        self._marks.append((_TRIED, (tries, key)))
+        self._mark("UPDATE messages SET tries = ?, begun = 0 WHERE key = ?", tries, key)
 
     def answered(self, key: str, replies: str, session: Optional[Session] = None) -> None:
         """The message's handler is done; ``replies``, which may be any text but an empty one, wait to be sent."""
-        if session:
-            self._marks.append(_keep_session(session, self._clock()))
-        self._marks.append((_ANSWERED, (_storable(replies), key)))
+        self._keep_session(session)
+        self._mark("UPDATE messages SET replies = ?, begun = 0 WHERE key = ?", replies, key)
 
     def replied(self, key: str, replies: str) -> None:
         """A reply was sent; ``replies`` are left."""
-        self._marks.append((_ANSWERED, (_storable(replies), key)))
+        self.answered(key, replies)
 
     def finish(self, key: str, session: Optional[Session] = None) -> None:
         """The message is done: its content is forgotten."""
-        if session:
-            self._marks.append(_keep_session(session, self._clock()))
+        self._keep_session(session)
         self._marks.append((_FINISH, (next(self._numbers), key)))
 
     def fail(self, key: str, error: str) -> None:
         """The message's last try has failed; it is kept, with its replies and what is known of the error."""
-        self._marks.append((_FAIL, (_storable(error), next(self._numbers), key)))
+        self._mark("UPDATE messages SET state = 2, tries = tries + 1, begun = 0, error = ?, "
+                   "done = CASE WHEN replies != '' THEN ? END WHERE key = ?", error, next(self._numbers), key)
+
+    def _keep_session(self, session: Optional[Session]) -> None:
+        if session and session[1]:
+            self._mark("INSERT OR REPLACE INTO sessions (sender, value, touched) VALUES (?, ?, ?)",
+                       *session, self._clock())
+        elif session:
+            self._mark("DELETE FROM sessions WHERE sender = ?", session[0])
+
+    def _mark(self, sql: str, *values: Any) -> None:
+        """Have a change written with the next commit. SQLite takes no half surrogates, which texts may have."""
+        self._marks.append((sql, [value.encode("utf-8", "replace").decode() if isinstance(value, str) else value
+                                  for value in values]))
 
     def keep_unreadable(self, payload: bytes, reason: str) -> None:
         """Keep the beginning of a push that could not be read; written within about a second."""
         if not self._unreadable:
             self._later(LOOK_AGAIN_SECONDS, self.flush)
-        values = self._clock(), _storable(reason), payload[:MAX_UNREADABLE_BYTES]
-        self._unreadable.append((_KEEP_UNREADABLE, values))
+        self._unreadable.append(("INSERT INTO unreadable (received, reason, payload) VALUES (?, ?, ?)",
+                                 (self._clock(), reason, payload[:MAX_UNREADABLE_BYTES])))
+        del self._unreadable[:-MAX_UNREADABLE]
 
     def flush(self) -> None:
         """Write the marks. When the file cannot be written, that is left to the next look at it."""
         with self._lock:
             if (self._marks or self._unreadable) and not self._failing:
-                self._write([])
+                self._write()
 
     def look(self) -> None:
         """Notice files that were deleted or replaced; to be called about once a second, for when nothing is written."""
         with self._lock:
-            if not self._failing and not self._closed and self._file.has_moved():
-                self._write([])
+            if not self._failing and self._file.has_moved():
+                self._write()
 
     def _write_now(self, changes: List[Change]) -> None:
+        """Write the changes, in one commit with those of other threads that wait for the lock."""
+        outcome: List[Optional[BaseException]] = []
+        self._waiting.append((changes, outcome))
         with self._lock:
-            error = self._write(changes)
-        if error:
-            raise JournalError("the journal cannot be written") from error
+            if not outcome:  # else the thread that had the lock has written them
+                self._write()
+        if outcome[0]:
+            raise JournalError("the journal cannot be written") from outcome[0]
 
-    def _write(self, added: List[Change]) -> Optional[BaseException]:
-        """Write all marks and what is added, or nothing, and the error that prevented it."""
-        if self._closed:
-            return JournalError("closed")
-        marks = [self._marks.popleft() for _ in range(len(self._marks))]
-        unreadable = [self._unreadable.popleft() for _ in range(len(self._unreadable))]
-        error = attempt(self._commit, [*marks, *unreadable, *added])
-        if error:
-            self._unreadable.extend(unreadable)
-            self._marks.extendleft(reversed(marks))
-            if self._file.has_moved():
-                # What was added is refused now, though the deleted file may have it.
-                self._marks.extendleft((_FORGET, values[:1]) for sql, values in added if sql is _ADD)
-                self._marks.extendleft(reversed(self._file.rescue()))
+    def _write(self) -> bool:
+        """Write all that waits, or nothing; whether it is written."""
+        waiting, marks, unreadable = self._waiting[:], self._marks[:], self._unreadable[:]
+        del self._waiting[:len(waiting)]
+        added = itertools.chain.from_iterable(changes for changes, _ in waiting)
+        error = JournalError("closed") if self._closed else attempt(self._commit, [*marks, *unreadable, *added])
+        for _, outcome in waiting:
+            outcome.append(error)
+        if not error:
+            del self._marks[:len(marks)], self._unreadable[:len(unreadable)]
+            if self._failing:
+                self._failing = False
+                log.warning("the journal %s is written again", self._settings.journal)
+        elif not self._closed:
             self._note_failure(error)
-        elif self._failing:
-            self._failing = False
-            log.warning("the journal %s is written again", self._settings.journal)
-        return error
+        return not error
 
     def _note_failure(self, error: BaseException) -> None:
+        if self._file.has_moved():
+            self._marks[:0] = self._file.rescue()
         self._file.db.close()
         if not self._failing:
             self._failing = True
@@ -2490,17 +2380,20 @@ class Journal:
     def _commit(self, changes: List[Change]) -> None:
         if self._failing:
             self._file.open()
-            now = self._clock()
-            changes = [*((_RESTORE, (key, tries, now, payload)) for key, payload, tries in self.in_hand()), *changes]
-        finished = self._finished + sum(sql is _FINISH for sql, _ in changes)
-        is_due = finished >= TRIM_EVERY
-        self._file.commit([*changes, *_list_trims(self._settings, self._clock())] if is_due else changes)
-        self._finished = 0 if is_due else finished
+            done = ((key, b"", 0) for sql, (*_, key) in changes if sql is _FINISH)
+            now, known = self._clock(), [*self.in_hand(), *done]
+            changes = [*((_RESTORE, (key, tries, now, payload)) for key, payload, tries in known), *changes]
+        self._changes += len(changes)
+        if self._changes >= TRIM_EVERY:
+            self._changes = 0
+            changes = [*changes, (_TRIM, (self._settings.dedup_size,)), (_TRIM_UNREADABLE, (MAX_UNREADABLE,)),
+                       (_TRIM_SESSIONS, (self._clock() - SESSION_SECONDS, self._settings.sessions))]
+        self._file.commit(changes)
 
     def _look_again(self) -> None:
         """Write the marks, or nothing, if the file can be written again though no message comes."""
         with self._lock:
-            if self._failing and not self._closed and self._write([]):
+            if self._failing and not self._closed and not self._write():
                 self._later(LOOK_AGAIN_SECONDS, self._look_again)
 
     @property
@@ -2514,20 +2407,23 @@ class Journal:
 
     def finished_keys(self) -> List[str]:
         """The keys of the messages whose handlers were done, oldest first, as many as are remembered."""
-        found = self._file.db.execute(_SELECT_FINISHED, (self._settings.dedup_size,))
+        found = self._file.db.execute("SELECT key FROM messages WHERE done IS NOT NULL ORDER BY done DESC LIMIT ?",
+                                      (self._settings.dedup_size,))
         return [key for key, in found][::-1]
 
     def sessions(self) -> List[Tuple[str, str, float]]:
         """The sessions, each with its sender, its text and when it was touched, in Unix seconds; the newest last."""
-        since = self._clock() - SESSION_SECONDS
-        return self._file.db.execute(_SELECT_SESSIONS, (since, self._settings.sessions)).fetchall()[::-1]
+        found = self._file.db.execute(
+            "SELECT sender, value, touched FROM sessions WHERE touched > ? ORDER BY touched DESC LIMIT ?",
+            (self._clock() - SESSION_SECONDS, self._settings.sessions))
+        return found.fetchall()[::-1]
 
     def close(self) -> None:
         """Write the marks, and let go of the file."""
         with self._lock:
             for _ in range(2):  # the second makes anew what was deleted
                 if self._marks or self._unreadable or not self.healthy:
-                    self._write([])
+                    self._write()
             self._closed = True
             self._file.close()
 
@@ -2537,22 +2433,6 @@ class Journal:
         self._marks.clear()
         self._closed = True
         self._file.after_fork()
-
-
-def _keep_session(session: Session, now: float) -> Change:
-    sender, value = map(_storable, session)
-    return (_KEEP_SESSION, (sender, value, now)) if value else (_DROP_SESSION, (sender,))
-
-
-def _list_trims(settings: Settings, now: float) -> List[Change]:
-    remembered = (settings.dedup_size,)
-    return [(_TRIM, remembered), (_TRIM_DEAD, remembered), (_TRIM_UNREADABLE, ()),
-            (_TRIM_SESSIONS, (now - SESSION_SECONDS, settings.sessions))]
-
-
-def _storable(text: str) -> str:
-    """The text without half surrogates, which SQLite does not take."""
-    return text.encode("utf-8", "replace").decode()
 
 
 def _identify(file: Union[str, int]) -> Optional[Identity]:
@@ -2578,7 +2458,9 @@ def _drop_descriptors(identities: Collection[Identity]) -> None:
 
 def read_rows(db: sqlite3.Connection, state: int) -> List[Row]:
     """The messages in one state, oldest first."""
-    return [Row(key, tries, bool(begun), *rest) for key, tries, begun, *rest in db.execute(_SELECT, (state,))]
+    found = db.execute("""SELECT key, tries, begun, received, coalesce(payload, x''), coalesce(error, ''),
+        coalesce(replies, '') FROM messages WHERE state = ? ORDER BY id""", (state,))
+    return [Row(key, tries, bool(begun), *rest) for key, tries, begun, *rest in found]
 
 
 def _read_version(db: sqlite3.Connection, path: str) -> int:
@@ -2598,7 +2480,7 @@ def _refuse_company(db: sqlite3.Connection, path: str) -> None:
             db.execute(statement).fetchall()
     except sqlite3.OperationalError as error:
         if "locked" in str(error):
-            raise JournalTaken(_TAKEN.format(path)) from error
+            raise JournalTaken(path) from error
         raise
     for statement in ("PRAGMA locking_mode = NORMAL", "PRAGMA user_version"):
         db.execute(statement).fetchall()  # the lock is freed by the next reading
@@ -2634,21 +2516,19 @@ def _check_marks(mark: int, version: int, path: str) -> None:
 CLAIM_MS = 3 * 1000
 REMEMBER_MS = 24 * 60 * 60 * 1000
 SESSION_MS = 48 * 60 * 60 * 1000
-# Seconds that a round waits for its claims, that all else may take, and between two looks at a Redis that is away.
+# Seconds that Redis may take before it counts as away, which is also what a round waits for its claims; that a
+# connection and a conversation may take; and between two looks at a Redis that is away.
 REDIS_TIMEOUT = 0.1
 REDIS_PATIENCE = 1.0
 REDIS_PAUSE = 1.0
 # Seconds of silence after which a connection is tried: firewalls drop idle ones and tell nobody.
 REDIS_IDLE = 30.0
-# Writes that may be owed while Redis is away, and those of one pipeline.
+# Writes that may be owed while Redis is away.
 MAX_OWED = 10000
-OWED_BATCH = 500
 
-# A key's value is "owner:number", with "+" before it once the message is safe; each write has a number of its own. Only
-# the owner may release its claim, and a release that comes late must spare a newer claim.
+# A key's value is its owner, with "+" before it once the message is safe. Only the owner may release its claim.
 _RELEASE = """local value = redis.pcall('get', KEYS[1])
-local owner, number = string.match(type(value) == 'string' and value or '', '^%+?(%x+:)(%d+)$')
-if owner == ARGV[1] and tonumber(number) < tonumber(ARGV[2]) then redis.call('del', KEYS[1]) end
+if value == ARGV[1] or value == '+' .. ARGV[1] then redis.call('del', KEYS[1]) end
 return 1"""
 
 _Command = Tuple[Any, ...]
@@ -2687,80 +2567,60 @@ def connect_redis(url: str) -> Any:
 
 
 class _Question:
-    """Commands of a caller who waits, since when, and what Redis answers: None until it does."""
+    """Commands of a caller who waits, and what Redis answers to each: None until it does."""
 
-    __slots__ = ("answers", "commands", "since")
+    __slots__ = ("answers", "commands")
 
     def __init__(self, commands: Sequence[_Command]) -> None:
-        self.commands, self.since = commands, time.monotonic()
+        self.commands = commands
         self.answers: Optional[List[Any]] = None
 
 
 class RedisLine:
     """A connection to Redis, and the thread that alone uses it: resolving, connecting and waiting happen there.
 
-    What several threads ask at the same time goes in one pipeline. While there is ``trouble``, as when an answer takes
-    longer than ``limit`` seconds, nobody is made to wait. If it lasts, Redis is ``away``; ``tell`` is called when that
-    may have changed.
+    All that is owed and then all that is asked goes in one pipeline: a claim never overtakes an older release. ``away``
+    is why Redis is away, if it is: after an error, or when it took longer than REDIS_TIMEOUT. Nobody waits for it then.
     """
 
-    def __init__(self, url: str, limit: float, tell: Callable[[], None]) -> None:
-        self._url, self._limit, self._tell = url, limit, tell
-        self._begin()
-
-    def _begin(self) -> None:
-        self.trouble: Optional[BaseException] = None
+    def __init__(self, url: str) -> None:
+        self._client = connect_redis(url)
         self.away: Optional[BaseException] = None
-        self._client = connect_redis(self._url)
         self._changed = threading.Condition()  # guards all here; told when there is work, and when it is done
         self._questions: List[_Question] = []
         self._owed: OrderedDict[str, _Command] = OrderedDict()
         self._thread: Optional[threading.Thread] = None
-        self._sent = 0.0  # when the pipeline in hand was begun, by the monotonic clock
-        self._connected = self._late = self._closed = self._ended = False
-        self._pid = os.getpid()
+        self._begun = 0.0  # when the pipeline in hand was begun, by the monotonic clock
+        self._closed = False
 
-    def _begin_in_child(self) -> None:
-        """When a process forks, the thread, the connection and what is owed stay with the parent."""
-        if self._pid != os.getpid():
-            self._begin()
-
-    def open(self) -> bool:
-        """See to it that the thread runs, which connects at once; whether it does."""
-        self._begin_in_child()
+    def open(self) -> None:
+        """See to it that the thread runs, which connects at once."""
         with self._changed:
             if self._closed or (self._thread and self._thread.is_alive()):
-                return not self._closed
+                return
             thread = threading.Thread(target=self._work, name="kfserver-redis", daemon=True)
             try:
                 thread.start()
                 self._thread = thread
             except RuntimeError as error:  # no thread to spare, or the interpreter ends: the next call tries again
-                self.trouble = self.away = error
-        self._tell()
-        return self._thread is thread
+                self._note(error)
 
-    def ask(self, commands: Sequence[_Command]) -> Optional[List[Any]]:
-        """What Redis answers to each of the commands; None while it is away, or slower than the limit."""
-        question, running = _Question(commands), self.open()
+    def ask(self, commands: Sequence[_Command], seconds: float) -> Optional[List[Any]]:
+        """What Redis answers to each of the commands within so many seconds; None if it does not, or is away."""
+        self.open()
+        question, started = _Question(commands), time.monotonic()
         with self._changed:
-            if running and not self.trouble:
-                self._await(question)
-            if self.trouble and time.monotonic() - self._sent > REDIS_PATIENCE:  # as when a resolver is silent
-                self.away = self.trouble
-        self._tell()
-        return question.answers
-
-    def _await(self, question: _Question) -> None:
-        self._questions.append(question)
-        self._changed.notify_all()
-        self._changed.wait_for(lambda: question.answers is not None or self.trouble, self._limit)
-        if question in self._questions:
-            self._questions.remove(question)
-        # One that first had to wait for another's pipeline says nothing about Redis.
-        if question.answers is None and not self.trouble and self._sent < question.since + self._limit / 4:
-            self.trouble = TimeoutError()
+            if self.away or self._closed:
+                return None
+            self._questions.append(question)
             self._changed.notify_all()
+            self._changed.wait_for(lambda: question.answers is not None or self.away, seconds)
+            if question in self._questions:
+                self._questions.remove(question)
+            # A pipeline that was begun later, after another's, may still be in time.
+            if question.answers is None and self._begun < started + REDIS_TIMEOUT / 10:
+                self._note(self.away or TimeoutError())
+        return question.answers
 
     def owe(self, name: str, command: _Command) -> None:
         """Send the command soon, or when Redis is back, and wait for nothing; the last one of a name counts."""
@@ -2773,102 +2633,100 @@ class RedisLine:
                     self._owed.popitem(last=False)
                 self._changed.notify_all()
 
-    def _is_wanted(self) -> bool:
-        return bool(self._closed or self._questions or self._owed or self.trouble)
+    def _note(self, error: Optional[BaseException]) -> None:
+        """Note whether Redis is away, and tell when that changes."""
+        if error and not self.away:
+            log.warning("Redis is away (%s): this instance drops only the repeats that it has seen itself; "
+                        "check the server behind --redis", type(error).__name__)
+        elif self.away and not error:
+            log.warning("Redis is back: instances share their claims again")
+        self.away = error
+        self._changed.notify_all()
 
     def _work(self) -> None:
         """The thread's life: send what waits. While Redis is away, and after a long silence, see whether it answers."""
-        closing = False
-        while not (closing and self.trouble):
+        error: Optional[BaseException] = ConnectionError()
+        while True:
+            self._begun = time.monotonic()
+            error = attempt(self._client.ping) if error else None  # resolves and connects, which may take long
             with self._changed:
-                if self.away:
-                    self._changed.wait_for(lambda: self._closed, REDIS_PAUSE)
-                elif self._connected:
-                    self._changed.wait_for(self._is_wanted, REDIS_IDLE)
-                questions, self._questions = self._questions, []
-                owed = dict(itertools.islice(self._owed.items(), OWED_BATCH))
-                self._sent, closing = time.monotonic(), self._closed
-            if closing and not owed:
+                questions, self._questions, owed = self._questions, [], dict(self._owed)
+            if self._closed and not owed:
                 break
-            self._exchange(questions, owed)
-            self._tell()
+            error = error or attempt(self._exchange, questions, owed)
+            with self._changed:
+                self._note(error)
+                if self._closed and error:
+                    break
+                self._pause()
         attempt(self._client.connection_pool.disconnect)
 
-    def _exchange(self, questions: Sequence[_Question], owed: Dict[str, _Command]) -> None:
-        """Send what waits in one pipeline, and hand the answers out."""
-        commands = [command for question in questions for command in question.commands] + list(owed.values())
-        answers: List[Any] = []
-        error = attempt(self._send, commands or [_PROBE], answers)
-        with self._changed:
-            self.trouble, self._connected = error, bool(answers)
-            self.away = None if answers and not self._late else error  # late once is a hiccup: asked again at once
-            self._late = bool(answers and error)
-            if answers:
-                left = iter(answers)
-                for question in questions:
-                    question.answers = list(itertools.islice(left, len(question.commands)))
-                for name, command in owed.items():
-                    if self._owed.get(name) is command:  # else a newer one has come meanwhile
-                        del self._owed[name]
-            self._changed.notify_all()
+    def _pause(self) -> None:
+        """Wait for work. What is owed waits for a question as long as the last pipeline took, to go with it."""
+        took = time.monotonic() - self._begun
+        if self.away:
+            self._changed.wait_for(lambda: self._closed, REDIS_PAUSE)
+        else:
+            self._changed.wait_for(lambda: self._closed or self._questions or self._owed, REDIS_IDLE)
+            self._changed.wait_for(lambda: self._closed or self._questions, took)
 
-    def _send(self, commands: Sequence[_Command], answers: List[Any]) -> None:
-        """Fill in what Redis answers. Raises what the package raises, and TimeoutError when the answers came late."""
-        if not self._connected:
-            self._client.ping()  # resolves and connects, which may take long
-        if self._ended:
-            raise TimeoutError
+    def _exchange(self, questions: Sequence[_Question], owed: Mapping[str, _Command]) -> None:
+        """Send what waits, and hand the answers out. Raises what the package raises, and TimeoutError if it is slow."""
         started, pipeline = time.monotonic(), self._client.pipeline(transaction=False)
-        for command in commands:
+        asked = [command for question in questions for command in question.commands]
+        for command in [*owed.values(), *asked] or [_PROBE]:
             pipeline.execute_command(*command)
-        answers += pipeline.execute()
-        if time.monotonic() - started > self._limit:
+        answers = iter(pipeline.execute()[len(owed):])
+        with self._changed:
+            for question in questions:
+                question.answers = list(itertools.islice(answers, len(question.commands)))
+            for name, command in owed.items():
+                if self._owed.get(name) is command:  # else a newer one has come meanwhile
+                    del self._owed[name]
+        if time.monotonic() - started > REDIS_TIMEOUT:
             raise TimeoutError
 
-    def close(self, seconds: float) -> None:
-        """Send what is owed, if Redis is there, for so many seconds at most. Nothing is sent afterwards."""
-        self._begin_in_child()
+    def close(self) -> None:
+        """Send what is owed, if Redis is there, for REDIS_PATIENCE at most. Nothing is sent afterwards."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
         if self._thread:
-            self._thread.join(seconds)
-        self._ended = True
+            self._thread.join(REDIS_PATIENCE)
+        with self._changed:
+            self._owed.clear()
 
 
 def check_redis(settings: Settings) -> None:
-    """Raise `SettingsError` unless the Redis of the settings, if there is one, does within 1 s what claims need."""
+    """Raise `SettingsError` unless the Redis of the settings, if there is one, does what claims need."""
     if settings.redis:
-        line = RedisLine(settings.redis, REDIS_PATIENCE, lambda: None)
-        works, trouble = line.ask([_PROBE]), type(line.trouble).__name__
-        line.close(0.0)
-        if not works:
-            raise SettingsError(f"--redis (KF_REDIS): no good answer from there ({trouble}): check the address and the "
-                                "server; without it, each instance drops only the repeats that it has seen itself")
+        client = connect_redis(settings.redis)
+        error = attempt(client.execute_command, *_PROBE)
+        client.connection_pool.disconnect()
+        if error:
+            raise SettingsError(f"--redis (KF_REDIS): no good answer from there ({type(error).__name__}): check the "
+                                "address and the server; without it, each instance drops only the repeats that it has "
+                                "seen itself")
 
 
 class SharedClaims:
     """`ClaimCache`'s methods over the Redis at ``url``; ``local`` decides first, and alone while Redis is away.
 
-    Redis keeps a claim for 3 s, and for a day once its message is safe, which a second connection writes: nobody waits
-    for it. Keeps conversations too. Raises `SettingsError` without the package, or for a bad address.
+    Redis keeps a claim for 3 s, and for a day once its message is safe; nobody waits until that is written. Keeps
+    conversations too. Raises `SettingsError` without the package, or for a bad address.
     """
 
     def __init__(self, url: str, local: ClaimCache) -> None:
-        self._local, self._id, self._numbers = local, os.urandom(6).hex(), itertools.count(1)
+        self._local, self._owner = local, os.urandom(8).hex()
         self._known: Set[str] = set()  # keys in hand that Redis may have from us
-        self._told = False  # that Redis is away
-        self._telling = threading.Lock()  # guards _told
-        self._claimer = RedisLine(url, REDIS_TIMEOUT, self._tell)
-        self._writer = RedisLine(url, REDIS_PATIENCE, self._tell)
+        self._line = RedisLine(url)
 
     def __len__(self) -> int:
         return len(self._local)
 
     def open(self) -> None:
         """Get ready to serve: connect, and do not wait for it. Otherwise the first message does so."""
-        self._claimer.open()
-        self._writer.open()
+        self._line.open()
 
     def claim(self, key: str) -> bool:
         """True for exactly one caller in this instance; False for a repeat. Raises `BeingTaken`."""
@@ -2881,18 +2739,13 @@ class SharedClaims:
         Waits 100 ms at most. What is not ours is released.
         """
         self._known.update(keys)
-        answers = self._claimer.ask([command for key in keys for command in (self._claim(key), ("GET", _name(key)))])
-        answers = answers or [True, None] * len(keys)
+        commands = [command for key in keys for command in (
+            ("SET", _name(key), self._owner, "PX", CLAIM_MS, "NX"), ("GET", _name(key)))]
+        answers = (keys and self._line.ask(commands, REDIS_TIMEOUT)) or [True, None] * len(keys)
         return [self._judge(*each) for each in zip(keys, answers[::2], answers[1::2])]
 
-    def _claim(self, key: str) -> _Command:
-        return "SET", _name(key), "{}{}".format(*self._next()), "PX", CLAIM_MS, "NX"
-
     def _judge(self, key: str, is_set: bool, value: Optional[bytes]) -> Union[bool, PushError]:
-        if is_set:
-            return True
-        if value and value.startswith(self._next()[0].encode()):  # ours: its release was lost, or is on its way
-            self._writer.owe(key, self._claim(key))
+        if is_set or value == self._owner.encode():  # ours: its release was lost
             return True
         self._known.discard(key)
         self._local.release(key)
@@ -2906,10 +2759,8 @@ class SharedClaims:
         self._mark(key)
 
     def finish(self, key: str) -> None:
-        """The message is done. Its mark is owed again while Redis is away: among too many, the first may be gone."""
+        """The message is done."""
         self._local.finish(key)
-        if self._claimer.trouble or self._writer.trouble:
-            self._mark(key)
         self._known.discard(key)
 
     def release(self, key: str) -> None:
@@ -2917,7 +2768,7 @@ class SharedClaims:
         self._local.release(key)
         if key in self._known:  # else Redis has nothing, or what was finished long ago
             self._known.discard(key)
-            self._writer.owe(key, ("EVAL", _RELEASE, 1, _name(key), *self._next()))
+            self._line.owe(key, ("EVAL", _RELEASE, 1, _name(key), self._owner))
 
     def restore(self, key: str) -> None:
         """The message was accepted before a restart, and is in hand again."""
@@ -2926,11 +2777,7 @@ class SharedClaims:
 
     def _mark(self, key: str) -> None:
         self._known.add(key)
-        self._writer.owe(key, ("SET", _name(key), "+{}{}".format(*self._next()), "PX", REMEMBER_MS))
-
-    def _next(self) -> Tuple[str, int]:
-        """This process's name as an owner, and the next number."""
-        return f"{self._id}{os.getpid():x}:", next(self._numbers)
+        self._line.owe(key, ("SET", _name(key), "+" + self._owner, "PX", REMEMBER_MS))
 
     def load_session(self, name: str) -> str:
         """The text that any instance saved last for the conversation; empty if there is none.
@@ -2948,27 +2795,14 @@ class SharedClaims:
             self._ask_for_session("DEL", name)
 
     def _ask_for_session(self, verb: str, name: str, *arguments: Any) -> Any:
-        answers = self._writer.ask([(verb, "kfserver-session:" + name, *arguments)])
+        answers = self._line.ask([(verb, "kfserver-session:" + name, *arguments)], REDIS_PATIENCE)
         if answers is None:
             raise SessionUnavailable("Redis is away, and conversations are there")
         return answers[0]
 
     def close(self) -> None:
         """Write what is owed, if Redis is there, for 1 s at most; nothing is written afterwards."""
-        deadline = time.monotonic() + REDIS_PATIENCE
-        for line in (self._writer, self._claimer):
-            line.close(max(0.0, deadline - time.monotonic()))
-
-    def _tell(self) -> None:
-        """Log that Redis is away, and that it is back: once each, whichever connection finds out."""
-        with self._telling:
-            trouble = self._claimer.away or self._writer.away
-            told, self._told = self._told, bool(trouble)
-        if trouble and not told:
-            log.warning("Redis is away (%s): this instance drops only the repeats that it has seen itself; "
-                        "check the server behind --redis", type(trouble).__name__)
-        elif told and not trouble:
-            log.warning("Redis is back: instances share their claims again")
+        self._line.close()
 
 
 def _name(key: str) -> str:
@@ -2989,8 +2823,8 @@ RETRY_REPLY_SECONDS = 600.0
 RETRY_REPLY_DELAYS = (0.5, 2.0, 8.0, 30.0)
 # Failures in a row after which the send API counts as away.
 AWAY_AFTER = 3
-# Seconds before an API that is away is tried again: at first, and at most. They double with each try.
-PROBE_SECONDS = (1.0, 30.0)
+# Seconds before an API that is away is tried a first, a second, … time; the last one also stands for all later tries.
+PROBE_DELAYS = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
 # Seconds that an idle connection is kept: servers close theirs after 5 s or more, and a request must not meet that.
 KEEP_SECONDS = 4.0
 # Seconds before its end at which a token is not used any more.
@@ -3045,7 +2879,7 @@ class NoAnswer(OSError):
     """A request was sent in full, and no answer came, or a broken one: the server may have done what it asks."""
 
 
-def run_within(seconds: float, function: Callable[..., ResultT], *arguments: Any) -> ResultT:
+def run_within(seconds: float, function: Callable[[], ResultT]) -> ResultT:
     """The result of a function that cannot be interrupted, like the look-up of a name: it runs on a thread of its own.
 
     Raises what the function raises, and TimeoutError after ``seconds``: the function may then still be running.
@@ -3055,8 +2889,7 @@ def run_within(seconds: float, function: Callable[..., ResultT], *arguments: Any
     done = threading.Event()
 
     def run() -> None:
-        error = attempt(lambda: results.append(function(*arguments)))
-        errors.extend([error] if error else [])
+        errors.extend(filter(None, [attempt(lambda: results.append(function()))]))
         done.set()
     try:
         threading.Thread(target=run, name="kfserver-wait", daemon=True).start()
@@ -3065,7 +2898,7 @@ def run_within(seconds: float, function: Callable[..., ResultT], *arguments: Any
     if not done.wait(seconds):
         raise TimeoutError("no answer in time")
     if errors:
-        raise errors.pop()  # not kept here: the error refers to this frame, and would keep itself alive
+        raise errors.pop()  # nothing here keeps it: it refers to these frames, and would keep itself alive
     return results[0]
 
 
@@ -3073,189 +2906,157 @@ class HttpClient:
     """HTTP with the one server at ``base``, on connections that are kept: as many as requests are under way at once.
 
     ``base`` is http://… or https://…, perhaps with a path, or unix:PATH. ``timeout`` is the seconds for one exchange,
-    from the look-up of the name to the last byte. ``tls`` is for https, instead of the default. ``proxy`` is the
-    address of an HTTP proxy.
+    from the look-up of the name to the last byte. ``tls`` is for https, instead of the default. ``proxy`` is what
+    `find_proxy` gives.
     """
 
     def __init__(self, base: str, timeout: float, tls: Optional[ssl.SSLContext] = None, proxy: str = "") -> None:
-        parts = urlsplit(base)
-        self._timeout = timeout
-        self._tls = (tls or ssl.create_default_context()) if parts.scheme == "https" else None
-        self._server = (parts.hostname or "localhost", parts.port or (443 if self._tls else 80))
-        self._unix, self._prefix = (parts.path, "") if parts.scheme == "unix" else ("", parts.path.rstrip("/"))
-        self._proxy = urlsplit(proxy) if proxy else None
-        if self._proxy and not self._tls:
-            self._prefix = f"http://{parts.netloc}{self._prefix}"  # RFC 9112, section 3.2.2: a proxy wants it all
-        self._kept: Deque[_Connection] = deque()
+        self._base, self.timeout, self._proxy = urlsplit(base), timeout, urlsplit(proxy)
+        self._tls = (tls or ssl.create_default_context()) if self._base.scheme == "https" else None
+        self._prefix = "" if self._base.scheme == "unix" else self._base.path.rstrip("/")
+        self._headers: Dict[str, str] = {}
+        if proxy and not self._tls:
+            self._prefix = f"http://{self._base.netloc}{self._prefix}"  # RFC 9112, section 3.2.2: a proxy wants it all
+            self._headers = _proxy_login(self._proxy)
+        self._kept: List[Tuple[_Connection, float]] = []  # and since when each is idle
         self._closed = False
 
     def exchange(self, method: str, path: str, body: bytes = b"", kind: str = "") -> Tuple[int, bytes]:
         """One request, with a body of that Content-Type or without, and its answer: the status and the body, cut at
         MAX_ANSWER. Raises `NoAnswer` if the server may have the request, else OSError, HTTPException or ValueError."""
-        headers = {"Content-Type": kind} if body else {}
-        if self._proxy and not self._tls:
-            headers.update(_proxy_login(self._proxy))
-        ends = time.monotonic() + self._timeout
-        request = (method, self._prefix + path, body, headers)
-        kept = self._take_kept()
-        if kept:
-            try:
-                return self._try(kept, ends, request)
-            except OSError:
-                if kept.sent:
-                    raise
-                # The server has just closed it, and does not have the whole request.
-        return self._try(_Connection(self._server, self._tls), ends, request)
-
-    def _try(self, connection: _Connection, ends: float, request: Tuple[Any, ...]) -> Tuple[int, bytes]:
-        connection.ends, connection.sent = ends, False
-        try:
-            if connection.sock is None:
-                connection.open(self._unix, self._proxy)
-            answer = connection.ask(*request)
-        except BaseException as error:
-            connection.close()
-            if connection.sent and isinstance(error, Exception):
-                raise NoAnswer(str(error) or type(error).__name__) from error
-            raise
-        self._keep(connection)
-        return answer
+        headers = {**self._headers, "Content-Type": kind} if body else self._headers
+        with self._connection() as connection:
+            return connection.ask(method, self._prefix + path, body, headers)
 
     def probe(self) -> None:
         """Connect, and keep the connection for the next request. Raises OSError when nobody listens."""
-        connection = _Connection(self._server, self._tls)
-        connection.ends = time.monotonic() + self._timeout
+        with self._connection() as connection:
+            connection.connect()
+
+    @contextlib.contextmanager
+    def _connection(self) -> Iterator[_Connection]:
+        """A kept or a new connection for one exchange. It is kept if all goes well."""
+        connection = self._take_kept() or _Connection(self._base, self._tls, self._proxy)
+        connection.ends = time.monotonic() + self.timeout
         try:
-            connection.open(self._unix, self._proxy)
+            yield connection
         except BaseException:
             connection.close()
             raise
-        self._keep(connection)
-
-    def _keep(self, connection: _Connection) -> None:
-        connection.idle_since = time.monotonic()
-        self._kept.append(connection)
+        if connection.sock:
+            self._kept.append((connection, time.monotonic()))
         if self._closed:
             self.close()
 
     def _take_kept(self) -> Optional[_Connection]:
         """A kept connection that the server has not closed; anything that it sends unasked means that it closes."""
-        while self._kept:
-            with contextlib.suppress(IndexError):  # another thread may take the last
-                connection = self._kept.pop()
-                fresh = time.monotonic() - connection.idle_since < KEEP_SECONDS
-                if fresh and connection.sock and not _is_readable(connection.sock):
-                    return connection
-                connection.close()
-        return None
+        while True:
+            try:
+                connection, idle_since = self._kept.pop()
+            except IndexError:
+                return None
+            if time.monotonic() - idle_since < KEEP_SECONDS and not _is_readable(connection.sock):
+                return connection
+            connection.close()
 
     def close(self) -> None:
         """Close the connections that are kept, and those in use when they are free."""
         self._closed = True
         with contextlib.suppress(IndexError):  # two threads may be here
             while True:
-                self._kept.pop().close()
+                self._kept.pop()[0].close()
 
 
 class _Connection(http.client.HTTPConnection):
-    """A connection whose exchange has an end: ``ends``, of time.monotonic. What waits longer raises TimeoutError.
+    """A connection whose exchange has an end: ``ends``, of time.monotonic. What waits longer raises TimeoutError."""
 
-    ``sent`` is whether the server may have the whole of the last request, ``idle_since`` when the last one ended.
-    """
+    def __init__(self, base: SplitResult, tls: Optional[ssl.SSLContext], proxy: SplitResult) -> None:
+        self._base, self._tls, self._proxy = base, tls, proxy
+        self.default_port = 443 if tls else 80  # which the Host header need not name
+        super().__init__(base.hostname or "localhost", base.port or self.default_port)
+        self._address = (proxy.hostname, proxy.port or 80) if proxy.hostname else (self.host, self.port)
+        self.ends = 0.0
 
-    def __init__(self, server: Tuple[str, int], tls: Optional[ssl.SSLContext]) -> None:
-        super().__init__(*server)
-        self._tls = tls
-        self.default_port = 443 if tls else 80  # what the Host header need not say
-        self.ends = self.idle_since = 0.0
-        self.sent = False
-
-    def left(self) -> float:
+    def _left(self) -> float:
         """Seconds until the end. Raises TimeoutError."""
         seconds = self.ends - time.monotonic()
         if seconds <= 0:
             raise TimeoutError("no answer in time")
         return seconds
 
-    def open(self, unix: str, proxy: Optional[SplitResult]) -> None:
-        """Connect to the Unix socket or, if there is none, to the server, through the proxy if there is one."""
-        if unix:
-            self.sock = socket.socket(UNIX_FAMILY)
-            self.sock.settimeout(self.left())
-            self.sock.connect(unix)
-        else:
-            self._open_tcp(*((proxy.hostname, proxy.port or 80) if proxy else (self.host, self.port)))
-            self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        if self._tls:
-            if proxy:
-                self._open_tunnel(_proxy_login(proxy))
-            self.sock.settimeout(self.left())  # the library takes this for the handshake as a whole
-            self.sock = self._tls.wrap_socket(self.sock, server_hostname=self.host)
+    def connect(self) -> None:
+        """Connect, through the proxy and with TLS if need be. Raises OSError or ValueError."""
+        try:
+            run_within(self._left(), self._connect)
+        except TimeoutError:
+            self.ends = 0.0
+            raise
 
-    def _open_tcp(self, host: Optional[str], port: int) -> None:
-        found = run_within(self.left(), socket.getaddrinfo, host, port, 0, socket.SOCK_STREAM)
-        for number, (*_, address) in enumerate(found, 1):
-            try:
-                self.sock = socket.create_connection(address[:2], self.left())
-                return
-            except OSError:
-                if number == len(found):
-                    raise
+    def _connect(self) -> None:
+        try:
+            if self._base.scheme == "unix":
+                self.sock = socket.socket(UNIX_FAMILY)
+                self.sock.settimeout(self._left())
+                self.sock.connect(self._base.path)
+            else:
+                self.sock = socket.create_connection(self._address, self._left())
+                self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if self._tls:
+                if self._proxy.hostname:
+                    self._open_tunnel()
+                self.sock.settimeout(self._left())  # the library takes this for the handshake as a whole
+                self.sock = self._tls.wrap_socket(self.sock, server_hostname=self._base.hostname)
+        finally:
+            if not self.ends:  # too late: nobody waits for it any more
+                self.close()
 
-    def _open_tunnel(self, headers: Mapping[str, str]) -> None:
+    def _open_tunnel(self) -> None:
         """Have the proxy connect us to the server: RFC 9110, section 9.3.6."""
-        host = f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
-        lines = [f"CONNECT {host} HTTP/1.1", f"Host: {host}", *(f"{name}: {headers[name]}" for name in headers)]
-        self.send("\r\n".join([*lines, "\r\n"]).encode())
+        server = f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+        login = "".join(f"{name}: {value}\r\n" for name, value in _proxy_login(self._proxy).items())
+        self.send(f"CONNECT {server} HTTP/1.1\r\nHost: {server}\r\n{login}\r\n".encode())
         with self.response_class(self.sock, method="CONNECT") as response:
             response.begin()
             if response.status != 200:
                 raise OSError(f"the proxy answered {response.status}")
 
-    def ask(self, method: str, path: str, body: bytes, headers: Dict[str, str]) -> Tuple[int, bytes]:
-        """One request and its answer. Closes the connection if it cannot be used again."""
+    def ask(self, method: str, path: str, body: bytes, headers: Mapping[str, str]) -> Tuple[int, bytes]:
+        """One request and its answer. Closes the connection if it cannot be used again. Raises as `exchange` does."""
+        if self.sock is None:
+            self.connect()
         self.request(method, path, body or None, headers)
-        self.sent = True
-        with self.getresponse() as response:
-            answer = response.read(MAX_ANSWER)
-            if response.length and len(answer) < MAX_ANSWER:
-                raise http.client.IncompleteRead(answer, response.length)
-            if response.will_close or not response.isclosed():
-                self.close()
+        try:
+            with self.getresponse() as response:
+                answer = response.read(MAX_ANSWER)
+                if response.length and len(answer) < MAX_ANSWER:
+                    raise http.client.IncompleteRead(answer, response.length)
+                if response.will_close or not response.isclosed():
+                    self.close()
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            raise NoAnswer(str(error) or type(error).__name__) from error
         return response.status, answer
 
     def send(self, data: Any) -> None:
         """Send bytes, which http.client calls."""
-        self.sock.settimeout(self.left())
+        self.sock.settimeout(self._left())
         super().send(data)
 
     def response_class(  # type: ignore[override]  # a class there, which is called in the same way
             self, sock: socket.socket, *arguments: Any, **options: Any) -> http.client.HTTPResponse:
         """The reader of an answer, which http.client calls."""
         response = http.client.HTTPResponse(sock, *arguments, **options)
-        response.fp = io.BufferedReader(_TimedReader(self, sock, response.fp.detach()))
+        # The time limit of a socket starts anew with each byte: without this, one byte a second would never end.
+        response.fp.raw.readinto = functools.partial(self._receive, sock)  # type: ignore[method-assign]
         return response
 
+    def _receive(self, sock: socket.socket, buffer: Any) -> int:
+        sock.settimeout(self._left())
+        return sock.recv_into(buffer)
 
-class _TimedReader(io.RawIOBase):
-    """What a socket receives until the connection's end: the time limit of a socket starts anew with each byte."""
 
-    def __init__(self, connection: _Connection, sock: socket.socket, raw: io.RawIOBase) -> None:
-        self._connection, self._sock, self._raw = connection, sock, raw
-
-    def readable(self) -> bool:
-        """Yes: `io.BufferedReader` asks."""
-        return True
-
-    def readinto(self, buffer: Any) -> Optional[int]:
-        """What has come, as soon as something has."""
-        self._sock.settimeout(self._connection.left())
-        return self._raw.readinto(buffer)
-
-    def close(self) -> None:
-        """Let go of the socket."""
-        self._raw.close()
-        super().close()
+def _explain(error: Optional[BaseException]) -> str:
+    """The error's kind, and its text unless that may quote what a server wrote."""
+    return type(error).__name__ + (f": {error}" if isinstance(error, OSError) else "")
 
 
 def _is_readable(connection: socket.socket) -> bool:
@@ -3265,15 +3066,15 @@ def _is_readable(connection: socket.socket) -> bool:
 
 
 def find_proxy(base: str) -> str:
-    """The proxy to the address, as the standard library finds it: HTTPS_PROXY, HTTP_PROXY, NO_PROXY or the system's
-    own; empty for none. Raises `SettingsError`, without the address, which can hold a password."""
+    """The address of the proxy to a server, as the standard library finds it: HTTPS_PROXY, HTTP_PROXY, NO_PROXY or the
+    system's own; empty for none. Raises `SettingsError`, without the address, which can hold a password."""
     from urllib.request import getproxies, proxy_bypass  # costs 0.2 MiB, so only who sends imports it
     parts = urlsplit(base)
     proxy = getproxies().get(parts.scheme, "")
     if not proxy or proxy_bypass(parts.netloc):
         return ""
     proxy = proxy if "://" in proxy else f"http://{proxy}"
-    if not re.fullmatch(r"https?://([^/?#@\s]*@)?[^/?#@\s]+/?", proxy) or not _is_base(re.sub("//.*@", "//", proxy)):
+    if not _is_base(re.sub("//[^/?#@]*@", "//", proxy)):
         raise SettingsError(f"{parts.scheme.upper()}_PROXY takes the address of an HTTP proxy, as http://proxy:3128")
     return proxy
 
@@ -3284,11 +3085,6 @@ def _proxy_login(proxy: SplitResult) -> Dict[str, str]:
         return {}
     words = f"{unquote(proxy.username)}:{unquote(proxy.password or '')}"
     return {"Proxy-Authorization": "Basic " + base64.b64encode(words.encode()).decode()}
-
-
-def _explain(error: Optional[BaseException]) -> str:
-    """The error's kind, and its text unless that may quote what a server wrote."""
-    return type(error).__name__ + (f": {error}" if isinstance(error, OSError) else "")
 
 
 def _json_or_none(text: bytes) -> Any:
@@ -3302,46 +3098,43 @@ def _json_or_none(text: bytes) -> Any:
 
 class CircuitBreaker:
     """Whether the send API is worth a try: after AWAY_AFTER failures in a row it counts as away, and then one thread at
-    a time may try it, with growing pauses. ``timer`` gives seconds."""
+    a time may probe it, with growing pauses. ``timer`` gives seconds."""
 
     def __init__(self, timer: Callable[[], float]) -> None:
         self._timer = timer
         self._lock = threading.Lock()  # guards all below
-        self._failures = 0  # in a row
-        self._pause = 0.0  # seconds from the last try to the next
-        self._next_try = 0.0
-        self._prober = 0  # the thread that tries, or 0
+        self._failures = 0  # in a row; while the API is away, of probes alone
+        self._next_probe = 0.0  # infinite while there is one
 
     def pause(self) -> float:
         """Seconds until `begin` may succeed; 0 for now."""
         with self._lock:
-            if self._failures < AWAY_AFTER:
-                return 0.0
-            return PROBE_SECONDS[0] if self._prober else max(0.0, self._next_try - self._timer())
+            seconds = self._next_probe - self._timer() if self._failures >= AWAY_AFTER else 0.0
+        return PROBE_DELAYS[0] if seconds == float("inf") else max(0.0, seconds)
 
     def begin(self) -> bool:
-        """Whether this thread may try; if so, it calls `end` afterwards."""
+        """Begin a try, which `end` ends; whether it is a probe. Raises `NetworkError` if it must not be made."""
         with self._lock:
-            if self._failures >= AWAY_AFTER:
-                if self._prober or self._timer() < self._next_try:
-                    return False
-                self._prober = threading.get_ident()
-            return True
-
-    def end(self, problem: str) -> None:
-        """A try of this thread has ended: well if ``problem`` is empty, else because of that."""
-        with self._lock:
-            was_away = self._failures >= AWAY_AFTER
-            self._failures = self._failures + 1 if problem else 0
             is_away = self._failures >= AWAY_AFTER
-            if self._prober == threading.get_ident() or is_away > was_away:
-                self._pause = min(self._pause * 2, PROBE_SECONDS[1]) if was_away else PROBE_SECONDS[0]
-                self._next_try = self._timer() + self._pause
-                self._prober = 0
-        if is_away > was_away:
+            if is_away and self._timer() < self._next_probe:
+                raise NetworkError("the send API counts as away, and another reply is tried first")
+            self._next_probe = float("inf")
+            return is_away
+
+    def end(self, is_probe: bool, problem: str) -> None:
+        """A try has ended: well if ``problem`` is empty, else because of that."""
+        with self._lock:
+            before = self._failures
+            if not problem:
+                self._failures = 0
+            elif is_probe or before < AWAY_AFTER:
+                self._failures += 1
+                probes = max(0, self._failures - AWAY_AFTER)
+                self._next_probe = self._timer() + PROBE_DELAYS[min(probes, len(PROBE_DELAYS) - 1)]
+        if problem and before == AWAY_AFTER - 1:
             log.warning("the send API counts as away after %d failures in a row, the last one: %s; replies wait, and "
                         "one at a time is tried", AWAY_AFTER, problem)
-        elif was_away > is_away:
+        elif before >= AWAY_AFTER and not problem:
             log.warning("the send API is back")
 
 
@@ -3368,33 +3161,28 @@ class SendApi:
         self._attempts = 0  # to get a token, that have ended
         self._failure: Optional[Tuple[Type[ReplyError], Tuple[str, ...]]] = None  # of the last of them
         self._source: Optional[Callable[[], str]] = None  # of the next token
-        given = settings.access_token
-        if not given:
-            self._source, self._expires = self._fetch_token, 0.0
-        elif not isinstance(given, str):
+        given: Any = settings.access_token
+        if isinstance(given, str) and given.startswith("@"):
+            given = functools.partial(read_token, given[1:])
+            self._token = given()
+        if callable(given):
             self._source = functools.partial(self._call_for_token, given)
-        elif given.startswith("@"):
-            self._token = read_token(given[1:])
-            self._source = functools.partial(self._call_for_token, functools.partial(read_token, given[1:]))
-        else:
+        elif given:
             self._token = given
+        else:
+            self._source = self._fetch_token
 
     def send(self, open_id: str, answer: Answer) -> None:
         """Send what a handler returns to the user."""
-        if not self._breaker.begin():
-            raise NetworkError("the send API counts as away, and another reply is tried first")
-        problem = "an error inside kfserver"
+        is_probe, problem = self._breaker.begin(), "an error inside kfserver"
         try:
             self._send(open_id, Text(answer) if isinstance(answer, str) else answer)
             problem = ""
-        except ApiError:
-            problem = ""  # the API is there, and refuses
-            raise
         except ReplyError as error:
-            problem = str(error)
+            problem = "" if isinstance(error, ApiError) else str(error)  # the API is there, and refuses
             raise
         finally:
-            self._breaker.end(problem)
+            self._breaker.end(is_probe, problem)
 
     def send_text(self, open_id: str, text: str, user_type: int = 0) -> None:
         """Send a text to the user. ``user_type`` is 1 or 2; 0 means that of the settings."""
@@ -3414,20 +3202,20 @@ class SendApi:
 
     def _send(self, open_id: str, answer: Union[Text, Image]) -> None:
         kind, text, url = ("image", "", answer.url) if isinstance(answer, Image) else ("text", answer.content, "")
-        form = urlencode({"user_type": answer.user_type or self._settings.user_type, "open_id": open_id,
-                          "msg_type": kind, "content": text, "pic_url": url}, errors="replace")
+        form = {"user_type": answer.user_type or self._settings.user_type, "open_id": open_id, "msg_type": kind,
+                "content": text, "pic_url": url}
         token = self._get_token("")
         number, words = self._post(token, form)
         if number in _TOKEN_ERRORS and self._source:
-            newer = self._get_token(token)
-            if newer == token:
+            refused, token = token, self._get_token(token)
+            if token == refused:
                 raise NetworkError(f"the send API answered {number} ({words}): the access token has expired, and there "
                                    "is no other one yet")
-            number, words = self._post(newer, form)
+            number, words = self._post(token, form)
         if number != "0":
             raise _refusal(number, words)
 
-    def _post(self, token: str, form: str) -> Tuple[str, str]:
+    def _post(self, token: str, form: Mapping[str, object]) -> Tuple[str, str]:
         """The platform's number and words for one reply. The number is 0 only if every number of the answer is."""
         path = THIRD_PARTY_SEND_PATH if self._settings.third_party else SEND_PATH
         status, answer = self._ask(f"{path}?{urlencode({'access_token': token})}", form, ReplyError)
@@ -3463,48 +3251,49 @@ class SendApi:
     def _call_for_token(self, function: Callable[[], str]) -> str:
         tokens: List[object] = []
         error = attempt(lambda: tokens.append(run_within(self._timeout, function)))
-        if error:
-            raise NetworkError(f"no access token: {describe_error(error)}")
-        if not (isinstance(tokens[0], str) and tokens[0]):
-            raise NetworkError("no access token: the function of Settings(access_token=function) returned no text")
-        return tokens[0]
+        if error or not (isinstance(tokens[0], str) and tokens[0]):
+            problem = describe_error(error) if error else "Settings(access_token=function) returned no text"
+            raise NetworkError(f"no access token: {problem}")
+        return str(tokens[0])
 
     def _fetch_token(self) -> str:
         """A new token, asked for by POST: in a URL the secret would reach the logs of servers and proxies."""
-        _, answer = self._ask(TOKEN_PATH, urlencode({
+        _, answer = self._ask(TOKEN_PATH, {
             "grant_type": "client_credentials", "client_id": self._settings.app_key,
-            "client_secret": self._settings.app_secret, "scope": "smartapp_snsapi_base"}), NetworkError)
+            "client_secret": self._settings.app_secret, "scope": "smartapp_snsapi_base"}, NetworkError)
         token = answer.get("access_token")
         if not (isinstance(token, str) and token):
             number = answer.get("error") or answer.get("error_code") or answer.get("errno") or "no access_token"
             words = answer.get("error_description") or answer.get("error_msg") or answer.get("msg") or ""
             raise _refusal(self._clean(number), self._clean(words))
-        self._expires = self._clock() + _seconds(answer.get("expires_in")) - TOKEN_MARGIN
+        try:
+            self._expires = self._clock() + float(answer["expires_in"]) - TOKEN_MARGIN
+        except (KeyError, TypeError, ValueError, OverflowError):
+            self._expires = 0.0  # unknown: it is used once
         return token
 
-    def _ask(self, path: str, form: str, unsure: Type[ReplyError]) -> Tuple[int, Dict[str, Any]]:
+    def _ask(self, path: str, form: Mapping[str, object], unsure: Type[ReplyError]) -> Tuple[int, Dict[str, Any]]:
         """The status and the JSON object that the platform answers to a form. Raises `NetworkError` if it surely has
         not done what the form asks, ``unsure`` if it may have."""
-        status, text, problem, kind = 0, b"", "", unsure
+        body = urlencode(form, errors="replace").encode()
+        status, answer, kind = 0, None, unsure
         try:
-            status, text = self._client.exchange("POST", path, form.encode(), "application/x-www-form-urlencoded")
+            status, text = self._client.exchange("POST", path, body, "application/x-www-form-urlencoded")
+            answer, problem = _json_or_none(text), f"answered no JSON object (status {status})"
         except NoAnswer as error:
             problem = f"did not answer ({_explain(error.__cause__)})"
         except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: a name that cannot be encoded
             problem, kind = f"cannot be reached ({self._clean(_explain(error))})", NetworkError
-        answer = _json_or_none(text)
         if 300 <= status < 400:
             problem, kind = f"redirects (status {status}), which is not followed: correct --api-base", NetworkError
         elif status >= 500 or status == 429:
             problem, kind = f"is out of order (status {status})", NetworkError
-        elif not problem and not isinstance(answer, dict):
-            if status >= 400:
-                raise ApiError(f"status {status}", "and no JSON object")
-            problem = f"answered no JSON object (status {status})"
-        if problem:
-            advice = "" if kind is NetworkError else "; the reply may have arrived, so it is not sent again"
-            raise kind(f"the send API {problem}{advice}")
-        return status, answer
+        elif isinstance(answer, dict):
+            return status, answer
+        elif status >= 400:
+            raise ApiError(f"status {status}", "and no JSON object")
+        advice = "" if kind is NetworkError else "; the reply may have arrived, so it is not sent again"
+        raise kind(f"the send API {problem}{advice}")
 
     def _clean(self, words: object, token: str = "") -> str:
         """Words of the platform, fit for a log: without secrets, short, and in one line."""
@@ -3519,24 +3308,12 @@ def read_token(path: str) -> str:
     try:
         with open(path, encoding="utf-8-sig") as file:
             token = file.read(MAX_ANSWER).strip()
-    except (OSError, ValueError) as error:
-        token, problem = "", getattr(error, "strerror", None) or "it is not a text"
-    else:
         problem = "" if re.fullmatch("[!-~]+", token) else "it must hold one word"
+    except (OSError, ValueError) as error:
+        problem = getattr(error, "strerror", None) or "it is not a text"
     if problem:
         raise SettingsError(f"{setting_names('access_token')} cannot use its file: {problem}")
     return token
-
-
-def _seconds(value: object) -> float:
-    """A lifetime as the platform tells it, as a number or text; 0 for anything else."""
-    try:
-        seconds = float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        return 0.0
-    except OverflowError:
-        return float("inf")
-    return seconds if seconds > 0 else 0.0  # NaN compares false, so it becomes 0 as well
 
 
 def list_answers(answers: Answers) -> List[Answer]:
@@ -3628,7 +3405,7 @@ KEEP_THREAD = 5.0
 
 
 def call_later(seconds: float, job: Callable[[], None]) -> None:
-    """Run ``job`` once, ``seconds`` from now, on a thread of its own; not at all if the system has no thread to spare."""
+    """Run ``job`` once, ``seconds`` from now, on a thread of its own; not at all if no thread can be had."""
     timer = threading.Timer(seconds, guard, (job,))
     timer.name, timer.daemon = "kfserver-timer", True
     with contextlib.suppress(RuntimeError):
@@ -3638,10 +3415,10 @@ def call_later(seconds: float, job: Callable[[], None]) -> None:
 class Job:
     """A message from its push until it is done, and how far it has come.
 
-    ``since`` is when it came here, by the dispatcher's timer; ``tries`` how often its handler has failed, and ``seconds``
-    how long its last run took. ``replies`` is None until the handler is done, then what is still to be sent, of which
-    ``sent`` were; the first has failed ``reply_tries`` times since ``failing_since``. ``is_leftover`` marks a message of
-    the last run, ``is_suspect`` one that may have ended that run, ``error`` one that did so too often.
+    ``since`` is when it came, by the dispatcher's timer; ``tries`` how often its handler has failed, ``seconds`` how
+    long its last run took. ``replies`` is None until the handler is done, then what is still to be sent; ``sent`` were,
+    and the next one has failed ``reply_tries`` times since ``failing_since``. ``is_leftover`` marks a message of the
+    last run, ``is_suspect`` one that may have ended that run, ``error`` one that did so too often.
     """
 
     __slots__ = ("message", "sender", "since", "tries", "match", "seconds", "session", "replies", "sent", "reply_tries",
@@ -3663,8 +3440,8 @@ Mailbox = Deque[Job]  # the messages of one sender, the first of them next or in
 
 
 class Mailboxes:
-    """The messages that are not done, by sender. A mailbox is ready, taken, or waits until it is due; an empty one is not
-    kept. ``timer`` gives seconds from anywhere. Not safe to use from several threads."""
+    """The messages that are not done, by sender. A mailbox is ready, taken, or waits until it is due; an empty one is
+    dropped. ``timer`` gives seconds from anywhere. Not safe to use from several threads."""
 
     def __init__(self, timer: Callable[[], float]) -> None:
         self._timer = timer
@@ -3724,8 +3501,9 @@ class Mailboxes:
 class Dispatcher:
     """Has each message handled, on up to ``settings.workers`` threads.
 
-    ``handle`` gets a job and does what is next for it. It returns after how many seconds the job is to be handled again,
-    or None when it is done; before that it must `settle` the job. ``flush`` is called after one or more are settled.
+    ``handle`` gets a job and does what is next for it. It returns after how many seconds the job is to be handled
+    again, or None when it is done; before that it must `settle` the job. ``flush`` is called after one or more are
+    settled. ``timer`` gives seconds from anywhere.
     """
 
     def __init__(self, settings: Settings, handle: Callable[[Job], Optional[float]], flush: Callable[[], None],
@@ -3742,7 +3520,8 @@ class Dispatcher:
         self._limit = settings.workers  # messages in hand at the same time
         self._suspects = 0  # mailboxes that are served alone before the others get their turn
         self._short = False  # whether the system refused the last thread
-        self._closed = self._ended = False  # whether nothing more is taken, and whether nothing more is begun
+        self._closed = False  # whether nothing more is taken
+        self.has_ended = False  # whether nothing more is begun; read without the lock
 
     def reserve(self) -> None:
         """Keep a place in the queue for a message that `post` will bring, or `cancel` will not. Raises `Busy`."""
@@ -3767,8 +3546,8 @@ class Dispatcher:
             self._call_worker()
 
     def restore(self, jobs: Sequence[Job]) -> None:
-        """Take what was accepted before a restart, oldest first, also when the queue is full; `wake` begins it. A sender's
-        first message that is a suspect is handled alone, and before all others."""
+        """Take what was accepted before a restart, oldest first, also when the queue is full; `wake` begins it. If a
+        sender's first message is a suspect, it is handled alone, and before all others."""
         with self._lock:
             self._open += len(jobs)
             for job in jobs:
@@ -3785,7 +3564,7 @@ class Dispatcher:
         """See to it that a worker comes for what is ready, and that one waits for what will be due. One is called at a
         time, and calls the next when it has taken a mailbox: under load it finds many, where a call for each would be a
         change of threads for each."""
-        if self._called or self._busy >= self._limit or self._ended:
+        if self._called or self._busy >= self._limit or self.has_ended:
             return
         is_ready = self._mailboxes.are_ready()
         if not is_ready and self._mailboxes.next_due() is None:
@@ -3825,7 +3604,7 @@ class Dispatcher:
             leave_at = self._timer() + KEEP_THREAD
             while not self._called:
                 now, due = self._timer(), self._mailboxes.next_due()
-                if self._ended or (now >= leave_at and (due is None or self._spare > 1)):
+                if self.has_ended or (now >= leave_at and (due is None or self._spare > 1)):
                     self._spare -= 1
                     return False
                 self._wanted.wait(max(0.0, min(each for each in (due, leave_at) if each and each >= now) - now))
@@ -3839,7 +3618,7 @@ class Dispatcher:
         will flush: so messages with quick handlers share a write, and no more messages than there are workers can be in
         hand, or settled and not flushed."""
         with self._lock:
-            mailbox = self._mailboxes.take() if self._mailboxes.are_ready() and not self._ended else None
+            mailbox = self._mailboxes.take() if self._mailboxes.are_ready() and not self.has_ended else None
             if mailbox:
                 self._call_worker()
             else:
@@ -3877,21 +3656,16 @@ class Dispatcher:
         """Call ``mark``, which must not wait, to note what became of the job. False, and no call, if the end has come
         first: then `drain` has told that the job was left undone."""
         with self._lock:
-            if self._ended:
+            if self.has_ended:
                 return False
             mark(*arguments)
             job.is_settled = True
             self._unflushed += 1
             return True
 
-    @property
-    def has_ended(self) -> bool:
-        """Whether `drain` is over, so that nothing is begun any more."""
-        return self._ended
-
     def join(self, seconds: Optional[float] = None) -> bool:
-        """Wait until nothing is left to do, ``seconds`` at most; whether that was reached. When no thread can be had, as
-        at the exit of an interpreter from 3.12 on, the calling thread works itself."""
+        """Wait until nothing is left to do, ``seconds`` at most; whether that was reached. When no thread can be had,
+        as at the exit of an interpreter from 3.12 on, the calling thread works itself."""
         deadline = float("inf") if seconds is None else time.monotonic() + seconds
         while True:
             with self._lock:
@@ -3918,9 +3692,9 @@ class Dispatcher:
             self._closed = True
         self.join(seconds)
         with self._lock:
-            self._ended = True
+            self.has_ended = True
             self._wanted.notify_all()
-            return [job.message.key for job in self._mailboxes if not job.is_settled]
+        return [job.message.key for job in self.jobs()]
 
     def jobs(self) -> List[Job]:
         """All that is not settled, each sender's in order."""
@@ -3941,7 +3715,7 @@ class Dispatcher:
 # Law: the way of a message from its push until it is done, and what is remembered of it: claims, journal, dispatcher,
 # handlers, conversations, replies. Knows nothing of HTTP.
 
-# Seconds between two looks whether a journal that another process has, or that cannot be used, can be had.
+# Seconds until a journal that could not be opened, because another process has it for example, is tried again.
 OPEN_AGAIN_SECONDS = 3.0
 # Seconds at most between two tries of a handler.
 LONGEST_PAUSE = 3600.0
@@ -3957,52 +3731,258 @@ def make_key(function: Callable[[Message], str], message: Message) -> str:
     return keys[0]
 
 
-class Conversations:
-    """What `Message.session` held at the end of each sender's last message, as JSON: in memory, for ``limit`` senders at
-    most; the one that was not touched for longest is forgotten first. Safe to use from any thread."""
+def restore_job(row: Row, tries: int) -> Job:
+    """The job of a message that the last run left, of which a handler has ``tries``. Raises `PushError` if it cannot be
+    read."""
+    job = Job(parse(row.payload), row.tries + row.begun)
+    job.message.key, job.is_leftover, job.is_suspect = row.key, True, row.begun
+    if row.replies:
+        job.replies = deque(decode_replies(row.replies))
+    elif row.begun and job.tries >= tries:
+        job.error = HandlerError(f"the process ended while this message was handled, at try {job.tries}; correct the "
+                                 "handler, then put the message back with 'journal --requeue'")
+    return job
 
-    def __init__(self, limit: int, clock: Callable[[], float] = time.time) -> None:
-        self._limit, self._clock = limit, clock
+
+def mark_suspects(jobs: Iterable[Job], workers: int) -> None:
+    """Mark what may have been in hand when the process ended: at most the first message of a sender, and of as many
+    senders as there are workers. What waits for its replies was not in a handler."""
+    first: Dict[Tuple[str, str], Job] = {}
+    for job in jobs:
+        first.setdefault(job.sender, job)
+    for job in itertools.islice(first.values(), workers):
+        job.is_suspect = job.replies is None
+
+
+def end_fork(error: Optional[BaseException]) -> NoReturn:
+    """End a process that a handler has forked and that came back from it with ``error``: the queue is its parent's."""
+    status = 0
+    if isinstance(error, SystemExit) and (error.code is None or isinstance(error.code, int)):
+        status = error.code or 0
+    elif error:
+        traceback.print_exception(type(error), error, error.__traceback__)
+        status = 1
+    for stream in (sys.stdout, sys.stderr):
+        attempt(stream.flush)
+    os._exit(status)
+
+
+class Conversations:
+    """What `Message.session` held at the end of each sender's last message, as JSON: in ``shared``, where there is one,
+    else in memory, for ``limit`` senders. The one that was not touched for longest is forgotten first. Safe to use from
+    any thread."""
+
+    def __init__(self, limit: int, shared: Optional[SharedClaims] = None,
+                 clock: Callable[[], float] = time.time) -> None:
+        self._limit, self._shared, self._clock = limit, shared, clock
         self._lock = threading.Lock()  # guards the texts
         self._texts: OrderedDict[str, Tuple[str, float]] = OrderedDict()  # and when each was touched; oldest first
 
-    def load_session(self, sender: str) -> str:
-        """The text of a sender; empty if there is none, or if it was not touched for SESSION_SECONDS."""
-        text, touched = self._texts.get(sender, ("", 0.0))
-        return text if self._clock() - touched < SESSION_SECONDS else ""
+    def load(self, sender: Tuple[str, str]) -> Dict[str, Any]:
+        """The session of an app's sender: a new dict. Raises `SessionUnavailable`."""
+        name = json.dumps(sender)
+        if self._shared is not None:
+            text = self._shared.load_session(name)
+        else:
+            text, touched = self._texts.get(name, ("", 0.0))
+            text = text if self._clock() - touched < SESSION_SECONDS else ""
+        session: Dict[str, Any] = json.loads(text) if text else {}
+        return session
 
-    def save_session(self, sender: str, text: str, touched: float = 0.0) -> None:
-        """Keep a text, touched now or at that time; an empty one is forgotten."""
+    def save(self, sender: Tuple[str, str], session: Dict[str, Any]) -> Optional[Session]:
+        """Keep a session; what a journal must write of it. Raises `HandlerError` for what JSON has not, and
+        `SessionUnavailable`."""
+        name, text = json.dumps(sender), encode_session(session)
+        if self._shared is not None:
+            self._shared.save_session(name, text)
+            return None
+        self.restore(name, text, self._clock())
+        return name, text
+
+    def restore(self, name: str, text: str, touched: float) -> None:
+        """Keep a text that was touched at that time; an empty one is forgotten."""
         with self._lock:
-            self._texts.pop(sender, None)
+            self._texts.pop(name, None)
             if text:
-                self._texts[sender] = text, touched or self._clock()
+                self._texts[name] = text, touched
             if len(self._texts) > self._limit:
                 self._texts.popitem(last=False)
 
 
-class Inbox:
-    """Takes messages from an `Endpoint`, has them handled, and notes what became of them.
+class Handling:
+    """The way of a message from the queue until it is done, on a worker's thread: its handler, its replies, and what is
+    noted of it. ``journal`` is None until it is opened, or if there is none. ``api`` is a `SendApi` or what works like
+    one; None: what handlers return is not sent.
+    """
 
-    ``key_of`` makes deduplication keys; None: the registry's own, or `dedup_key`. ``api`` is a `SendApi` or what works
-    like one; None: what handlers return is not sent. Files and threads are opened by `open`, or at the first message.
+    def __init__(self, registry: HandlerRegistry, settings: Settings, claims: Union[ClaimCache, SharedClaims],
+                 api: Any) -> None:
+        self.registry, self.metrics = registry, Metrics()
+        self.journal: Optional[Journal] = None
+        self.dispatcher = Dispatcher(settings, self.handle, self.flush)
+        self.conversations = Conversations(settings.sessions, claims if isinstance(claims, SharedClaims) else None)
+        self._settings, self._claims, self._api = settings, claims, api
+        self._process = os.getpid()
+
+    def handle(self, job: Job) -> Optional[float]:
+        """Do what is next for a message; after how many seconds to go on with it, or None when it is done."""
+        if job.error:
+            self._give_up(job, job.error)
+            return None
+        if job.replies is None:
+            seconds = self._run(job)
+            if job.replies is None:
+                return seconds
+        if job.replies:
+            seconds = self._send_replies(job)
+            if job.replies:
+                return seconds
+        self._finish(job)
+        return None
+
+    def _run(self, job: Job) -> Optional[float]:
+        """Run the handler. If it succeeds, the job has replies, maybe none, and is not done yet."""
+        # Or a message that ends the process would be run at every start. A run alone counts as a try.
+        if job.is_leftover and self.journal and attempt(
+                self.journal.begin, job.message.key, job.tries + job.is_suspect):
+            return LOOK_AGAIN_SECONDS
+        started = time.monotonic()
+        error = attempt(self._call_handler, job)
+        if os.getpid() != self._process:
+            end_fork(error)
+        job.seconds = time.monotonic() - started
+        if self._settings.admin:
+            self.metrics.handler(job.seconds)
+        if not error:
+            return None
+        job.is_suspect = False
+        job.tries += 1
+        is_final = isinstance(error, KfError) and not isinstance(error, PatternError)
+        if job.tries < self._settings.tries and not is_final:
+            return self._try_again(job, error)
+        self._give_up(job, error)
+        return None
+
+    def _call_handler(self, job: Job) -> None:
+        """Run the handler; keep in the job what is to be sent, and in the conversations what is to be remembered."""
+        message, outbox = job.message, self._outbox_of(job.message)
+        message.kept_session = functools.partial(self.conversations.load, job.sender)
+        job.match = self.registry.find(message)
+        returned = self.registry.run(job.match, message)
+        answers = [] if returned is None else outbox.check(returned)
+        session = None
+        if isinstance(message.kept_session, dict):  # the handler has used it
+            session = self.conversations.save(job.sender, message.session)
+        if answers and self.journal:
+            # In one write with the mark that the handler has run: after a crash it is not run again.
+            self.journal.answered(message.key, encode_replies(answers), session)
+            self.journal.flush()
+            session = None
+        job.session, job.replies = session, deque(answers)
+
+    def _outbox_of(self, message: Message) -> Outbox:
+        if not isinstance(message.outbox, Outbox):
+            message.outbox = Outbox(self._api, message, self.metrics.count)
+        return message.outbox
+
+    def _send_replies(self, job: Job) -> Optional[float]:
+        """Send what the handler returned, one reply after the other. One that cannot be sent now waits, and no worker
+        with it, RETRY_REPLY_SECONDS at most."""
+        outbox = self._outbox_of(job.message)
+        while job.replies:
+            if self.dispatcher.has_ended:
+                return None
+            error = attempt(outbox.send, job.replies[0])
+            if error:
+                return self._fail_to_send(job, error)
+            job.failing_since, job.reply_tries, job.sent = 0.0, 0, job.sent + 1
+            job.replies.popleft()
+            if job.replies and self.journal:
+                self.journal.replied(job.message.key, encode_replies(job.replies))
+        return None
+
+    def _finish(self, job: Job) -> None:
+        if self.dispatcher.settle(job, self._mark_done, job) and log.isEnabledFor(logging.INFO):
+            log.info("handled key=%(key)s handler=%(handler)s ms=%(ms).2f replies=%(replies)d", {
+                "key": job.message.key, "handler": handler_name(job.match.handler) if job.match else "-",
+                "ms": job.seconds * 1000, "replies": job.sent})
+
+    def _fail_to_send(self, job: Job, error: BaseException) -> Optional[float]:
+        now = time.monotonic()
+        job.failing_since = job.failing_since or now
+        if isinstance(error, NetworkError) and now - job.failing_since < RETRY_REPLY_SECONDS:
+            job.reply_tries += 1
+            return max(float(self._api.pause()), retry_delay(job.reply_tries))
+        self.metrics.count("replies_failed")
+        self._give_up(job, error)
+        return None
+
+    def _mark_done(self, job: Job) -> None:
+        if self.journal:
+            self.journal.finish(job.message.key, job.session)
+        self._claims.finish(job.message.key)
+
+    def _try_again(self, job: Job, error: BaseException) -> float:
+        seconds = min(4.0 ** (job.tries - 1), LONGEST_PAUSE)  # 1 s, 4 s, 16 s…: an outage needs time to end
+        log.warning("handler failed: key=%(key)s handler=%(handler)s try=%(try)d of %(tries)d, %(error)s; again in "
+                    "%(seconds)d s", {**self._describe(job, error), "tries": self._settings.tries, "seconds": seconds},
+                    exc_info=exc_info_of(error) if log.isEnabledFor(logging.DEBUG) else None)
+        self.metrics.count("handler_retries")
+        if self.journal:
+            self.journal.tried(job.message.key, job.tries)
+            self.journal.flush()
+        return seconds
+
+    def _give_up(self, job: Job, error: BaseException) -> None:
+        """The last try has failed, of the handler or of a reply: tell the functions of `on_error`."""
+        if not self.dispatcher.settle(job, self._mark_failed, job, error):
+            return
+        self.flush()  # before what follows can end the process
+        self.metrics.count("messages_failed")
+        # An error of our own is told with the handler's name and line: its frames are kfserver's.
+        is_ours = isinstance(error, KfError) and not log.isEnabledFor(logging.DEBUG)
+        log.error("message failed for good: key=%(key)s handler=%(handler)s try=%(try)d, %(error)s; the platform will "
+                  "not send it again by itself", self._describe(job, error),
+                  exc_info=None if is_ours else exc_info_of(error))
+        for failed in self.registry.handle_error(job.message, error):
+            log.error("on_error failed: key=%(key)s error=%(error)s", {
+                "key": job.message.key, "error": describe_error(failed)}, exc_info=exc_info_of(failed))
+
+    def _mark_failed(self, job: Job, error: BaseException) -> None:
+        if self.journal:
+            self.journal.fail(job.message.key, describe_error(error))
+        if job.replies is None:
+            self._claims.release(job.message.key)
+        else:  # the handler is done: it must not run again, though a reply failed
+            self._claims.finish(job.message.key)
+
+    def _describe(self, job: Job, error: BaseException) -> Dict[str, Any]:
+        handler = describe_handler(job.match.handler) if job.match else "-"
+        return {"key": job.message.key, "handler": handler, "try": job.tries, "error": describe_error(error)}
+
+    def flush(self) -> None:
+        """Write what became of messages, if there is a journal."""
+        if self.journal:
+            self.journal.flush()
+
+
+class Inbox:
+    """Takes messages from an `Endpoint`, and has them handled.
+
+    ``key_of`` makes deduplication keys; None: the registry's own, or `dedup_key`. ``api`` is that of a `Handling`.
+    Files and threads are opened by `open`, or at the first message.
     """
 
     def __init__(self, registry: HandlerRegistry, settings: Settings, key_of: Optional[Callable[[Message], str]] = None,
                  api: Any = None) -> None:
-        self.registry = registry
-        self.metrics = Metrics()
         self.is_draining = False  # whether the end has begun, for monitors
         self._settings, self._key_of, self._api = settings, key_of, api
         self._local = ClaimCache(settings.dedup_size)
-        self._conversations = Conversations(settings.sessions)
-        self._shared = SharedClaims(settings.redis, self._local) if settings.redis else None
-        self._claims: Union[ClaimCache, SharedClaims] = self._local if self._shared is None else self._shared
-        self._sessions: Union[Conversations, SharedClaims] = (
-            self._conversations if self._shared is None else self._shared)
-        self._dispatcher = Dispatcher(settings, self._handle, self._flush)
+        self._claims: Union[ClaimCache, SharedClaims] = (
+            SharedClaims(settings.redis, self._local) if settings.redis else self._local)
+        self.handling = Handling(registry, settings, self._claims, api)
+        self._dispatcher = self.handling.dispatcher
         self._journal: Optional[Journal] = None
-        self._process = os.getpid()
         self._opening = threading.Lock()  # guards the two below, and that only one thread opens
         self._is_open = False
         self._problem = ""  # why the journal could not be opened
@@ -4015,9 +3995,8 @@ class Inbox:
             if self._is_open or self.is_draining:
                 return
             if self._settings.journal:
-                self._journal = Journal(self._settings, call_later)
+                self._journal = self.handling.journal = Journal(self._settings, call_later)
                 self._recover(self._journal)
-                self._journal.in_hand = self._list_in_hand
             self._claims.open()
             self._is_open, self._problem = True, ""
         self._dispatcher.wake()
@@ -4028,57 +4007,39 @@ class Inbox:
         if self._is_open:
             return
         if not self._problem:
-            try:
-                self.open()
+            error = attempt(self.open)
+            if not error:
                 return
-            except SettingsError as error:
-                self._problem = "the journal cannot be used"
-                log.error("%s; until then every push is answered 503", error)
-                call_later(OPEN_AGAIN_SECONDS, self._open_again)
+            self._problem = "the journal cannot be used"
+            log.error("%s; until then every push is answered 503", describe_error(error))
+            call_later(OPEN_AGAIN_SECONDS, self._open_again)
         raise Busy(self._problem, JournalError.advice)
 
     def _open_again(self) -> None:
-        try:
-            self.open()
-            log.warning("the journal %s can be used now", self._settings.journal)
-        except SettingsError:
+        if attempt(self.open):
             call_later(OPEN_AGAIN_SECONDS, self._open_again)
+        else:
+            log.warning("the journal %s can be used now", self._settings.journal)
 
     def _recover(self, journal: Journal) -> None:
         """Go on where the last process ended: remember what was finished, and queue what was not."""
         for key in journal.finished_keys():
             self._local.finish(key)
         for session in journal.sessions():
-            self._conversations.save_session(*session)
-        left = [job for job in (self._restore(journal, row) for row in journal.waiting()) if job]
-        # In hand was at most one message of a sender, and of as many senders as there are workers.
-        first: Dict[Tuple[str, str], Job] = {}
-        for job in left:
-            first.setdefault(job.sender, job)
-        for job in itertools.islice(first.values(), self._settings.workers):
-            job.is_suspect = job.replies is None
+            self.handling.conversations.restore(*session)
+        left: List[Job] = []
+        for row in journal.waiting():
+            error = attempt(lambda: left.append(restore_job(row, self._settings.tries)))  # noqa: B023
+            if error:
+                journal.fail(row.key, describe_error(error))
+                log.error("left by the last run, and cannot be read: key=%s", row.key)
+            else:
+                self._claims.restore(row.key)
+        mark_suspects(left, self._settings.workers)
         if left:
             log.info("%d messages are left from the last run", len(left))
         self._dispatcher.restore(left)
-
-    def _restore(self, journal: Journal, row: Row) -> Optional[Job]:
-        """The job of a message that the last run left; None if it cannot be read."""
-        try:
-            job = Job(parse(row.payload), row.tries + row.begun)
-        except PushError as error:
-            journal.fail(row.key, describe_error(error))
-            log.error("left by the last run, and cannot be read: key=%s", row.key)
-            return None
-        job.message.key = row.key
-        self._claims.restore(row.key)
-        job.is_leftover = True
-        job.is_suspect = row.begun
-        if row.replies:
-            job.replies = deque(decode_replies(row.replies))
-        elif row.begun and job.tries >= self._settings.tries:
-            job.error = HandlerError(f"the process ended while this message was handled, at try {job.tries}; correct the "
-                                     "handler, then put the message back with 'journal --requeue'")
-        return job
+        journal.in_hand = self._list_in_hand
 
     def _list_in_hand(self) -> List[Tuple[str, bytes, int]]:
         return [(job.message.key, encode_json(dict(job.message.fields)), job.tries) for job in self._dispatcher.jobs()]
@@ -4088,7 +4049,7 @@ class Inbox:
     def take(self, message: Message) -> bool:
         """Claim a message here, and keep a place for it; False for a repeat. Raises `Busy`."""
         self.begin()
-        key_of = self._key_of or self.registry.key_of
+        key_of = self._key_of or self.handling.registry.key_of
         message.key = make_key(key_of, message) if key_of else dedup_key(message)
         if not self._claims.claim(message.key):
             return False
@@ -4131,162 +4092,9 @@ class Inbox:
     def observe(self, response: Response, message: Optional[Message], seconds: float) -> None:
         """A push was answered after that time."""
         if self._settings.admin:
-            self.metrics.push(response, message, seconds)
+            self.handling.metrics.push(response, message, seconds)
 
-    # From the queue to the end, on a worker's thread
-
-    def _handle(self, job: Job) -> Optional[float]:
-        """Do what is next for a message; after how many seconds to go on with it, or None when it is done."""
-        if job.error:
-            self._give_up(job, job.error)
-            return None
-        if job.replies is None:
-            seconds = self._run(job)
-            if job.replies is None:
-                return seconds
-        return self._send_replies(job)
-
-    def _run(self, job: Job) -> Optional[float]:
-        """Run the handler. If it succeeds, the job has replies, maybe none, and is not done yet."""
-        if job.is_leftover and self._journal:
-            # Or a message that ends the process would be run at every start. A run alone counts as a try.
-            if attempt(self._journal.begin, job.message.key, job.tries + job.is_suspect):
-                return LOOK_AGAIN_SECONDS
-        started = time.monotonic()
-        error = attempt(self._call_handler, job)
-        self._leave_fork(error)
-        job.seconds = time.monotonic() - started
-        if self._settings.admin:
-            self.metrics.handler(job.seconds)
-        if not error:
-            return None
-        job.is_suspect = False
-        job.tries += 1
-        is_final = isinstance(error, KfError) and not isinstance(error, PatternError)
-        if job.tries < self._settings.tries and not is_final:
-            return self._try_again(job, error)
-        self._give_up(job, error)
-        return None
-
-    def _call_handler(self, job: Job) -> None:
-        """Run the handler; keep in the job what is to be sent, and in the conversations what is to be remembered."""
-        message = job.message
-        outbox = self._outbox_of(message)
-        message.kept_session = functools.partial(self._load_session, job.sender)
-        job.match = self.registry.find(message)
-        answers = outbox.check(self.registry.run(job.match, message))
-        session = self._save_session(job)
-        if answers and self._journal:
-            # In one write with the mark that the handler has run: after a crash it is not run again.
-            self._journal.answered(message.key, encode_replies(answers), session)
-            self._journal.flush()
-            session = None
-        job.session, job.replies = session, deque(answers)
-
-    def _outbox_of(self, message: Message) -> Outbox:
-        if not isinstance(message.outbox, Outbox):
-            message.outbox = Outbox(self._api, message, self.metrics.count)
-        return message.outbox
-
-    def _load_session(self, sender: Tuple[str, str]) -> Dict[str, Any]:
-        text = self._sessions.load_session(json.dumps(sender))
-        session: Dict[str, Any] = json.loads(text) if text else {}
-        return session
-
-    def _save_session(self, job: Job) -> Optional[Session]:
-        """Save the session if the handler used it; what the journal must write of it."""
-        kept = job.message.kept_session
-        if not isinstance(kept, dict):
-            return None
-        session = json.dumps(job.sender), encode_session(kept)
-        self._sessions.save_session(*session)
-        return session if self._shared is None else None
-
-    def _leave_fork(self, error: Optional[BaseException]) -> None:
-        """End a process that a handler has forked and that came back here: the queue is its parent's."""
-        if os.getpid() == self._process:
-            return
-        status = 0
-        if isinstance(error, SystemExit) and (error.code is None or isinstance(error.code, int)):
-            status = error.code or 0
-        elif error:
-            traceback.print_exception(type(error), error, error.__traceback__)
-            status = 1
-        for stream in (sys.stdout, sys.stderr):
-            attempt(stream.flush)
-        os._exit(status)
-
-    def _send_replies(self, job: Job) -> Optional[float]:
-        """Send what the handler returned, one reply after the other. One that cannot be sent now waits, and no worker
-        with it, RETRY_REPLY_SECONDS at most."""
-        outbox, now = self._outbox_of(job.message), time.monotonic()
-        while job.replies:
-            if self._dispatcher.has_ended:
-                return None
-            error = attempt(outbox.send, job.replies[0])
-            if isinstance(error, NetworkError):
-                job.failing_since = job.failing_since or now
-                if self._api and now - job.failing_since < RETRY_REPLY_SECONDS:
-                    job.reply_tries += 1
-                    return max(float(self._api.pause()), retry_delay(job.reply_tries))
-            if error:
-                self.metrics.count("replies_failed")
-                self._give_up(job, error)
-                return None
-            job.failing_since, job.reply_tries = 0.0, 0
-            job.replies.popleft()
-            job.sent += 1
-            if job.replies and self._journal:
-                self._journal.replied(job.message.key, encode_replies(job.replies))
-        if self._dispatcher.settle(job, self._mark_done, job):
-            log.info("handled key=%(key)s handler=%(handler)s ms=%(ms).2f replies=%(replies)d", {
-                "key": job.message.key, "handler": handler_name(job.match.handler) if job.match else "-", "ms": job.seconds * 1000, "replies": job.sent})
-        return None
-
-    def _mark_done(self, job: Job) -> None:
-        if self._journal:
-            self._journal.finish(job.message.key, job.session)
-        self._claims.finish(job.message.key)
-
-    def _try_again(self, job: Job, error: BaseException) -> float:
-        seconds = min(4.0 ** (job.tries - 1), LONGEST_PAUSE)  # 1 s, 4 s, 16 s…: an outage or overload needs time to end
-        log.warning("handler failed: key=%(key)s handler=%(handler)s try=%(try)d of %(tries)d, %(error)s; again in "
-                    "%(seconds)d s", {**self._describe(job, error), "tries": self._settings.tries, "seconds": seconds},
-                    exc_info=exc_info_of(error) if log.isEnabledFor(logging.DEBUG) else None)
-        self.metrics.count("handler_retries")
-        if self._journal:
-            self._journal.tried(job.message.key, job.tries)
-            self._journal.flush()
-        return seconds
-
-    def _give_up(self, job: Job, error: BaseException) -> None:
-        """The last try has failed, of the handler or of a reply: tell the functions of `on_error`."""
-        if not self._dispatcher.settle(job, self._mark_failed, job, error):
-            return
-        self._flush()  # before what follows can end the process
-        self.metrics.count("messages_failed")
-        log.error("message failed for good: key=%(key)s handler=%(handler)s try=%(try)d, %(error)s; the platform will not "
-                  "send it again by itself", self._describe(job, error), exc_info=exc_info_of(error))
-        for failed in self.registry.handle_error(job.message, error):
-            log.error("on_error failed: key=%s", job.message.key, exc_info=exc_info_of(failed))
-
-    def _mark_failed(self, job: Job, error: BaseException) -> None:
-        if self._journal:
-            self._journal.fail(job.message.key, describe_error(error))
-        if job.replies is None:
-            self._claims.release(job.message.key)
-        else:  # the handler is done: it must not run again, though a reply failed
-            self._claims.finish(job.message.key)
-
-    def _describe(self, job: Job, error: BaseException) -> Dict[str, Any]:
-        handler = describe_handler(job.match.handler) if job.match else "-"
-        return {"key": job.message.key, "handler": handler, "try": job.tries, "error": describe_error(error)}
-
-    def _flush(self) -> None:
-        if self._journal:
-            self._journal.flush()
-
-    # The whole
+    # For who owns it
 
     def each_second(self) -> None:
         """Begin what a shortage of threads held up, and notice a journal that was deleted though nothing is written."""
@@ -4310,8 +4118,10 @@ class Inbox:
 
     def join(self, seconds: Optional[float]) -> bool:
         """Wait until every message is handled, ``seconds`` at most; whether that was reached."""
+        with contextlib.suppress(Busy):
+            self.begin()
         reached = self._dispatcher.join(seconds)
-        self._flush()
+        self.handling.flush()
         return reached
 
     def close(self) -> List[str]:
@@ -4431,7 +4241,7 @@ def _origin_form(method: str, target: str) -> str:
     """Path and query of a request target; proxies write it with scheme and host (RFC 9112, section 3.2.2)."""
     if target.startswith("/") or (target == "*" and method == "OPTIONS"):
         return target
-    found = re.fullmatch(r"(?i:https?)://[^/?#]+(/[^?#]*)?(\?[^#]*)?", target)
+    found = re.fullmatch(r"(?i:https?)://[!$%&'()*+,;=:\[\]._~0-9A-Za-z-]+(/[^?#]*)?(\?[^#]*)?", target)
     if not found:
         raise MalformedPush("malformed request target")
     return (found.group(1) or "/") + (found.group(2) or "")
@@ -4536,7 +4346,7 @@ class RequestReader:
 
     def _take_line(self) -> Generator[None, None, bytes]:
         while b"\r\n" not in self._buffer[:MAX_CHUNK_LINE + 2]:
-            if len(self._buffer) > MAX_CHUNK_LINE:
+            if len(self._buffer) > MAX_CHUNK_LINE + 1:  # with its CR
                 raise MalformedPush("a line too long between chunks")
             yield None
         line = yield from self._take(self._buffer.index(b"\r\n") + 2)
@@ -5123,9 +4933,9 @@ class KfServer:
         with KfServer(registry, Settings(port=0)) as server:
             print(server.url)
 
-    `feed` and `wsgi` work without a start. ``dedup_key`` replaces `dedup_key`: equal texts are one message. ``api`` takes
-    the place of a `SendApi`. Raises `SettingsError` for what is known to be wrong at once; files and threads are opened
-    at first use, so what is made before a fork works in every process that serves.
+    `feed` and `wsgi` work without a start. ``dedup_key`` replaces `dedup_key`: equal texts are one message. ``api``
+    takes the place of a `SendApi`. Files and threads are opened at first use, so what is made before a fork works in
+    every process that serves. Raises `SettingsError` for what is known to be wrong at once.
     """
 
     def __init__(self, registry: HandlerRegistry, settings: Settings = Settings(),
@@ -5159,12 +4969,12 @@ class KfServer:
     @property
     def registry(self) -> HandlerRegistry:
         """The handlers in service; another registry can be put in their place while the server runs."""
-        return self._inbox.registry
+        return self._inbox.handling.registry
 
     @registry.setter
     def registry(self, registry: HandlerRegistry) -> None:
         """Put other handlers in service."""
-        self._registry = self._inbox.registry = registry
+        self._registry = self._inbox.handling.registry = registry
 
     def open(self) -> KfServer:
         """Open the journal now, and begin what the last run left, not at the first push. Raises `SettingsError`."""
@@ -5172,8 +4982,8 @@ class KfServer:
         return self
 
     def start(self) -> KfServer:
-        """Listen, and serve from a thread of its own. Raises `SettingsError` when an address or a file cannot be had, and
-        then nothing stays open; `KfError` if the server was started or stopped before."""
+        """Listen, and serve from a thread of its own. Raises `SettingsError` when an address or a file cannot be had,
+        and then nothing stays open; `KfError` if the server was started or stopped before."""
         if self._http or self._inbox.is_draining:
             raise KfError("a KfServer starts once: make another for each start")
         with contextlib.ExitStack() as opened:
@@ -5198,7 +5008,7 @@ class KfServer:
 
     def _render_metrics(self) -> str:
         connections = len(self._http.connections) if self._http else 0
-        return self._inbox.metrics.render([
+        return self._inbox.handling.metrics.render([
             *self._inbox.samples(), Sample("kfserver_connections", "Open connections of clients.", connections)])
 
     def _trouble(self) -> str:
@@ -5227,7 +5037,7 @@ class KfServer:
     def stop(self) -> List[str]:
         """Stop listening, finish requests in flight and, within ``grace`` seconds, messages; the keys of the others.
 
-        After that nothing is begun. What a handler still finishes is not written down: a journal brings its message again.
+        After that nothing is begun. What a handler still finishes is not written down: a journal brings it again.
         """
         self._inbox.is_draining = True
         if self._http:
@@ -5295,21 +5105,23 @@ def refuse_uwsgi_without_threads(uwsgi: Optional[ModuleType]) -> None:
 def read_wsgi_body(environ: Mapping[str, Any], limit: int) -> bytes:
     """The body of a request to a WSGI application. Raises `PushError` for one that is longer than ``limit`` bytes.
 
-    A chunked one has no length, but an end where the server says so (``wsgi.input_terminated``, as gunicorn does).
+    A chunked body has no length, but an end where the server says so (``wsgi.input_terminated``, as gunicorn does).
     """
-    length = environ.get("CONTENT_LENGTH") or ("" if environ.get("wsgi.input_terminated") else "0")
-    if length and not (length.isdecimal() and len(length) <= 18):
+    stated = environ.get("CONTENT_LENGTH") or ""
+    if stated and not (stated.isdecimal() and len(stated) <= 18):
         raise MalformedPush("Content-Length must be one number")
-    body, left = b"", min(int(length), limit + 1) if length else limit + 1
-    if length and int(length) > limit:
-        raise PushError(f"more than {limit} bytes", TOO_LARGE, 413)
-    while left > 0:
+    left = limit + 1 if not stated and environ.get("wsgi.input_terminated") else int(stated or 0)
+    too_large = PushError(f"more than {limit} bytes", TOO_LARGE, 413)
+    if stated and left > limit:
+        raise too_large
+    body = b""
+    while left:
         data = environ["wsgi.input"].read(left)
         if not data:
             break
         body, left = body + data, left - len(data)
     if len(body) > limit:
-        raise PushError(f"more than {limit} bytes", TOO_LARGE, 413)
+        raise too_large
     return body
 
 
@@ -5326,18 +5138,9 @@ MAX_SHOWN = 4000
 # Of the client's errors (RFC 9110, section 15.5; RFC 8470; RFC 6585) these alone can go away by themselves. The others
 # cannot, nor can a redirection: the same push would get the same answer again.
 TEMPORARY_ERRORS = (408, 425, 429)
-
-
-class Patience(NamedTuple):
-    """How long the sender of a push waits for the answer, and how often it sends a push again that was not answered.
-
-    The default is the platform's: 2 s for messages, and the three retries of its page on coupon events. How soon it
-    sends again is not documented; a receiver that is busy asks for one second.
-    """
-
-    answer_seconds: float = 2.0
-    retries: int = 3
-    pause_seconds: float = 1.0
+# Seconds that the platform waits for an answer, and how often it sends again what was not answered (its page on coupon
+# events). How soon it does so is not documented; a receiver that is busy asks for one second.
+ANSWER_SECONDS, RETRIES, PAUSE_SECONDS = 2.0, 3, 1.0
 
 
 def read_push_url(text: str) -> Tuple[str, str]:
@@ -5367,46 +5170,40 @@ class Draft(NamedTuple):
 _MAIN_FIELDS: Mapping[str, str] = MappingProxyType({"text": "Content", "image": "PicUrl", "event": "Event"})
 
 
-class Drafter:
-    """Drafts the pushes that the arguments ask for. Raises `SettingsError` for options that do not go together.
+def draft_pushes(arguments: argparse.Namespace, settings: Settings) -> Iterator[Draft]:
+    """The pushes that the arguments ask for. Raises `SettingsError` at once for options that do not go together."""
+    kind, in_body = _chosen_kind(arguments), arguments.in_body
+    if in_body and not (settings.aes_key or kind == "handshake"):
+        raise SettingsError("--in-body is for encrypted pushes and handshakes: add --aes-key, --app-id, or --handshake")
+    platform = Platform(settings, time.time, os.urandom)
+    encode = encode_json if arguments.form == "json" else encode_xml
+    if kind == "handshake":
+        return (_draft_handshake(*platform.handshake(in_body)) for _ in range(arguments.count))
+    if kind == "file":
+        messages: Iterable[bytes] = itertools.repeat(read_packet(arguments.file), arguments.count)
+    else:
+        messages = map(encode, _write_messages(arguments, kind, settings.app_id.split(",")[0] or "app"))
+    return (Draft(message, *platform.push(message, encode, in_body)) for message in messages)
 
-    A receiver drops repeats, so no two messages are the same: each has a MsgId of 63 bits of its own. Events have no
-    MsgId and are told apart by their CreateTime: they are one second apart, and the last of them happens now.
-    """
 
-    def __init__(self, arguments: argparse.Namespace, settings: Settings) -> None:
-        self._arguments, self._kind = arguments, _chosen_kind(arguments)
-        if arguments.in_body and not (settings.aes_key or self._kind == "handshake"):
-            raise SettingsError("--in-body is for encrypted pushes and handshakes: add --aes-key, --app-id, "
-                                "or --handshake")
-        self._platform = Platform(settings, time.time, os.urandom)
-        self._encode = encode_json if arguments.form == "json" else encode_xml
-        self._app = arguments.to or settings.app_id.split(",")[0] or "app"
-        self._packet = read_packet(arguments.file) if self._kind == "file" else b""
-        # Another start for each run, high enough that a receiver which reads ids as floating point shows it.
-        self._first_id = 2 ** 62 + random.getrandbits(61)
+def _draft_handshake(query: Mapping[str, str], body: bytes) -> Draft:
+    echo = query.get("echoStr") or dict(parse_qsl(body.decode()))["echoStr"]
+    return Draft(b"", query, body, (echo.encode(),))
 
-    def draft(self, number: int) -> Draft:
-        """The push of that number, from 0."""
-        in_body = self._arguments.in_body
-        if self._kind == "handshake":
-            query, body = self._platform.handshake(in_body)
-            echo = query.get("echoStr") or dict(parse_qsl(body.decode()))["echoStr"]
-            return Draft(b"", query, body, (echo.encode(),))
-        message = self._packet or self._encode(self.fields(number))
-        return Draft(message, *self._platform.push(message, self._encode, in_body))
 
-    def fields(self, number: int) -> Fields:
-        """The fields of the message of that number."""
-        wanted, now, content = self._arguments, int(time.time()), getattr(self._arguments, self._kind)
-        fields: Dict[str, Union[str, int]] = {"ToUserName": self._app, "FromUserName": wanted.sender, "CreateTime": now,
-                                              "MsgType": self._kind}
-        fields[_MAIN_FIELDS[self._kind]] = "hello" if content is None else content
-        if self._kind == "event":
-            fields["CreateTime"] = now - (wanted.count - 1 - number)
-        else:
-            fields["MsgId"] = self._first_id + number
-        return {**fields, **dict(wanted.field)}
+def _write_messages(arguments: argparse.Namespace, kind: str, app: str) -> Iterator[Fields]:
+    """The fields of each message. A receiver drops repeats, so no two are the same: each has a MsgId of 63 bits. Events
+    have no MsgId and are told apart by their CreateTime: one second lies between two, and the last happens now."""
+    # Another start for each run, high enough that a receiver which reads ids as floating point shows it.
+    first_id, content = 2 ** 62 + random.getrandbits(61), getattr(arguments, kind)
+    for number in range(arguments.count):
+        fields: Dict[str, Union[str, int]] = {
+            "ToUserName": arguments.to or app, "FromUserName": arguments.sender, "CreateTime": int(time.time()),
+            "MsgType": kind, _MAIN_FIELDS[kind]: "hello" if content is None else content, "MsgId": first_id + number}
+        if kind == "event":
+            fields["CreateTime"] = int(time.time()) - (arguments.count - 1 - number)
+            del fields["MsgId"]
+        yield {**fields, **dict(arguments.field)}
 
 
 def _chosen_kind(arguments: argparse.Namespace) -> str:
@@ -5532,13 +5329,12 @@ def build_push_parser() -> argparse.ArgumentParser:
 class PushRun:
     """Pushes messages one after the other to ``target`` on the receiver at ``base``.
 
-    ``counts`` says what became of them: messages answered; tries sent, repeated, and not answered by their reason.
-    ``show`` is called with each step, in words.
+    ``counts`` says what became of them: messages answered; tries sent and repeated. ``failures`` counts the tries that
+    were not answered, by their reason. ``show`` is called with each step, in words.
     """
 
-    def __init__(self, base: str, target: str, patience: Patience, is_secure: bool = True) -> None:
-        self._base, self._target, self._patience = base, target, patience
-        self.client = HttpClient(base, patience.answer_seconds, None if is_secure else _any_certificate())
+    def __init__(self, client: HttpClient, base: str, target: str, pause_seconds: float) -> None:
+        self._client, self._base, self._target, self._pause_seconds = client, base, target, pause_seconds
         self.counts: Counter[str] = Counter()
         self.failures: Counter[str] = Counter()
         self.show: Callable[[str], None] = lambda text: None
@@ -5559,19 +5355,22 @@ class PushRun:
         self.counts["answered"] += answered
 
     def _deliver(self, target: str, draft: Draft) -> bool:
-        for tries in range(1, self._patience.retries + 2):
+        for tries in range(1, RETRIES + 2):
             status, reason = self._try(target, draft)
             if not reason:
                 return True
-            if self.counts["sent"] == 1:
-                self._advise(status, reason)
             self.failures[reason] += 1
+            if self.counts["sent"] == 1:
+                if status in (0, 400):
+                    check_scheme(self._base)
+                if reason in _PUSH_ADVICE:
+                    _say(sys.stdout, f"{reason}: {_PUSH_ADVICE[reason]}")
             if 300 <= status < 500 and status not in TEMPORARY_ERRORS:
                 self.show("not sent again: the answer would be the same")
                 return False
-            if tries <= self._patience.retries:
-                self.show(f"try {tries + 1} of {self._patience.retries + 1} in {self._patience.pause_seconds:g} s")
-                time.sleep(self._patience.pause_seconds)
+            if tries <= RETRIES:
+                self.show(f"try {tries + 1} of {RETRIES + 1} in {self._pause_seconds:g} s")
+                time.sleep(self._pause_seconds)
         return False
 
     def _try(self, target: str, draft: Draft) -> Tuple[int, str]:
@@ -5579,23 +5378,16 @@ class PushRun:
         started, status = time.monotonic(), 0
         self.counts["sent"] += 1
         try:
-            status, body = self.client.exchange("POST", target, draft.body, _content_type(draft.body))
+            status, body = self._client.exchange("POST", target, draft.body, _content_type(draft.body))
             reason = judge(status, body, draft.expected)
             self.show(quote_bytes(f"< {status}", body.strip() or b"(nothing)"))
         except (OSError, http.client.HTTPException) as error:
             reason = _explain_failure(error)
         seconds = time.monotonic() - started
-        if seconds > self._patience.answer_seconds:
-            status, reason = 0, f"no answer in {self._patience.answer_seconds:g} s"
+        if seconds > self._client.timeout:
+            status, reason = 0, f"no answer in {self._client.timeout:g} s"
         self.show(f"{f'not answered: {reason}' if reason else 'answered'}, after {seconds * 1000:.2f} ms")
         return status, reason
-
-    def _advise(self, status: int, reason: str) -> None:
-        """Tell what can be done about the first try's failure. Raises `SettingsError` for the wrong scheme."""
-        if status in (0, 400):
-            check_scheme(self._base)
-        if reason in _PUSH_ADVICE:
-            _say(sys.stdout, f"{reason}: {_PUSH_ADVICE[reason]}")
 
     def sums(self, seconds: float) -> str:
         """What became of all messages, in a line."""
@@ -5624,10 +5416,8 @@ def _any_certificate() -> ssl.SSLContext:
     return context
 
 
-PLATFORM_PATIENCE = Patience()
-
-
-def push(arguments: argparse.Namespace, patience: Patience = PLATFORM_PATIENCE) -> int:
+def push(arguments: argparse.Namespace, answer_seconds: float = ANSWER_SECONDS,
+         pause_seconds: float = PAUSE_SECONDS) -> int:
     """Push as the arguments of `build_push_parser` ask, and show what comes of it: one message in full, more in sums.
 
     Returns 0 if all was answered, 1 if not. Raises `SettingsError` before anything is sent, or for the wrong scheme.
@@ -5635,17 +5425,18 @@ def push(arguments: argparse.Namespace, patience: Patience = PLATFORM_PATIENCE) 
     base, target = read_push_url(arguments.url)
     secrets = {name: getattr(arguments, name) or os.environ.get(f"KF_{name.upper()}", "")
                for name in ("token", "aes_key", "app_id")}
-    drafter = Drafter(arguments, Settings(**secrets))  # type: ignore[arg-type]
-    run = PushRun(base, target, patience, not arguments.insecure)
-    with contextlib.closing(run.client):
-        if not _find_receiver(run.client, base):
+    drafts = draft_pushes(arguments, Settings(**secrets))  # type: ignore[arg-type]
+    client = HttpClient(base, answer_seconds, _any_certificate() if arguments.insecure else None)
+    run = PushRun(client, base, target, pause_seconds)
+    with contextlib.closing(client):
+        if not _find_receiver(client, base):
             return 1
         if arguments.count == 1:
             run.show = functools.partial(_say, sys.stdout)
         started = time.monotonic()
         try:
-            for number in range(arguments.count):
-                run.push(drafter.draft(number), is_lost(number, arguments.repeat))
+            for number, draft in enumerate(drafts):
+                run.push(draft, is_lost(number, arguments.repeat))
         finally:  # after Ctrl-C too
             if arguments.count > 1:
                 _say(sys.stdout, run.sums(time.monotonic() - started))
@@ -5678,94 +5469,82 @@ LATE_IMPORTS = ("asyncio", "concurrent.futures.thread", "contextvars", "sqlite3"
                 "cryptography.hazmat.primitives.ciphers")
 
 
-def _default_handlers() -> str:
-    """handlers.py in the current folder, or else beside kfserver.py; empty if there is neither."""
+def find_handlers(wanted: str) -> str:
+    """The full path of a file, or the name of a module as it is. Where nothing is wanted, handlers.py in the current
+    folder, or else beside kfserver.py; empty if there is neither."""
+    if wanted:
+        return os.path.abspath(wanted) if wanted.endswith(".py") or os.path.exists(wanted) else wanted
     folders = (os.getcwd(), os.path.dirname(os.path.abspath(__file__)))
     paths = [os.path.join(folder, DEFAULT_HANDLERS) for folder in folders]
     return next((path for path in paths if os.path.exists(path)), "")
 
 
-def load_handlers(wanted: str) -> Tuple[HandlerRegistry, str]:
-    """The registry in a file or module, and where it was found; an empty one where none was wanted and none is there.
+def load_handlers(place: str) -> Tuple[HandlerRegistry, str]:
+    """The registry in what `find_handlers` has found, and its file; an empty one where there is none.
 
-    Raises `SettingsError`; an error inside the file is printed first, with that file's traceback.
+    Raises `SettingsError`; for an error inside the file, with that file's traceback.
     """
-    path = wanted or _default_handlers()
-    if not path:
+    if not place:
         return HandlerRegistry(), ""
     modules: List[ModuleType] = []
-    error = attempt(lambda: modules.append(_import_handlers(path)))
+    error = attempt(lambda: modules.append(_import_handlers(place)))
     if error:
-        raise _explain_import(path, error) from error
+        raise _explain_import(place, error) from error
     registry = getattr(modules[0], "registry", None)
     if not isinstance(registry, HandlerRegistry):
-        raise SettingsError(f"{path} has no registry: write 'from kfserver import HandlerRegistry' and "
+        raise SettingsError(f"{place} has no registry: write 'from kfserver import HandlerRegistry' and "
                             "'registry = HandlerRegistry()' at its top")
-    return registry, modules[0].__file__ or path
+    return registry, modules[0].__file__ or place
 
 
-def _import_handlers(wanted: str) -> ModuleType:
-    """The module of a file, by its path, or of a dotted name, which is found from the current folder."""
-    if not wanted.endswith(".py") and not os.path.exists(wanted):
+def _import_handlers(place: str) -> ModuleType:
+    """The module of a file, or of a dotted name, which is found from the current folder."""
+    if not os.path.isabs(place):
         _put_first(os.getcwd())
-        return importlib.import_module(wanted)
-    path = os.path.abspath(wanted)
-    _put_first(os.path.dirname(path))
-    name = os.path.splitext(os.path.basename(path))[0]
-    return _run_file(ModuleType(f"{name}_handlers" if name in _library_names() else name), path)
+        return importlib.import_module(place)
+    _put_first(os.path.dirname(place))
+    name = os.path.splitext(os.path.basename(place))[0]
+    return _run_file(f"{name}_handlers" if name in {*sys.modules, *LATE_IMPORTS} else name, place)
 
 
 def _put_first(folder: str) -> None:
-    """Have modules in the folder found before all others, but for those of LATE_IMPORTS: a neighbour of the handlers
-    named sqlite3.py or queue.py must not take their place."""
+    """Have modules in the folder found before all others. If one of them has the name of a library, as redis.py or
+    queue.py, everything that kfserver may need is imported before."""
     elsewhere = [each for each in sys.path if os.path.abspath(each) != folder]
-    if sys.path[:1] == [folder]:
-        return
     with contextlib.suppress(OSError):  # no such folder, as reading the handlers will tell
-        if _library_names().intersection(name.partition(".")[0] for name in os.listdir(folder)):
+        names = {name.partition(".")[0] for name in os.listdir(folder)}
+        if any(name.isidentifier() and PathFinder.find_spec(name, elsewhere) for name in names):
             sys.path[:] = elsewhere
             for late in LATE_IMPORTS:
                 attempt(importlib.import_module, late)  # some may not be installed, or not work: told when used
     sys.path[:] = [folder, *elsewhere]
 
 
-def _library_names() -> Set[str]:
-    """The names of all modules of the standard library, and of the packages that kfserver can use."""
-    names = set(getattr(sys, "stdlib_module_names", sys.builtin_module_names))
-    if sys.version_info < (3, 10):  # which know only what is built in
-        library = os.path.dirname(os.__file__)
-        for folder in filter(os.path.isdir, (library, os.path.join(library, "lib-dynload"))):
-            names.update(name.partition(".")[0] for name in os.listdir(folder))
-    return names | {late.partition(".")[0] for late in LATE_IMPORTS}
-
-
-def _run_file(module: ModuleType, path: str) -> ModuleType:
+def _run_file(name: str, path: str) -> ModuleType:
     """Run the file as it is now in a new module: bytecode that was kept before an edit in the same second would pass
-    for that of the edited file. If that fails, a module that had its name before has it again."""
-    name = module.__name__
-    before, sys.modules[name], module.__file__ = sys.modules.get(name), module, path
+    for that of the edited file."""
+    loader = SourceFileLoader(name, path)
+    spec = ModuleSpec(name, loader, origin=path)
+    spec.has_location = True  # the origin becomes __file__
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
     try:
-        with open(path, "rb") as file:
-            exec(compile(file.read(), path, "exec"), module.__dict__)
+        exec(loader.source_to_code(loader.get_data(path), path), vars(module))
     except BaseException:
         del sys.modules[name]
-        if before:
-            sys.modules[name] = before
         raise
     return module
 
 
-def _explain_import(path: str, error: BaseException) -> SettingsError:
-    if isinstance(error, OSError) and error.filename and os.path.abspath(error.filename) == os.path.abspath(path):
-        return SettingsError(f"cannot read the handlers {path}: {error.strerror}; --handlers names another file")
-    if isinstance(error, ModuleNotFoundError) and error.name in (path, path.partition(".")[0]):
-        return SettingsError(f"no file or module named {path} for the handlers; --handlers names a file or a module")
+def _explain_import(place: str, error: BaseException) -> SettingsError:
+    if isinstance(error, OSError) and error.filename == place:
+        return SettingsError(f"cannot read the handlers {place}: {error.strerror}; --handlers names another file")
+    if isinstance(error, ModuleNotFoundError) and error.name in (place, place.partition(".")[0]):
+        return SettingsError(f"no file or module named {place} for the handlers; --handlers names a file or a module")
     trace = _trace_of_handlers(error)
     if isinstance(error, HandlerError) and trace.stack:
-        return SettingsError(f"{path}, line {trace.stack[0].lineno}: {error}")
-    print(_format_trace(trace), file=sys.stderr)
-    return SettingsError(f"{path} failed with the {type(error).__name__} above: correct it, or name another file by "
-                         "--handlers")
+        return SettingsError(f"{place}, line {trace.stack[0].lineno}: {error}")
+    return SettingsError(f"{place} failed with the {type(error).__name__} below: correct it, or name another file by "
+                         f"--handlers\n{_format_trace(trace)}")
 
 
 def _trace_of_handlers(error: BaseException) -> traceback.TracebackException:
@@ -5789,105 +5568,82 @@ def _format_trace(trace: traceback.TracebackException) -> str:
     return re.sub(r"Traceback \(most recent call last\):\n(?!  File)", "", "".join(trace.format())).rstrip()
 
 
-def _forget_module(name: str) -> None:
-    """Have the next import load the module; ``from package import child`` looks into the package first."""
-    del sys.modules[name]
-    package, _, child = name.rpartition(".")
-    vars(sys.modules.get(package, ModuleType(name))).pop(child, None)
-
-
-FileStamp = Tuple[int, int, int]
-
-
-def _file_stamp(path: str) -> Optional[FileStamp]:
-    """What changes when a file is written or replaced; None if it is not there."""
-    try:
-        status = os.stat(path)
-    except OSError:
-        return None
-    return status.st_mtime_ns, status.st_size, status.st_ino
+def _place_of(module: ModuleType) -> str:
+    """The file of a module, or the folder of a package that has no file."""
+    return str(getattr(module, "__file__", None) or [*getattr(module, "__path__", ()), ""][0])
 
 
 class ReloadingHandlers:
-    """The handlers in a file, loaded again when it changes, or a module in its folder that came with it.
+    """The handlers in a file, loaded again when it, a Python file beside it, or a module that came with it changes.
 
-    All of these are loaded anew together; a broken version leaves all from before in service. Threads and tasks that a
-    version started go on.
+    All modules of its folder are loaded anew together; a broken version leaves all from before in service. Threads and
+    tasks that a version started go on.
     """
 
     def __init__(self, wanted: str) -> None:
-        """Load what `load_handlers` takes; raises what it raises."""
+        """Load what is wanted, as `find_handlers` takes it; raises what `load_handlers` raises."""
         self._foreign = dict(sys.modules)  # not ours to load again, kfserver itself among them
-        self._failed = False  # whether the newest version does not load
+        self._place = find_handlers(wanted)  # found now: handlers may change the current folder
         self.path = ""
-        # Before the file is read, so that a change meanwhile is seen. Where a module's file is, only loading tells.
-        path = wanted or _default_handlers()
-        before = self._stamp_files(os.path.abspath(path)) if path else {}
-        self.registry, self.path = load_handlers(wanted)
-        self._seen = {**self._stamp_files(self.path), **before} if self.path else {}
-        # A file by its full path from now on, since handlers may change the current folder.
-        self._wanted = self.path if path and self.path == os.path.abspath(path) else wanted
+        before = self._stamp_files()  # so that a change while they are loaded is seen
+        self.registry, self.path = load_handlers(self._place)
+        self._seen = {**self._stamp_files(), **before}
+
+    def _folder(self) -> str:
+        return os.path.dirname(self.path or self._place)
 
     def _modules(self) -> Dict[str, ModuleType]:
-        """The modules that came with the handlers and whose files are in their folder, by name."""
-        folder = os.path.join(os.path.dirname(self.path), "") if self.path else "\0"
-        found = {name: module for name, module in list(sys.modules.items())
-                 if self._foreign.get(name) is not module and str(getattr(module, "__file__", "")).startswith(folder)}
-        return {name: module for name, module in found.items() if module.__file__ == self.path
-                or str(module.__file__).endswith(".py") and "-packages" not in str(module.__file__)}
+        """The modules that came with the handlers and lie in their folder, by name."""
+        start = (self._folder() or "\0") + os.sep
+        found = {name: (module, _place_of(module)) for name, module in list(sys.modules.items())
+                 if self._foreign.get(name) is not module}
+        return {name: module for name, (module, place) in found.items() if place == self.path or place.startswith(start)
+                and "-packages" not in place and not place.endswith(tuple(EXTENSION_SUFFIXES))}
 
-    def _files(self) -> Set[str]:
-        return {str(module.__file__) for module in self._modules().values()}
-
-    def _stamp_files(self, handlers: str) -> Dict[str, Optional[FileStamp]]:
-        """The stamps of the file of the handlers, of its neighbours, and of the modules that came with it."""
-        folder, paths = os.path.dirname(handlers), {handlers, *self._files()}
+    def _stamp_files(self) -> Dict[str, Tuple[int, int, int]]:
+        """What changes when a file is written or replaced, of each file that is watched and there."""
+        folder = self._folder()
+        paths = {self.path or self._place, *map(_place_of, self._modules().values())}
         with contextlib.suppress(OSError):
             paths.update(os.path.join(folder, name) for name in os.listdir(folder) if name.endswith(".py"))
-        return {path: _file_stamp(path) for path in paths}
+        stamps = {}
+        for path in filter(os.path.isfile, paths):
+            with contextlib.suppress(OSError):  # some editors remove a file before they write it
+                status = os.stat(path)
+                stamps[path] = status.st_mtime_ns, status.st_size, status.st_ino
+        return stamps
 
     def poll(self) -> bool:
-        """Whether there is a version that is new since the last call, and loads: `registry` is then its own.
-
-        Of one that does not load, the traceback is printed and the log tells, once.
-        """
-        path = self.path or _default_handlers()
-        if not path:
+        """Whether there is a version that is new since the last call, and loads: `registry` is then its own. The log
+        tells once of one that does not load."""
+        self._place = self._place or find_handlers("")
+        stamps = self._stamp_files()
+        for place in map(_place_of, self._modules().values()):
+            if place in stamps:  # maybe of a module that a handler has imported since
+                self._seen.setdefault(place, stamps[place])
+        if all(self._seen.get(path) == stamp for path, stamp in stamps.items()):
             return False
-        stamps, files = self._stamp_files(path), self._files()
-        for each in files:
-            self._seen.setdefault(each, stamps[each])  # of a module that a handler has imported since
-        # After a failure, any file of the folder may be the one that was missing. A stamp is None where a file is not
-        # there: some editors remove it before they write it.
-        watched = stamps if self._failed else {path, *files}
-        if all(stamps[each] in (None, self._seen.get(each)) for each in watched):
-            return False
-        self._seen, self._failed = stamps, True
+        self._seen = stamps
         try:
             self._load_anew()
         except SettingsError as error:
-            log.error("%s; until then the handlers from before stay in service", error)
+            log.error("the handlers from before stay in service: %s", error)
             return False
-        self._failed = False
         return True
 
     def _load_anew(self) -> None:
         kept = self._modules()
         for name, module in kept.items():
-            _forget_module(name)
+            del sys.modules[name]
             with contextlib.suppress(OSError, NotImplementedError):  # an edit in the same second would not be noticed
-                os.unlink(importlib.util.cache_from_source(str(module.__file__)))
+                os.unlink(importlib.util.cache_from_source(_place_of(module)))
         importlib.invalidate_caches()
         try:
-            self.registry, self.path = load_handlers(self._wanted)
+            self.registry, self.path = load_handlers(self._place)
         except BaseException:
             for name in self._modules():
-                _forget_module(name)
-            for name, module in kept.items():
-                sys.modules[name] = module
-                package, _, child = name.rpartition(".")
-                if package in sys.modules:
-                    setattr(sys.modules[package], child, module)
+                del sys.modules[name]
+            sys.modules.update(kept)
             raise
 
     def watch(self, server: KfServer, later: Later) -> None:
@@ -5939,10 +5695,9 @@ class PrintedReplies:
 
     def send(self, open_id: str, answer: Answer) -> None:
         """Print an answer to the user, and its ``user_type`` if that is given."""
-        words = f"[image] {answer.url}" if isinstance(answer, Image) else answer if isinstance(answer, str) else (
-            answer.content)
-        user_type = 0 if isinstance(answer, str) else answer.user_type
-        to = open_id + (f" (user_type {user_type})" if user_type else "")
+        answer = Text(answer) if isinstance(answer, str) else answer
+        words = f"[image] {answer.url}" if isinstance(answer, Image) else answer.content
+        to = open_id + (f" (user_type {answer.user_type})" if answer.user_type else "")
         # Further lines of a text are indented more than the first line of the next.
         _show(f"to {to}: {words}".replace("\n", "\n  "))
 
@@ -6027,30 +5782,31 @@ class Chat:
         self.do_raw(json.dumps({**common, **fields}))
 
     def _handle(self, message: Message) -> None:
-        registry = self._handlers.registry
-        found: List[Optional[Match]] = []
         self._lend_session(message)
-        error = attempt(lambda: found.append(registry.find(message)))
-        match = None if error else found[0]
-        if match:
-            for rule in registry.rules_of(match.handler):
-                _show(rule)
-            error = attempt(self._run, match, message)
-        elif not error:
-            _show(f"nobody takes this; to take it, write: {decorator_for(message)}")
+        taken_by: List[Handler] = []
+        error = attempt(self._run, message, taken_by)
         if error:
             self.failures += 1
-            _show_error(error, match and match.handler)
+            _show_error(error, *taken_by)
             self._lend_session(message)
-            for failed in registry.handle_error(message, error):
+            for failed in self._handlers.registry.handle_error(message, error):
                 _show_error(failed)
 
     def _lend_session(self, message: Message) -> None:
         """A copy of the sender's session, which is kept only if the handler returns."""
         message.kept_session = json.loads(self._sessions.get(message.from_user_name) or "{}")
 
-    def _run(self, match: Match, message: Message) -> None:
-        answers = self._handlers.registry.run(match, message)
+    def _run(self, message: Message, taken_by: List[Handler]) -> None:
+        """Show and run the handler that takes the message, which is put into ``taken_by``; raises what it raises."""
+        registry = self._handlers.registry
+        match = registry.find(message)
+        if not match:
+            _show(f"nobody takes this; to take it, write: {decorator_for(message)}")
+            return
+        taken_by.append(match.handler)
+        for rule in registry.rules_of(match.handler):
+            _show(rule)
+        answers = registry.run(match, message)
         session = encode_session(message.session)
         message.reply(answers)
         self._sessions[message.from_user_name] = session
@@ -6107,6 +5863,7 @@ def _converse(talk: Chat) -> None:
 # words only on request.
 
 Report = Dict[str, Any]
+_REQUEUE = "UPDATE messages SET state = 0, tries = 0, error = NULL, done = NULL WHERE state = 2"
 
 
 def build_journal_parser() -> argparse.ArgumentParser:
@@ -6131,7 +5888,12 @@ def journal_command(arguments: argparse.Namespace) -> int:
         raise SettingsError(f"there is no journal {arguments.journal}")
     try:
         with contextlib.closing(_connect_beside(path, "ro")) as db:
-            requeued = _requeue(db, path) if arguments.requeue else 0
+            requeued = 0
+            if arguments.requeue:
+                # `db`, which can only read, stays open longer: who closes the file last would delete its log, and the
+                # locks that keep the server's log alive may have been lost.
+                with contextlib.closing(_connect_beside(path, "rw")) as writer:
+                    requeued = writer.execute(_REQUEUE).rowcount
             report = _report_journal(db, requeued, arguments.show)
     except sqlite3.Error as error:
         if "not a database" in str(error):
@@ -6154,13 +5916,6 @@ def _connect_beside(path: str, mode: str) -> sqlite3.Connection:
         db.close()
         raise
     return db
-
-
-def _requeue(db: sqlite3.Connection, path: str) -> int:
-    """Put the dead back; their number. ``db``, which can only read, stays open longer: who closes the file last would
-    delete its log, and the locks that keep the server's log alive may have been lost."""
-    with contextlib.closing(_connect_beside(path, "rw")) as writer:
-        return writer.execute(_REQUEUE).rowcount
 
 
 def _report_journal(db: sqlite3.Connection, requeued: int, show: bool) -> Report:
@@ -6223,8 +5978,8 @@ STDERR = 2
 # Seconds in which different signals count as one: Ctrl-C reaches all of a process group, and then a supervisor there
 # sends SIGTERM.
 ONE_END_SECONDS = 1.0
-# Variables that Kubernetes makes for a service called kf, or kf-anything.
-_OF_KUBERNETES = re.compile(r"KF_(\w+_)?(SERVICE_HOST|SERVICE_PORT\w*|PORT(_\d+_(TCP|UDP|SCTP)(_[A-Z]+)?)?)")
+# Variables that Kubernetes makes for a service called kf, or kf-anything: KF_PORT=tcp://10.0.0.1:80 and others.
+_OF_KUBERNETES = re.compile(r"KF_(\w+_)?(SERVICE_|PORT_\d)\w+=|KF_(\w+_)?PORT=\w+://")
 
 
 def read_setting(name: str, text: str) -> Any:
@@ -6233,28 +5988,32 @@ def read_setting(name: str, text: str) -> Any:
     if field.metadata["choices"]:
         text = text.strip().lower()
     words = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
-    convert: Mapping[str, Callable[[str], Any]] = {"int": int, "float": float, "str": str, "AccessToken": str,
-                                                   "bool": lambda word: words[word.strip().lower()]}
-    try:
-        value = convert[str(field.type)](text)
-    except (ValueError, KeyError):
-        value = text  # of the wrong type, as the check says
+    convert: Mapping[str, Callable[[str], Any]] = {
+        "int": int, "float": float, "bool": lambda word: words[word.strip().lower()]}
+    value: Any = text
+    with contextlib.suppress(ValueError, KeyError):  # of the wrong type, as the check says
+        value = convert.get(str(field.type), str)(text)
     check_setting(field, value)
     return value
 
 
 def read_settings(arguments: Mapping[str, Any], environment: Mapping[str, str]) -> Settings:
     """The settings: an argument beats the environment, which beats the default. Raises `SettingsError`."""
-    variables = {name: f"KF_{name.upper()}" for name in SETTING_FIELDS}
-    given = {name: environment[variable] or None for name, variable in variables.items()
-             if variable in environment and not _is_of_kubernetes(variable, environment[variable])}
+    foreign = find_foreign(environment)
+    given = {name: environment[variable] or None for name, variable in setting_variables().items()
+             if variable in environment and variable not in foreign}
     given.update({name: text for name, text in arguments.items() if name in SETTING_FIELDS and text is not None})
     return Settings(**{name: read_setting(name, text) for name, text in given.items() if text is not None})
 
 
-def _is_of_kubernetes(name: str, value: str) -> bool:
-    """Whether a variable is not meant for us: KF_PORT=tcp://10.0.0.1:80 tells where the service kf is."""
-    return bool(_OF_KUBERNETES.fullmatch(name)) and (name != "KF_PORT" or "://" in value)
+def setting_variables() -> Dict[str, str]:
+    """Each setting's variable of the environment."""
+    return {name: f"KF_{name.upper()}" for name in SETTING_FIELDS}
+
+
+def find_foreign(environment: Mapping[str, str]) -> List[str]:
+    """The variables that are not meant for us, though they begin like ours: they come from Kubernetes."""
+    return sorted(name for name, value in environment.items() if _OF_KUBERNETES.match(f"{name}={value}"))
 
 
 def find_command(arguments: Sequence[str]) -> Tuple[str, Sequence[str]]:
@@ -6268,12 +6027,13 @@ def find_command(arguments: Sequence[str]) -> Tuple[str, Sequence[str]]:
         return find_command(arguments[1:2])[0], ["--help"]
     if word in COMMANDS:
         return word, arguments[1:]
-    raise SettingsError(f"no command {arguments[0]!r}: {_suggest(word, [*COMMANDS, 'help'])}")
+    there_are = f"there are {', '.join(COMMANDS)}, help"
+    raise SettingsError(f"no command {arguments[0]!r}: {_suggest(word, [*COMMANDS, 'help'], there_are)}")
 
 
-def _suggest(word: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(word, known, n=1)
-    return f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+def _suggest(word: str, known: Iterable[str], otherwise: str) -> str:
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f"did you mean {near[0]}?" if near else otherwise
 
 
 def parse_arguments(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argparse.Namespace:
@@ -6281,11 +6041,10 @@ def parse_arguments(parser: argparse.ArgumentParser, arguments: Sequence[str]) -
     value, which may be a secret."""
     parsed, unknown = parser.parse_known_args(arguments)
     if unknown:
-        name = unknown[0].partition("=")[0]
-        near = difflib.get_close_matches(name.lower(), parser._option_string_actions, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"see {parser.prog} --help"
-        raise SettingsError(f"no option {name}: {hint}" if name.startswith("-") else
-                            f"one argument too many: {name!r}; see {parser.prog} --help")
+        name, see_help = unknown[0].partition("=")[0], f"see {parser.prog} --help"
+        raise SettingsError(
+            f"no option {name}: {_suggest(name.lower(), parser._option_string_actions, see_help)}"
+            if name.startswith("-") else f"one argument too many: {name!r}; {see_help}")
     return parsed
 
 
@@ -6339,69 +6098,61 @@ class LogWriter(logging.Handler):
     def __init__(self, formatter: logging.Formatter) -> None:
         super().__init__()
         self.setFormatter(formatter)
-        self._changed = threading.Condition()  # guards all below; told when lines come, and when they are written
-        self._lines: List[str] = []
-        self._in_hand = 0  # lines that are just being written
+        self._process = os.getpid()
+        self._is_running = False  # whether there is a thread that writes
+        # Guards all here; told when lines come, and when they are written. `logging` holds its lock around `emit`, and
+        # around `flush` at the exit, and makes it free in a forked child.
+        self._changed = threading.Condition(self.lock)
+        self._lines: List[str] = []  # not written yet
         self._dropped = 0
-        self._is_running = False
-        self._is_direct = False  # whether there is no thread: in a forked child
-        if hasattr(os, "register_at_fork"):
-            os.register_at_fork(after_in_child=self._write_directly)
-
-    def _write_directly(self) -> None:
-        self._is_direct = True
 
     def emit(self, record: logging.LogRecord) -> None:
         """Take a record. It is formatted here: later, the values in it may have changed."""
-        if self._is_direct:  # the lock may be held for ever, by a thread that was not forked
+        if os.getpid() != self._process:
             write_log(self._format(record))
-            return
-        with self._changed:
-            if len(self._lines) + self._in_hand >= MAX_LOG_RECORDS:
-                self._dropped += 1
-                return
+        elif len(self._lines) >= MAX_LOG_RECORDS:
+            self._dropped += 1
+        else:
             self._lines.append(self._format(record))
             if len(self._lines) == 1:
-                self._start()
                 self._changed.notify_all()
+            if not self._is_running:
+                self._start()
 
     def _format(self, record: logging.LogRecord) -> str:
         """The record as a line. One that cannot be formatted is told of, and does not disturb who logs."""
         lines: List[str] = []
         error = attempt(lambda: lines.append(self.format(record) + "\n"))
-        return lines[0] if lines else self._warn(f"a log record of {record.name} cannot be formatted: {type(error)}")
-
-    def _warn(self, text: str) -> str:
-        return self.format(make_record(logging.WARNING, text)) + "\n"
+        return lines[0] if lines else self._format(make_record(
+            logging.WARNING, f"a log record of {record.name} cannot be formatted: {type(error).__name__}"))
 
     def _start(self) -> None:
-        if not self._is_running:
-            with contextlib.suppress(RuntimeError):  # no thread to spare: the next record tries again
-                threading.Thread(target=self._work, name="kfserver-log", daemon=True).start()
-                self._is_running = True
+        with contextlib.suppress(RuntimeError):  # no thread to spare: the next record tries again
+            threading.Thread(target=self._work, name="kfserver-log", daemon=True).start()
+            self._is_running = True
 
     def _work(self) -> None:
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._lines)
             time.sleep(LOG_PAUSE)
-            with self._changed:
-                lines, self._lines = self._lines, []
-                self._in_hand = len(lines)
+            lines = self._lines[:]
             is_written = write_log("".join(lines))
             with self._changed:
-                self._dropped += 0 if is_written else self._in_hand
-                self._in_hand = 0
-                if self._dropped and is_written:
-                    self._lines.append(self._warn(f"{self._dropped} log records dropped"))
+                del self._lines[:len(lines)]
+                if not is_written:
+                    self._dropped += len(lines)
+                elif self._dropped:
+                    record = make_record(logging.WARNING, f"{self._dropped} log records dropped")
+                    self._lines.append(self._format(record))
                     self._dropped = 0
                 self._changed.notify_all()
 
     def flush(self) -> None:
         """Wait until all is written, LOG_EXIT_SECONDS at most; `logging.shutdown` calls this at the exit."""
-        if not self._is_direct:
+        if os.getpid() == self._process:
             with self._changed:
-                self._changed.wait_for(lambda: not (self._lines or self._in_hand), LOG_EXIT_SECONDS)
+                self._changed.wait_for(lambda: not self._lines, LOG_EXIT_SECONDS)
 
 
 def write_log(text: str) -> bool:
@@ -6429,11 +6180,13 @@ class EndSignals:
 
     def __init__(self) -> None:
         self._came: Dict[int, float] = {}  # when each came, by the monotonic clock
-        self._before: Dict[int, Any] = {}  # what each did before
-        if hasattr(os, "register_at_fork"):
-            os.register_at_fork(after_in_child=self.restore)
-        for number in _signals_to_end():
-            self._before[number] = signal.signal(number, self._take)
+        numbers = [signal.SIGTERM, signal.SIGINT]
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as under nohup
+            numbers.append(signal.SIGHUP)
+        for number in numbers:
+            before = signal.signal(number, self._take)
+            if hasattr(os, "register_at_fork"):  # a forked child ends as it would without us
+                os.register_at_fork(after_in_child=functools.partial(signal.signal, number, before or signal.SIG_DFL))
 
     def _take(self, number: int, frame: object) -> None:
         now = time.monotonic()
@@ -6442,11 +6195,6 @@ class EndSignals:
         self._came[number] = now
         if len(self._came) == 1:
             raise KeyboardInterrupt
-
-    def restore(self) -> None:
-        """Let signals do what they did before: a forked child ends as it would without us."""
-        for number, before in self._before.items():
-            signal.signal(number, before or signal.SIG_DFL)
 
 
 def serve(arguments: argparse.Namespace) -> int:
@@ -6457,7 +6205,7 @@ def serve(arguments: argparse.Namespace) -> int:
         handlers = ReloadingHandlers(settings.handlers)
         if not arguments.check:
             return _serve(settings, handlers)
-        check_parts(settings)
+        check_parts(settings, handlers.registry)
         print("\n".join(handlers.describe()))
         return 0
     except SettingsError as error:
@@ -6468,12 +6216,12 @@ def serve(arguments: argparse.Namespace) -> int:
 
 
 def _serve(settings: Settings, handlers: ReloadingHandlers) -> int:
-    has_terminal = sys.stdout.isatty()
-    server = KfServer(handlers.registry, settings, api=PrintedReplies() if has_terminal else None).start()
+    is_shown = sys.stdout.isatty() and not (settings.app_key or settings.access_token)
+    server = KfServer(handlers.registry, settings, api=PrintedReplies() if is_shown else None).start()
     with contextlib.suppress(KeyboardInterrupt):  # the first signal raises it here
         EndSignals()
         _print_start(settings, [*_describe_start(server), *handlers.describe()],
-                     list(_advice(settings, os.environ, has_terminal)))
+                     list(_advice(settings, os.environ, is_shown)))
         if settings.reload:
             handlers.watch(server, call_later)
         while True:
@@ -6508,21 +6256,13 @@ def _print_start(settings: Settings, lines: Sequence[str], advice: Sequence[str]
         log.warning("cannot write to stdout: %s", error.strerror)
 
 
-def _signals_to_end() -> List[int]:
-    hang_up = getattr(signal, "SIGHUP", None)  # of a terminal that closes; ignored under nohup
-    if hang_up is None or signal.getsignal(hang_up) is signal.SIG_IGN:
-        return [signal.SIGTERM, signal.SIGINT]
-    return [signal.SIGTERM, signal.SIGINT, hang_up]
-
-
-def check_parts(settings: Settings) -> None:
-    """Raise `SettingsError` for a part that could not be made. Tries what the start would use, but for the port and the
-    right to write the journal, which a server may have."""
+def check_parts(settings: Settings, registry: HandlerRegistry) -> None:
+    """Raise `SettingsError` for a part that could not be made, and warn as a start would. Tries what the start would
+    use, but for the port and the right to write the journal, which a server may have."""
+    KfServer(registry, settings)  # the cipher, the access to the send API
     check_redis(settings)
     if settings.tls_cert:
         make_tls_context(settings)
-    if settings.aes_key:
-        Envelope(settings.aes_key, settings.app_id)
     if settings.journal:
         _check_journal_file(settings.journal)
 
@@ -6531,30 +6271,29 @@ def _check_journal_file(path: str) -> None:
     import tempfile
     _refuse_foreign_file(path)
     try:
+        tempfile.TemporaryFile(dir=os.path.dirname(os.path.abspath(path))).close()
         if os.path.exists(path):
             open(path, "r+b").close()
-        with tempfile.TemporaryFile(dir=os.path.dirname(os.path.abspath(path))):
-            pass
     except OSError as error:
         raise SettingsError(f"cannot write the journal {path}: {error.strerror}; make its folder, and let this user "
                             "write there, or name another --journal") from error
 
 
-def _advice(settings: Settings, environment: Mapping[str, str], has_terminal: bool) -> Iterator[str]:
-    known = [f"KF_{name.upper()}" for name in SETTING_FIELDS]
-    foreign = sorted(name for name, value in environment.items() if _is_of_kubernetes(name, value))
+def _advice(settings: Settings, environment: Mapping[str, str], is_shown: bool) -> Iterator[str]:
+    """What an operator may have overlooked; ``is_shown``: whether replies are printed."""
+    known, foreign = list(setting_variables().values()), find_foreign(environment)
     if foreign:
         yield f"{foreign[0]} in the environment comes from Kubernetes and is not a setting" + (
             f", as are {len(foreign) - 1} more" if foreign[1:] else "")
     for name in sorted(set(environment) - {*known, *foreign}):
         if name.startswith("KF_"):
-            near = difflib.get_close_matches(name, known, n=1)
-            yield f"{name} in the environment is not a setting" + (f": did you mean {near[0]}?" if near else "")
+            yield (f"{name} in the environment is not a setting: "
+                   f"{_suggest(name, known, 'kfserver.py --help lists them')}")
     if not settings.token:
         yield "no token is set: anyone who reaches this port can push; set --token (KF_TOKEN)"
     if not (settings.app_key or settings.access_token):
         yield "no --app-key is set: what handlers return is not sent to users" + (
-            ", but printed here" if has_terminal else "")
+            ", but printed here" if is_shown else "")
 
 
 def _prepare_streams() -> None:

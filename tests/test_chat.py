@@ -430,7 +430,7 @@ def test_chat_without_handlers_says_that_nobody_takes_a_message(
 
 
 def test_chat_refuses_handlers_that_do_not_load() -> None:
-    with pytest.raises(SettingsError, match="cannot read the handlers missing.py"):
+    with pytest.raises(SettingsError, match="cannot read the handlers .*missing.py"):
         chat(build_chat_parser().parse_args(["--handlers", "missing.py"]))
 
 
@@ -637,13 +637,10 @@ def test_reloading_handlers_poll_loads_neighbours_anew_that_were_imported(
         bytecode: bool, save: Save, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "dont_write_bytecode", not bytecode)
     save("TEA = 'green'\n", "goods.py")
-    save("x = 1", "other.py")
     handlers = ReloadingHandlers(save(IMPORTING))
     assert (ask(handlers.registry), handlers.poll()) == ("green", False)
     save("TEA = 'black'\n", "goods.py")
     assert (handlers.poll(), ask(handlers.registry), handlers.poll()) == (True, "black", False)
-    save("x = 2", "other.py")  # which nobody imports
-    assert not handlers.poll()
 
 
 def test_reloading_handlers_poll_loads_all_modules_of_the_folder_together(save: Save) -> None:
@@ -719,10 +716,10 @@ def test_reloading_handlers_poll_while_a_handler_runs_lets_it_end(save: Save) ->
 
 
 @pytest.mark.parametrize(("broken", "told", "traced"), [
-    pytest.param("registry = (\n", "handlers.py failed with the SyntaxError above", True, id="syntax error"),
-    pytest.param(answering("two") + "1 / 0\n", "handlers.py failed with the ZeroDivisionError above", True, id="error"),
-    pytest.param("import sys\nsys.exit()\n", "handlers.py failed with the SystemExit above", True, id="sys.exit()"),
-    pytest.param("import handlers\nhandlers.ask()\n", "handlers.py failed with the AttributeError above", True,
+    pytest.param("registry = (\n", "handlers.py failed with the SyntaxError below", True, id="syntax error"),
+    pytest.param(answering("two") + "1 / 0\n", "handlers.py failed with the ZeroDivisionError below", True, id="error"),
+    pytest.param("import sys\nsys.exit()\n", "handlers.py failed with the SystemExit below", True, id="sys.exit()"),
+    pytest.param("import handlers\nhandlers.ask()\n", "handlers.py failed with the AttributeError below", True,
                  id="a name that only the version before had"),
     pytest.param("", "handlers.py has no registry: write", False, id="empty file"),
     pytest.param(answering("two").replace('"text"', '"image", "x"'), 'only "text" and "event" take patterns', False,
@@ -737,11 +734,12 @@ def test_reloading_handlers_poll_tells_once_of_a_broken_version_and_keeps_the_on
     save(broken)
     assert (handlers.poll(), ask(handlers.registry), handlers.poll()) == (False, "one", False)
     printed = capsys.readouterr().err
-    assert printed.count(f'File "{path}"') == int(traced)
-    assert "kfserver.py" not in printed
+    assert printed == ""
+    assert caplog.text.count(f'File "{path}"') == int(traced)
+    assert "kfserver.py\"" not in caplog.text
     assert [record.levelname for record in caplog.records] == ["ERROR"]
     assert told in caplog.text
-    assert "; until then the handlers from before stay in service" in caplog.text
+    assert caplog.messages[0].startswith(f"the handlers from before stay in service: {path}")
     assert not traced or sys.modules["handlers"] is kept
     save(answering("mended"))
     assert ask(handlers.poll() and handlers.registry) == "mended"

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import json
+import logging
 import os
 import pathlib
 import re
@@ -20,7 +22,8 @@ import threading
 from typing import Any, Dict, Iterator, List, Sequence
 
 import pytest
-from support import PATIENCE, ROOT, Client, post, push
+from send_api_server import APP_KEY, APP_SECRET, SendApiServer
+from support import PATIENCE, ROOT, Client, Program, post, push, wait_until
 
 import kfserver
 from kfserver import SETTING_FIELDS, EndSignals, Settings, build_parser, main, read_settings
@@ -270,7 +273,7 @@ def test_main_shows_an_error_in_the_handlers_and_nothing_of_its_own(
     shown = re.findall(r'^  File "(.*)", line (\d+)', error, re.MULTILINE)
     assert [int(line) for file, line in shown if file == path] == lines
     assert not [file for file, _ in shown if file.endswith("kfserver.py") or "importlib" in file]
-    assert error.splitlines()[-1].startswith(f"kfserver: bad.py failed with the {told} above: correct it")
+    assert error.startswith(f"kfserver: {path} failed with the {told} below: correct it")
 
 
 @pytest.mark.parametrize(("text", "told"), [
@@ -300,7 +303,7 @@ def test_main_says_in_one_line_what_handlers_lack(
     write("bad.py", text)
     assert main(["--check", "--handlers", "bad.py"]) == 2
     error = capsys.readouterr().err
-    assert re.match(f"kfserver: {told}", error)  # Pythons differ in the line that they tell of a decorator
+    assert re.match(f"kfserver: [^ ]*{told}", error)  # Pythons differ in the line that they tell of a decorator
     assert error.count("\n") == 1
 
 
@@ -415,6 +418,18 @@ def test_program_finds_its_libraries_whatever_the_handlers_and_their_neighbours_
     assert (result.stdout, result.stderr, result.returncode) == ("handled\nb'success' True\n", "", 0)
 
 
+@pytest.mark.parametrize("name", ["sqlite3", "redis", "queue"])
+def test_program_finds_its_libraries_though_it_lies_beside_such_handlers(name: str) -> None:
+    shutil.copy(str(ROOT / "kfserver.py"), "kfserver.py")
+    write(f"{name}.py", "from kfserver import HandlerRegistry\nregistry = HandlerRegistry()\n")
+    options = ["--handlers", f"{name}.py", "--journal", "kf.db"]
+    command = [sys.executable, "-W", "error", "kfserver.py", "--host", "127.0.0.1", "--port", "0", *options]
+    with Program(command=command, folder=pathlib.Path.cwd()) as program:
+        program.push()
+        assert program.end() == 0
+    assert f"0 handlers from {os.path.abspath(name)}.py\n" in program.output
+
+
 def test_program_needs_nothing_but_its_file() -> None:
     shutil.copy(str(ROOT / "kfserver.py"), "kfserver.py")
     result = run("-I", "-S", "kfserver.py", "--check")
@@ -426,8 +441,10 @@ def test_program_shows_no_traceback_of_its_own() -> None:
     path = write("handlers.py", "one = 1\nzero = one / 0\n")
     result = run(str(ROOT / "kfserver.py"))
     assert (result.stdout, result.returncode) == ("", 2)
-    assert result.stderr.startswith(f'Traceback (most recent call last):\n  File "{path}", line 2, in <module>\n')
-    assert "kfserver.py" not in result.stderr
+    first, _, trace = result.stderr.partition("\n")
+    assert first.startswith(f"kfserver: {path} failed with the ZeroDivisionError below: ")
+    assert trace.startswith(f'Traceback (most recent call last):\n  File "{path}", line 2, in <module>\n')
+    assert "kfserver.py" not in trace
 
 
 def test_program_says_in_one_line_that_its_port_is_in_use() -> None:
@@ -441,64 +458,12 @@ def test_program_says_in_one_line_that_its_port_is_in_use() -> None:
     assert result.stderr.count("\n") == 1
 
 
-class Program:
-    """kfserver as a process in the current folder, on a free port; its output and its log are one text."""
-
-    def __init__(self, *arguments: str) -> None:
-        command = [sys.executable, "-W", "error", str(ROOT / "kfserver.py"), "--host", "127.0.0.1", "--port", "0"]
-        self._process = subprocess.Popen([*command, *arguments], env=environment(),
-                                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        # A read from a pipe has no time-out of its own.
-        self._watchdog = threading.Timer(PATIENCE, self._process.kill)
-        self._watchdog.start()
-        self.output = ""
-
-    @property
-    def port(self) -> int:
-        """The port that the first line tells."""
-        return int(self.output.partition("\n")[0].rstrip("/").rpartition(":")[2])
-
-    def read_until(self, text: str) -> None:
-        """Read lines up to one that holds the text."""
-        assert self._process.stdout
-        for line in self._process.stdout:
-            self.output += line
-            if text in line:
-                return
-        raise AssertionError(f"{text!r} does not stand in {self.output!r}")
-
-    def read_to_end(self) -> int:
-        """Read what is left; the exit status."""
-        assert self._process.stdout
-        self.output += self._process.stdout.read()
-        return self._process.wait(PATIENCE)
-
-    def close(self) -> None:
-        """End the process, if it still runs."""
-        self._process.kill()
-        self._process.communicate()
-        self._watchdog.cancel()
-        self._watchdog.join()
-
-    def push(self, number: int, content: str) -> None:
-        """Push a text, which must be taken."""
-        with Client(self.port) as client:
-            assert client.ask(post(push("user", number, content))).body == b"success"
-
-    def signal(self, number: int) -> None:
-        """Send a signal."""
-        self._process.send_signal(number)
-
-
 @contextlib.contextmanager
 def running(*arguments: str) -> Iterator[Program]:
     """A `Program` that listens, for the length of a block."""
-    program = Program(*arguments)
-    try:
+    with Program(*arguments) as program:
         program.read_until(LAST_OF_THE_FIRST_LINES)
         yield program
-    finally:
-        program.close()
 
 
 def test_program_tells_where_it_listens_what_it_loaded_and_who_can_push() -> None:
@@ -506,8 +471,8 @@ def test_program_tells_where_it_listens_what_it_loaded_and_who_can_push() -> Non
     with running() as program:
         program.push(1, "hi")
         program.read_until("outcome=accepted")
-        program.signal(signal.SIGTERM)
-        assert program.read_to_end() == 0
+        program.process.send_signal(signal.SIGTERM)
+        assert program.wait() == 0
     first = f"kfserver {kfserver.__version__} listening on http://127.0.0.1:{program.port}/\n"
     assert program.output.startswith(first + GOOD_LIST.format(path=path))
     assert "no token is set: anyone who reaches this port can push; set --token (KF_TOKEN)\n" in program.output
@@ -520,8 +485,8 @@ def test_program_keeps_its_token_to_itself() -> None:
         with Client(program.port) as client:
             assert client.ask(post(push(), target="/?signature=ab&timestamp=1&nonce=2")).status == 403
         program.read_until("outcome=refused 403")
-        program.signal(signal.SIGTERM)
-        assert program.read_to_end() == 0
+        program.process.send_signal(signal.SIGTERM)
+        assert program.wait() == 0
     assert "no token is set" not in program.output
     assert "a-secret" not in program.output
 
@@ -533,10 +498,10 @@ def test_program_finishes_what_waits_before_it_ends(number: int) -> None:
         program.push(1, "one")
         program.push(2, "two")
         program.read_until("begins one")
-        program.signal(number)
+        program.process.send_signal(number)
         program.read_until("shutting down")
         write("through", "")
-        assert program.read_to_end() == 0
+        assert program.wait() == 0
     handled = re.findall(r"^(?:begins|ends) .*", program.output, re.MULTILINE)
     assert handled == ["begins one", "ends one", "begins two", "ends two"]
 
@@ -547,8 +512,8 @@ def test_program_tells_what_it_leaves_undone() -> None:
         program.push(1, "one")
         program.push(2, "two")
         program.read_until("begins one")
-        program.signal(signal.SIGTERM)
-        assert program.read_to_end() == 1
+        program.process.send_signal(signal.SIGTERM)
+        assert program.wait() == 1
     assert re.findall(r"WARNING left undone: key=(.*)", program.output) == ["app/user/text/1", "app/user/text/2"]
     assert "Traceback" not in program.output
 
@@ -559,10 +524,10 @@ def test_program_ends_at_once_at_the_same_signal_again(number: int) -> None:
     with running("--grace", str(10 * PATIENCE)) as program:
         program.push(1, "one")
         program.read_until("begins one")
-        program.signal(number)
+        program.process.send_signal(number)
         program.read_until("shutting down")
-        program.signal(number)
-        assert program.read_to_end() == 1
+        program.process.send_signal(number)
+        assert program.wait() == 1
     assert "Traceback" not in program.output
 
 
@@ -570,6 +535,7 @@ class _Ended(BaseException):
     """Stands for the end of the process."""
 
 
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="this system's terminals do not hang up")
 @pytest.mark.parametrize(("came", "ends"), [
     ([(signal.SIGINT, 0.0), (signal.SIGTERM, 0.5)], False),
     ([(signal.SIGTERM, 0.0), (signal.SIGINT, 1.0)], False),
@@ -584,7 +550,8 @@ def test_end_signals_count_different_ones_within_a_second_as_one(
     monkeypatch.setattr(os, "register_at_fork", lambda **hooks: None)
     monkeypatch.setattr(os, "_exit", end)
     (first, _), *later = came
-    signals = EndSignals()
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+    EndSignals()
     try:
         now = [0.0]
         monkeypatch.setattr(kfserver.time, "monotonic", lambda: now[0])
@@ -594,7 +561,8 @@ def test_end_signals_count_different_ones_within_a_second_as_one(
             for number, now[0] in later:
                 signal.raise_signal(number) if hasattr(signal, "raise_signal") else os.kill(os.getpid(), number)
     finally:
-        signals.restore()
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="this system's terminals do not hang up")
@@ -606,12 +574,12 @@ def test_program_finishes_what_waits_when_its_terminal_closes(ignored: bool) -> 
         with running("--workers", "1", "--grace", str(PATIENCE)) as program:
             program.push(1, "one")
             program.read_until("begins one")
-            program.signal(signal.SIGHUP)
+            program.process.send_signal(signal.SIGHUP)
             if ignored:
-                program.signal(signal.SIGTERM)
+                program.process.send_signal(signal.SIGTERM)
             program.read_until("shutting down")
             write("through", "")
-            assert program.read_to_end() == 0
+            assert program.wait() == 0
             assert "ends one" in program.output
     finally:
         signal.signal(signal.SIGHUP, before)
@@ -620,11 +588,11 @@ def test_program_finishes_what_waits_when_its_terminal_closes(ignored: bool) -> 
 @pytest.mark.parametrize(("environment", "told"), [
     ({"KF_TOKN": "", "KF_TOKEN": "", "KF_ZZZZ": "", "HOME": ""},
      ["KF_TOKN in the environment is not a setting: did you mean KF_TOKEN?",
-      "KF_ZZZZ in the environment is not a setting"]),
+      "KF_ZZZZ in the environment is not a setting: kfserver.py --help lists them"]),
     ({"KF_PORT": "8080"}, []),
     ({"KF_PORT": "tcp://10.0.0.1:80"}, ["KF_PORT in the environment comes from Kubernetes and is not a setting"]),
     ({"KF_PORT": "tcp://10.0.0.1:80", "KF_SERVICE_HOST": "10.0.0.1", "KF_SERVICE_PORT_HTTP": "80", "KF_PORT_80_TCP": "",
-      "KF_PORT_80_TCP_ADDR": "", "KF_REDIS_PORT": "", "KF_REDIS_SERVICE_HOST": ""},
+      "KF_PORT_80_TCP_ADDR": "", "KF_REDIS_PORT": "udp://10.0.0.2:1", "KF_REDIS_SERVICE_HOST": ""},
      ["KF_PORT in the environment comes from Kubernetes and is not a setting, as are 6 more"]),
 ], ids=["misspelt", "a port", "Kubernetes' port", "all of Kubernetes"])
 def test_program_tells_of_variables_that_are_no_settings(environment: Dict[str, str], told: List[str]) -> None:
@@ -708,8 +676,8 @@ def test_program_writes_the_last_records_before_it_ends() -> None:
     with running("--grace", "0", "--workers", "1") as program:
         for number in range(200):
             program.push(number, "one")
-        program.signal(signal.SIGTERM)
-        assert program.read_to_end() == 1
+        program.process.send_signal(signal.SIGTERM)
+        assert program.wait() == 1
     assert program.output.count("outcome=accepted") == program.output.count("left undone") == 200
 
 
@@ -761,6 +729,33 @@ def test_program_prints_what_would_be_sent_on_a_terminal() -> None:
     assert b"  to user: you said hi\r\n  to user: [image] https://kf/a.png" in shown
 
 
+def test_program_sends_replies_from_a_terminal_too_if_it_can() -> None:
+    pty = pytest.importorskip("pty")
+    write("handlers.py", """
+        from kfserver import HandlerRegistry
+        registry = HandlerRegistry()
+        registry.on("text")(lambda message: "you said " + message.content)
+    """)
+    ours, theirs = pty.openpty()
+    with SendApiServer() as api, open(ours, "rb", buffering=0) as screen:
+        key = ["--app-key", APP_KEY, "--app-secret", APP_SECRET, "--api-base", api.base]
+        with started(*key, stdout=theirs, stderr=subprocess.DEVNULL) as process:
+            os.close(theirs)
+            shown = b""
+            while b"no token is set" not in shown:
+                shown += screen.read(4096)
+            with Client(port_of(shown.split(b"\n")[0])) as client:
+                assert client.ask(post(push(content="hi"))).status == 200
+            wait_until(lambda: api.sent)
+            process.terminate()
+            assert process.wait(PATIENCE) == 0
+        with contextlib.suppress(OSError):  # EIO is the end of what a terminal shows
+            while True:
+                shown += screen.read(4096)
+    assert [reply.content for reply in api.sent] == ["you said hi"]
+    assert b"to user:" not in shown
+
+
 # ---- Forks
 
 
@@ -810,10 +805,69 @@ def test_program_leaves_signals_and_logs_to_a_forked_child() -> None:
         assert line in output
 
 
+# ---- JSON
+
+
+def read_objects(text: str) -> List[Dict[str, Any]]:
+    """One JSON object for each line."""
+    return [json.loads(line) for line in text.splitlines()]
+
+
+@pytest.mark.parametrize(("handlers", "arguments", "told"), [
+    ("one = 1 / 0\n", [], "handlers.py failed with the ZeroDivisionError below: .*\nTraceback .*line 1, in <module>"),
+    ("", [], "handlers.py has no registry: "),
+    (GOOD_HANDLERS, ["--tls-cert", "missing.pem"], "cannot use the certificate missing.pem"),
+], ids=["broken handlers", "no registry", "no certificate"])
+def test_program_tells_why_it_cannot_start_as_one_object(handlers: str, arguments: List[str], told: str) -> None:
+    write("handlers.py", handlers)
+    result = run(str(ROOT / "kfserver.py"), "--port", "0", "--log-format", "json", *arguments)
+    assert (result.returncode, result.stdout) == (2, "")
+    line, = read_objects(result.stderr)
+    assert line["level"] == "error"
+    assert re.search(told, line["message"], re.DOTALL)
+
+
+FAILING_HANDLERS = """
+    from kfserver import HandlerRegistry
+    registry = HandlerRegistry()
+
+    @registry.on("text")
+    def fail(message):
+        1 / 0
+
+    @registry.on_error
+    def told(message, error):
+        raise OSError
+"""
+
+
+def test_program_tells_of_failures_in_fields() -> None:
+    write("handlers.py", FAILING_HANDLERS)
+    with Program("--log-format", "json", "--tries", "2", log_apart=True) as program:
+        program.push(1, "hi")
+        program.read_until(LAST_OF_THE_FIRST_LINES)
+        assert program.end() == 0
+    lines = [line for line in read_objects(program.log) if "failed" in line["message"]]
+    assert [(line["key"], line["error"].split(" at ")[0]) for line in lines] == [
+        ("app/user/text/1", "ZeroDivisionError"), ("app/user/text/1", "ZeroDivisionError"),
+        ("app/user/text/1", "OSError")]
+    assert [line["try"] for line in lines[:2]] == [1, 2]
+    assert all(re.search("^fail\\b", line["handler"]) for line in lines[:2])
+
+
+def test_json_formatter_rounds_numbers_and_keeps_the_rest() -> None:
+    values = {"ms": 1 / 3, "try": 2, "error": None, "path": pathlib.PurePosixPath("kf")}
+    record = logging.LogRecord("kf", logging.INFO, "", 0, "took %(ms).2f", (values,), None)
+    line = json.loads(kfserver.JsonFormatter().format(record))
+    assert line.pop("time").endswith("+00:00")
+    assert line == {"ms": 0.333, "try": 2, "error": None, "path": "kf", "level": "info", "message": "took 0.33"}
+
+
 # ---- --check tries what the start would use
 
 
 @pytest.mark.parametrize(("arguments", "told"), [
+    (["--access-token", "@missing"], "--access-token (KF_ACCESS_TOKEN) cannot use its file: No such file"),
     (["--journal", "missing/kf.db"], "cannot write the journal missing/kf.db: No such file or directory"),
     (["--journal", "text"], "text is not a journal of kfserver"),
     (["--tls-cert", "text"], "cannot use the certificate text"),

@@ -16,7 +16,7 @@ from support import post as http_post
 
 import kfserver
 from kfserver import (
-    ADVICE_INTERVAL,
+    TELL_SECONDS,
     MAX_DEPTH,
     MAX_HANDSHAKE,
     BeingTaken,
@@ -332,7 +332,42 @@ def test_handle_all_answers_500_to_one_and_the_others_go_on(
     assert [answer.status for answer in answers] == [200, 500, 200, 500]
     assert [message.msg_id for message in world.submitted] == ["1", "3"]
     assert len(world.claims) == 2
-    assert len(lines(logging.ERROR)) == 2
+    assert len(lines(logging.ERROR)) == 1
+
+
+def test_handle_tells_of_one_kind_of_error_once_a_minute_with_a_count(lines: Lines, world: World) -> None:
+    world.full = ZeroDivisionError("s3cret")
+    for _ in range(30):
+        world.push(BODY)
+    assert len(lines(logging.ERROR)) == 1
+    world.timer += TELL_SECONDS
+    world.push(BODY)
+    assert "(29 more like this since the last such line)" in lines(logging.ERROR)[1]
+
+
+PATHS = {
+    # what --path says, what a request's path is, whether they are one
+    "equal": ("/kf", "/kf", True), "other": ("/kf", "/kg", False), "longer": ("/kf", "/kf/", False),
+    "a space": ("/kf%20x", "/kf%20x", True), "encoded by the client": ("/kf", "/%6bf", True),
+    "encoded by WSGI": ("/a!b", "/a%21b", True), "lower-case digits": ("/%E5%AE%A2", "/%e5%ae%a2", True),
+    "bytes as they are": ("/%E5%AE%A2", "/\xe5\xae\xa2", True), "other bytes": ("/%ff", "/%fe", False),
+    "encoded twice": ("/kf%20x", "/kf%2520x", False), "a plus is no space": ("/kf%20x", "/kf+x", False),
+}
+
+
+@pytest.mark.parametrize("path, came, is_one", PATHS.values(), ids=PATHS.keys())
+def test_handle_compares_paths_decoded(path: str, came: str, is_one: bool) -> None:
+    assert World(path=path).ask(Request("POST", came, "", BODY)).status == (200 if is_one else 404)
+
+
+@pytest.mark.parametrize("path, info", [("/kf", "/kf"), ("/kf%20x", "/kf x"), ("/a!b", "/a!b"),
+                                        ("/%e5%ae%a2", "/\xe5\xae\xa2")])
+def test_wsgi_application_serves_the_path_that_its_server_has_decoded(path: str, info: str) -> None:
+    server, statuses = KfServer(HandlerRegistry(), Settings(path=path)), []
+    environ = {"REQUEST_METHOD": "GET", "PATH_INFO": info}
+    list(server.wsgi(environ, lambda status, headers: statuses.append(status)))
+    assert statuses == ["200 OK"]
+    server.stop()
 
 
 def test_handle_all_answers_500_to_all_whose_delivery_fails_and_logs_it_once(lines: Lines, world: World) -> None:
@@ -358,7 +393,7 @@ def test_handle_keeps_its_answer_when_it_cannot_be_counted(
     world.observe = lambda *told: 1 // 0  # type: ignore
     assert [answer.outcome for answer in world.endpoint.handle_all([request_, Request("PUT", "/")])] == [
         outcome, "refused 405: pushes come by POST"]
-    assert len(lines(logging.ERROR)) == 2
+    assert len(lines(logging.ERROR)) == 1
 
 
 def test_handle_keeps_its_answer_when_it_cannot_be_logged(world: World) -> None:
@@ -934,7 +969,7 @@ def test_handle_advises_nothing_at_shutdown(lines: Lines, world: World) -> None:
 
 def test_handle_gives_each_advice_at_most_once_a_minute(lines: Lines) -> None:
     world, counts = World(token=TOKEN), []
-    for seconds in (0.0, 0.0, ADVICE_INTERVAL - 1, ADVICE_INTERVAL, ADVICE_INTERVAL + 1, 2 * ADVICE_INTERVAL):
+    for seconds in (0.0, 0.0, TELL_SECONDS - 1, TELL_SECONDS, TELL_SECONDS + 1, 2 * TELL_SECONDS):
         world.timer = seconds
         world.push(BODY)
         counts.append(len(lines(logging.WARNING)))

@@ -57,13 +57,6 @@ def test_teller_warn_tells_of_different_kinds(teller: Teller, caplog: pytest.Log
     assert told(caplog) == ["a warning", "a warning"]
 
 
-def test_teller_remembers_only_so_many_kinds(teller: Teller, caplog: pytest.LogCaptureFixture) -> None:
-    for number in range(5000):
-        teller.warn(str(number), "a warning")
-    assert len(told(caplog)) == 5000
-    assert len(teller._told) <= 1000
-
-
 def fail(error: BaseException) -> None:
     """Raise the error."""
     raise error

@@ -740,23 +740,16 @@ def test_async_handler_that_forks_ends_the_child_with_its_own_end(end: str) -> N
     assert (out, err) == ("goes on\n", "")
 
 
-def test_handle_wakes_when_the_thread_of_the_loop_dies(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kfserver, "LOOP_CHECK_SECONDS", 0.01)
+def test_event_loop_goes_on_when_an_async_handler_stops_it() -> None:
     registry = HandlerRegistry()
 
-    @registry.on("text", "die")
-    async def die(message: Message) -> None:
-        loop: Any = asyncio.get_event_loop()
-        closed, is_closed = [True], loop.is_closed
-        loop.is_closed = lambda: closed.pop() if closed else is_closed()  # so the thread ends
-        loop.run_until_complete = lambda coroutine: coroutine.close()  # and cancels nothing
-        loop.stop()
-        await asyncio.sleep(1000)
+    @registry.on("text", "stop")
+    async def stop(message: Message) -> str:
+        asyncio.get_event_loop().stop()
+        await asyncio.sleep(0)
+        return "stopped"
     registry.on("text")(coroutine)
-    with pytest.raises(BaseException) as caught:
-        registry.handle(text("die"))
-    assert type(caught.value).__name__ == "CancelledError"
-    assert registry.handle(text("x")) == "async"
+    assert [registry.handle(text("stop")), registry.handle(text("x"))] == ["stopped", "async"]
 
 
 # ---- around
@@ -764,31 +757,63 @@ def test_handle_wakes_when_the_thread_of_the_loop_dies(monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("kinds", ["p", "a", "pp", "pa", "ap", "aa", "apa", "pap"])
 @pytest.mark.parametrize("is_async", [False, True], ids=["plain", "async"])
-def test_around_runs_outermost_first_and_plain_functions_on_the_thread_of_the_caller(
-        kinds: str, is_async: bool) -> None:
+def test_around_runs_outermost_first_and_plain_functions_never_on_the_event_loop(kinds: str, is_async: bool) -> None:
     registry = HandlerRegistry()
-    threads: List[bool] = []
+    is_right: List[bool] = []
+
+    def note(on_loop: bool) -> None:
+        is_right.append((threading.current_thread().name == "kfserver-async") is on_loop)
 
     def add_around(number: int) -> None:
         async def async_around(message: Message, handle: Any) -> str:
-            threads.append(threading.current_thread() is not here)
+            note(True)
             return f"{number}({await handle(message)})"
 
         def plain_around(message: Message, handle: Any) -> str:
-            threads.append(threading.current_thread() is here)
+            note(False)
             return f"{number}({handle(message)})"
         registry.around(async_around if kinds[number] == "a" else plain_around)
 
     def plain(message: Message) -> str:
-        threads.append(threading.current_thread() is here)
+        note(False)
         return "plain"
     for number in range(len(kinds)):
         add_around(number)
     registry.on("text")(coroutine if is_async else plain)
-    here = threading.current_thread()
     answer = "async" if is_async else "plain"
     assert registry.handle(text("x")) == "(".join([*map(str, range(len(kinds))), answer]) + ")" * len(kinds)
-    assert all(threads)
+    assert all(is_right)
+
+
+def test_around_runs_plain_functions_on_the_thread_of_the_caller_when_nothing_is_async() -> None:
+    registry, threads = HandlerRegistry(), []
+
+    @registry.around
+    def note(message: Message, handle: Any) -> Any:
+        threads.append(threading.current_thread())
+        return handle(message)
+
+    @registry.on("text")
+    def answer(message: Message) -> None:
+        threads.append(threading.current_thread())
+    registry.handle(text("x"))
+    assert threads == [threading.current_thread()] * 2
+
+
+def test_around_that_is_async_does_not_make_plain_handlers_wait_for_each_other() -> None:
+    registry, met = HandlerRegistry(), threading.Barrier(20)
+    registry.on("text")(lambda message: met.wait(PATIENCE))
+
+    async def pass_on(message: Message, handle: Any) -> Any:
+        return await handle(message)
+    for function in (pass_on, lambda message, handle: handle(message), pass_on):
+        registry.around(function)
+    threads = [threading.Thread(target=registry.handle, args=(text("x"),)) for _ in range(20)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(PATIENCE)
+    assert not met.broken and not any(thread.is_alive() for thread in threads)
 
 
 def test_around_returns_the_function_unchanged() -> None:

@@ -390,6 +390,7 @@ REFUSED = [
     pytest.param(b"POST http:/ HTTP/1.1\r\nHost: kf\r\n\r\n", 400, id="target with half a scheme"),
     pytest.param(b"POST http:// HTTP/1.1\r\nHost: kf\r\n\r\n", 400, id="absolute target without a host"),
     pytest.param(b"POST http:///a HTTP/1.1\r\nHost: kf\r\n\r\n", 400, id="absolute target with an empty host"),
+    pytest.param(b"POST http://k\xe9f/a HTTP/1.1\r\nHost: kf\r\n\r\n", 400, id="absolute target beyond ASCII"),
     pytest.param(b"CONNECT kf:80 HTTP/1.1\r\nHost: kf\r\n\r\n", 400, id="target of a tunnel"),
     pytest.param(b"GET /\r\n\r\n", 400, id="HTTP/0.9"),
     pytest.param(b"GET / HTTP/0.9\r\nHost: kf\r\n\r\n", 505, id="version 0.9"),

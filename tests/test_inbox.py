@@ -1,6 +1,6 @@
-"""Inbox: what becomes of messages when processes die, fork, stop and share a journal; conversations and waiting replies.
+"""Inbox: what becomes of messages when processes die, fork, stop and share a journal; conversations, waiting replies.
 
-What a death does is shown by processes that die: each is a program of a few lines that uses kfserver as an embedder does.
+What a death does is shown by processes that die: each is a program of a few lines that embeds kfserver.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ class Programs:
     def start(self, code: str, *arguments: str) -> subprocess.Popen[str]:
         """A program that begins with the prelude, running."""
         prelude = PRELUDE.format(root=str(ROOT), tests=str(ROOT / "tests"), journal=self.journal)
-        return subprocess.Popen([sys.executable, "-c", prelude + textwrap.dedent(code), *arguments], stdin=subprocess.PIPE,
+        command = [sys.executable, "-c", prelude + textwrap.dedent(code), *arguments]
+        return subprocess.Popen(command, stdin=subprocess.PIPE,
                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True)
 
     def run(self, code: str, *arguments: str) -> Tuple[int, List[str]]:
@@ -303,12 +304,12 @@ def test_inbox_forgets_the_conversation_that_was_not_touched_for_longest(limit: 
 
 def test_conversations_forget_after_48_hours() -> None:
     now = [0.0]
-    conversations = kfserver.Conversations(10, lambda: now[0])
-    conversations.save_session("ann", "{}")
+    conversations = kfserver.Conversations(10, clock=lambda: now[0])
+    conversations.save(("app", "ann"), {"step": 1})
     now[0] = 48 * 3600 - 1.0
-    assert conversations.load_session("ann") == "{}"
+    assert conversations.load(("app", "ann")) == {"step": 1}
     now[0] = 48 * 3600 + 1.0
-    assert conversations.load_session("ann") == ""
+    assert conversations.load(("app", "ann")) == {}
 
 
 THREE_TURNS = """

@@ -16,7 +16,7 @@ import sys
 import tempfile
 import textwrap
 import threading
-from typing import Any, Callable, ContextManager, Dict, Iterator, List, NamedTuple, Optional
+from typing import Any, Callable, ContextManager, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
 import pytest
 from support import PATIENCE, ROOT, Shop, push, wait_until
@@ -36,6 +36,7 @@ from kfserver import (
     Response,
     Settings,
     SettingsError,
+    attempt,
     dedup_key,
     main,
     parse,
@@ -394,6 +395,40 @@ def test_kf_server_writes_pushes_that_come_together_in_one_commit(
     assert heard.count("COMMIT") == 1
 
 
+def test_journal_writes_what_threads_add_meanwhile_in_one_commit(
+        path: str, connections: Connections, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kfserver, "LOCK_SECONDS", PATIENCE)
+    asked: List[str] = []
+
+    def messages(key: str) -> Iterator[Tuple[str, bytes]]:
+        yield key, b""
+        asked.append(key)  # all that is left to do is to write
+    with opened(path) as journal:
+        with locked(path, connections):  # the first thread waits, and the others for the first
+            heard = connections.listen(path)
+            threads = [threading.Thread(target=lambda key: journal.add(messages(key)), args=(f"a/{number}",))
+                       for number in range(16)]
+            for thread in threads:
+                thread.start()
+            wait_until(lambda: len(asked) == 16)
+        for thread in threads:
+            thread.join(PATIENCE)
+        assert sorted(row.key for row in stored(path)) == sorted(asked)
+        assert 1 < heard.count("COMMIT") < 16
+
+
+def test_journal_tells_each_thread_that_a_shared_commit_failed(path: str, connections: Connections) -> None:
+    failed: List[BaseException] = []
+    with opened(path) as journal, read_only(path, connections):
+        threads = [threading.Thread(target=lambda: failed.append(attempt(journal.add, [("a/1", b"")])))
+                   for _ in range(16)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(PATIENCE)
+    assert [type(error) for error in failed] == [JournalError] * 16
+
+
 @pytest.mark.parametrize(("sync", "level"), [("normal", 1), ("full", 2)])
 def test_settings_journal_sync_is_the_databases_own(
         start: Start, shop: Shop, path: str, connections: Connections, sync: str, level: int) -> None:
@@ -579,7 +614,7 @@ def test_journal_remembers_as_many_finished_messages_as_it_shall(
         assert [row.key for row in stored(path)] == ["dead", "waiting", "17", "18", "19"]
 
 
-def test_journal_trims_sessions_unreadable_pushes_and_what_the_dead_remember(
+def test_journal_trims_all_but_the_dead(
         path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kfserver, "TRIM_EVERY", 5)
     with opened(path, dedup_size=3, sessions=2) as journal:
@@ -593,21 +628,18 @@ def test_journal_trims_sessions_unreadable_pushes_and_what_the_dead_remember(
         assert journal.finished_keys() == ["197", "198", "199"]
         with contextlib.closing(connect(path)) as db:
             counts = [db.execute(f"SELECT COUNT(*) FROM {what}").fetchone()[0]
-                      for what in ("sessions", "unreadable", "messages WHERE state = 2",
-                                   "messages WHERE done IS NOT NULL")]
+                      for what in ("sessions", "unreadable", "messages WHERE state = 2", "messages WHERE state = 1")]
     assert counts[0] <= 2 + 10
     assert counts[1] <= 100 + 10
     assert counts[2] == 100
     assert counts[3] <= 3 + 10
 
 
-def test_journal_clean_up_does_not_read_the_dead(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_journal_clean_up_does_not_read_the_dead(path: str) -> None:
     with opened(path), contextlib.closing(connect(path)) as db:
-        plans = [db.execute("EXPLAIN QUERY PLAN " + sql, (1,)).fetchall()
-                 for sql in (kfserver._TRIM, kfserver._TRIM_DEAD)]
-    for plan in plans:
-        read = [row[-1] for row in plan if row[-1].startswith(("SCAN", "SEARCH"))]
-        assert [step for step in read if "messages_done" not in step] == []
+        plan = db.execute("EXPLAIN QUERY PLAN " + kfserver._TRIM, (1,)).fetchall()
+    read = [row[-1] for row in plan if row[-1].startswith(("SCAN", "SEARCH"))]
+    assert (len(read), [step for step in read if "messages_done" not in step]) == (2, [])
 
 
 def test_journal_stops_growing(path: str, monkeypatch: pytest.MonkeyPatch) -> None:

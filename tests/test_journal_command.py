@@ -17,7 +17,18 @@ import pytest
 from support import PATIENCE, ROOT, push
 
 import kfserver
-from kfserver import FINISHED, JOURNAL_ID, JOURNAL_VERSION, WAITING, Journal, Settings, call_later, dedup_key, main, parse
+from kfserver import (
+    FINISHED,
+    JOURNAL_ID,
+    JOURNAL_VERSION,
+    WAITING,
+    Journal,
+    Settings,
+    call_later,
+    dedup_key,
+    main,
+    parse,
+)
 
 # When the messages of these tests came, and a clock two minutes later: Unix seconds.
 RECEIVED = 1_700_000_000

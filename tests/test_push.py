@@ -11,7 +11,6 @@ import io
 import os
 import pathlib
 import re
-import shutil
 import socket
 import subprocess
 import sys
@@ -23,18 +22,17 @@ from urllib.parse import parse_qsl, urlencode
 
 import pytest
 from conftest import NOW, TOKEN, World
-from support import PATIENCE, PUSHES, ROOT, Receiver, receiver
+from support import PATIENCE, PUSHES, ROOT, Certificate, Receiver, receiver
 
 import kfserver
 from kfserver import (
-    Drafter,
     Message,
-    Patience,
     Platform,
     Request,
     Settings,
     SettingsError,
     build_push_parser,
+    draft_pushes,
     encode_json,
     encode_xml,
     is_lost,
@@ -45,10 +43,8 @@ from kfserver import (
 )
 
 AES_KEY = "abcdefghijklmnopqrstuvwxyz0123456789ABCDEFG"
-# As persistent as the platform, and back sooner; as patient as tests are, since machines that run them are busy.
-QUICK = Patience(answer_seconds=PATIENCE, retries=3, pause_seconds=0.01)
-# For receivers that never answer.
-IMPATIENT = QUICK._replace(answer_seconds=0.1)
+# Seconds for receivers that never answer.
+IMPATIENT = 0.02
 SUCCESS = b"HTTP/1.1 200 OK\r\nContent-Length: 7\r\n\r\nsuccess"
 
 
@@ -66,9 +62,9 @@ def kf() -> Iterator[Receiver]:
         yield running
 
 
-def push(url: str, *options: object, patience: Patience = QUICK) -> int:
-    """Run the command here; its exit status."""
-    return kfserver.push(build_push_parser().parse_args([url, *map(str, options)]), patience)
+def push(url: str, *options: object, answer_seconds: float = PATIENCE, pause_seconds: float = 0.01) -> int:
+    """Run the command here; its exit status. It is as patient as tests are, and sends again soon."""
+    return kfserver.push(build_push_parser().parse_args([url, *map(str, options)]), answer_seconds, pause_seconds)
 
 
 def url_of(running: Receiver) -> str:
@@ -201,8 +197,7 @@ def test_encode_xml_and_encode_json_write_as_the_platform_publishes(encode: kfse
 def write(*options: object) -> List[Message]:
     """The messages that the options ask for."""
     arguments = build_push_parser().parse_args(["http://kf/", *map(str, options)])
-    drafter = Drafter(arguments, Settings())
-    return [parse(drafter.draft(number).message) for number in range(arguments.count)]
+    return [parse(draft.message) for draft in draft_pushes(arguments, Settings())]
 
 
 @pytest.mark.parametrize(("options", "fields"), [
@@ -216,18 +211,18 @@ def write(*options: object) -> List[Message]:
     (["--field", "MsgId=1"], {"MsgId": "1"}),
     (["--to", "shop", "--sender", "me"], {"ToUserName": "shop", "FromUserName": "me"}),
 ], ids=str)
-def test_message_writer_writes_what_is_asked_for(options: List[str], fields: Dict[str, str]) -> None:
+def test_draft_pushes_writes_what_is_asked_for(options: List[str], fields: Dict[str, str]) -> None:
     written = write(*options)[0].fields
     assert {name: written.get(name) for name in fields} == fields
 
 
-def test_message_writer_gives_every_message_an_id_of_64_bits() -> None:
+def test_draft_pushes_gives_every_message_an_id_of_64_bits() -> None:
     ids = {int(message.msg_id or 0) for message in write("--count", 50)}
     assert len(ids) == 50
     assert 2 ** 62 <= min(ids) <= max(ids) < 2 ** 63
 
 
-def test_message_writer_gives_every_event_a_second_of_its_own() -> None:
+def test_draft_pushes_gives_every_event_a_second_of_its_own() -> None:
     events = write("--event", "x", "--count", 5)
     assert [event.create_time - events[-1].create_time for event in events] == [-4, -3, -2, -1, 0]
     assert {event.msg_id for event in events} == {None}
@@ -303,7 +298,7 @@ def test_push_understands_an_answer_that_comes_byte_by_byte_or_ends_with_the_con
         listener.listen(8)
         thread = threading.Thread(target=_answer_slowly, args=(listener,), daemon=True)
         thread.start()
-        assert push(f"http://127.0.0.1:{listener.getsockname()[1]}/", patience=Patience()) == 0
+        assert push(f"http://127.0.0.1:{listener.getsockname()[1]}/") == 0
         thread.join(PATIENCE)
 
 
@@ -339,7 +334,7 @@ def test_push_sends_again_what_was_not_answered(
 @pytest.mark.parametrize("answer", [None, SUCCESS[:-1]])
 def test_push_gives_up_after_three_retries(answer: Optional[bytes], capsys: pytest.CaptureFixture[str]) -> None:
     with ScriptedReceiver(answer) as other:
-        assert push(other.url, patience=IMPATIENT._replace(answer_seconds=0.02)) == 1
+        assert push(other.url, answer_seconds=IMPATIENT) == 1
     assert capsys.readouterr().out.count("not answered: no answer in 0.02 s") == 4
 
 
@@ -367,9 +362,8 @@ def test_push_opens_a_connection_anew_when_the_receiver_has_left_between_two_pus
 def test_push_sends_again_at_once_when_the_answer_counts_as_lost_and_else_after_a_pause() -> None:
     with ScriptedReceiver(b"HTTP/1.1 503 Busy\r\nContent-Length: 0\r\n\r\n", SUCCESS) as other:
         started = time.monotonic()
-        patience = QUICK._replace(pause_seconds=0.1)
-        assert push(other.url, "--count", 2, "--repeat", 100, patience=patience) == 0
-        assert time.monotonic() - started >= patience.pause_seconds
+        assert push(other.url, "--count", 2, "--repeat", 100, pause_seconds=0.1) == 0
+        assert time.monotonic() - started >= 0.1
         first, second = other.requests[0], other.requests[-1]
         assert other.requests == [first, first, first, second, second]
 
@@ -567,41 +561,25 @@ def test_push_by_a_unix_socket(tmp_path: pathlib.Path) -> None:
         assert len(running.requests) == 20 + 1  # a wrong path stays wrong
 
 
-@pytest.fixture(scope="module")
-def certificate(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A file with a key, and a certificate that it has signed itself, for this machine's own address."""
-    if not shutil.which("openssl"):
-        pytest.skip("no openssl on this machine")
-    path = tmp_path_factory.mktemp("tls") / "server.pem"
-    subprocess.run(["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes",
-                    "-days", "2", "-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1",
-                    "-keyout", str(path), "-out", str(path) + ".crt"],
-                   check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=PATIENCE)
-    with path.open("a") as file:
-        file.write(pathlib.Path(str(path) + ".crt").read_text())
-    return str(path)
-
-
 def test_push_by_tls_checks_the_certificate(
-        certificate: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    patience = Patience(pause_seconds=0.01)  # a handshake takes its time
-    with receiver(tls_cert=certificate) as running:
+        certificate: Certificate, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    with receiver(**certificate.settings()) as running:
         url = url_of(running).replace("http", "https")
-        assert push(url, patience=patience) == 1
+        assert push(url) == 1
         assert running.requests == []
-        assert push(url, "--insecure", "--count", 50, patience=patience) == 0
-        monkeypatch.setenv("SSL_CERT_FILE", certificate)
-        assert push(url, patience=patience) == 0
-        assert push(url.replace("127.0.0.1", "localhost"), patience=patience) == 1
+        assert push(url, "--insecure", "--count", 50) == 0
+        monkeypatch.setenv("SSL_CERT_FILE", certificate.chain)
+        assert push(url) == 0
+        assert push(url.replace("127.0.0.1", "127.1")) == 1
     assert capsys.readouterr().err.count("certificate refused: ") == 2
 
 
 @pytest.mark.parametrize(("spoken", "wrong"), [("http", "https"), ("https", "http")])
 @pytest.mark.parametrize("count", [1, 3])
-def test_push_says_that_the_scheme_is_wrong(spoken: str, wrong: str, count: int, certificate: str) -> None:
+def test_push_says_that_the_scheme_is_wrong(spoken: str, wrong: str, count: int, certificate: Certificate) -> None:
     told = f"the receiver speaks {spoken} at this port, not {wrong}: push to {spoken}://"
-    tls_cert = certificate if spoken == "https" else ""
-    with receiver(tls_cert=tls_cert) as running, pytest.raises(SettingsError, match=told):
+    settings = certificate.settings() if spoken == "https" else {}
+    with receiver(**settings) as running, pytest.raises(SettingsError, match=told):
         push(url_of(running).replace("http", wrong), "--count", count)
 
 

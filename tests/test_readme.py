@@ -15,11 +15,9 @@ import pathlib
 import re
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import textwrap
-import threading
 import urllib.request
 from typing import Any, Dict, Iterator, List, NamedTuple, Sequence, Set, Tuple
 from urllib.parse import urlencode
@@ -28,7 +26,7 @@ import pytest
 from conftest import NOW, TOKEN, World, signed_query
 from send_api_server import APP_KEY, APP_SECRET, SendApiServer
 from settings_table import CHINESE, make_tables, read_tables
-from support import PATIENCE, PUBLISHED, ROOT, Client, local, post, push, wait_until
+from support import PATIENCE, PUBLISHED, ROOT, Client, Program, local, push, wait_until
 
 import kfserver
 from kfserver import SETTING_FIELDS, Busy, HandlerRegistry, KfServer, Request, Response
@@ -119,59 +117,19 @@ def run(*command: str, typed: str = "") -> str:
     return done.stdout.decode()
 
 
-class Server:
-    """A kfserver that listens on a free port; ``first`` are the lines that it prints before the first push, up to that
-    which has ``last`` in it, and ``rest`` are those that it printed until its end."""
-
-    def __init__(self, command: Sequence[str], last: str = "no --app-key is set") -> None:
-        self._last, self.rest = last, ""
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-        # A read from a pipe has no time-out of its own.
-        self._watchdog = threading.Timer(PATIENCE, self.process.kill)
-        self._watchdog.start()
-        self.first = ""
-
-    def read_first(self) -> None:
-        """Read the lines up to that which is printed last."""
-        assert self.process.stdout
-        while self._last not in self.first:
-            line = self.process.stdout.readline().decode()
-            assert line, f"the server ended after {self.first!r}"
-            self.first += line
-
-    @property
-    def port(self) -> str:
-        """The port that the first line tells."""
-        return self.first.partition("\n")[0].rstrip("/").rpartition(":")[2]
-
-    def close(self) -> None:
-        """End the server as a service manager does, if it has not ended; fails if it does not end well."""
-        if self.process.returncode is None:
-            self.process.send_signal(signal.SIGTERM)
-            self.rest = self._end()
-        assert self.process.returncode == 0
-
-    def kill(self) -> None:
-        """End the server with SIGKILL."""
-        self.process.kill()
-        self._end()
-
-    def _end(self) -> str:
-        out = self.process.communicate()[0].decode()
-        self._watchdog.cancel()
-        self._watchdog.join()
-        return out
+def start(*command: str) -> Program:
+    """A program with the settings of the environment, which keep it on this machine."""
+    settings = {name: value for name, value in os.environ.items() if name.startswith("KF_")}
+    return Program(command=command, log_apart=True, **settings)
 
 
 @contextlib.contextmanager
-def server(command: Sequence[str]) -> Iterator[Server]:
-    """A `Server` for the length of a block."""
-    running = Server(command)
-    try:
-        running.read_first()
+def server(*command: str) -> Iterator[Program]:
+    """A kfserver that has printed all that it does before the first push; it must come to a good end."""
+    with start(*command) as running:
+        running.read_until("no --app-key is set")
         yield running
-    finally:
-        running.close()
+        assert running.end() == 0
 
 
 def curl(words: Sequence[str]) -> str:
@@ -286,12 +244,12 @@ def test_first_push_sent_twice_runs_the_handler_once(blocks: Sequence[Block]) ->
     write("handlers.py", next(block.text for block in blocks if is_handlers(block)))
     first = next(block for block in blocks if block.language == "console")
     (command, _), (ask, shown) = commands_of(first.text)
-    with server([sys.executable, *shlex.split(command)[1:], "--port", "0"]) as running:
+    with server(sys.executable, *shlex.split(command)[1:], "--port", "0") as running:
+        before = running.output
         ask = ask.replace(":8080/", f":{running.port}/")
         for words in (ask, ask, ask.replace('"MsgId": 1', '"MsgId": 2')):
             assert curl(shlex.split(words)).rstrip("\n") == shown.rstrip("\n")
-        running.close()
-    assert len(running.rest.splitlines()) == 2
+    assert len(running.output[len(before):].splitlines()) == 2
 
 
 def replies_of(platform: SendApiServer) -> List[str]:
@@ -306,14 +264,10 @@ def test_bot_goes_on_where_it_was_after_a_kill(blocks: Sequence[Block]) -> None:
     agreed, = re.findall(r'== "(.*?)"', the_bot(blocks))
     with SendApiServer() as platform:
         for turn, content in enumerate((begin, "12345", agreed), 1):
-            running = Server([sys.executable, "kfserver.py", "--port", "0", "--journal", "kf.db", "--app-key", APP_KEY,
-                              "--app-secret", APP_SECRET, "--api-base", platform.base], last=" -> confirm")
-            try:
-                running.read_first()
-                with Client(int(running.port)) as client:
-                    assert client.ask(post(push("ann", turn, content))).body == b"success"
+            with start(sys.executable, "kfserver.py", "--port", "0", "--journal", "kf.db", "--app-key", APP_KEY,
+                       "--app-secret", APP_SECRET, "--api-base", platform.base) as running:
+                running.push(turn, content)
                 wait_until(lambda wanted=turn: len(replies_of(platform)) == wanted)
-            finally:
                 running.kill()
         replies = replies_of(platform)
     assert ["12345" in reply for reply in replies] == [False, True, True]
@@ -362,7 +316,7 @@ def test_console_shows_what_is_printed(block: Block) -> None:
         for command, shown in commands_of(block.text):
             words = shlex.split(command.replace(":8080/", f":{port}/"))
             if "--port" in words:
-                port = servers.enter_context(server([sys.executable, *words[1:], "--port", "0"])).port
+                port = str(servers.enter_context(server(sys.executable, *words[1:], "--port", "0")).port)
             else:
                 execute(words, shown)
 
@@ -452,10 +406,9 @@ def test_container_serves_with_the_files_that_it_copies(
     monkeypatch.setenv("KF_PORT", "0")
     program, *arguments = json.loads(command)
     assert program == "python3"
-    with server([sys.executable, *arguments]) as running:
-        assert f" handlers from {os.path.join(os.getcwd(), 'handlers.py')}\n" in running.first
-        with Client(int(running.port)) as client:
-            assert client.ask(post(push())).body == b"success"
+    with server(sys.executable, *arguments) as running:
+        assert f" handlers from {os.path.join(os.getcwd(), 'handlers.py')}\n" in running.output
+        running.push()
 
 
 # ---- Tables
@@ -573,7 +526,7 @@ def test_answers_table_promises_that_a_retry_is_accepted() -> None:
 
 
 def texts_of(node: ast.AST) -> Iterator[str]:
-    """The texts in a call or an assignment, what an f-string puts in replaced by %s."""
+    """The texts in a call, what an f-string puts in replaced by %s."""
     for each in ast.walk(node):
         if isinstance(each, ast.JoinedStr):
             yield "".join(ast.literal_eval(part) if type(part).__name__ in ("Constant", "Str") else "%s"
@@ -583,18 +536,17 @@ def texts_of(node: ast.AST) -> Iterator[str]:
 
 
 def logged_texts() -> List[str]:
-    """The texts of all calls of the log in kfserver.py, and those that it is given; that of refusals stands there once
-    for each reason."""
-    nodes = list(ast.walk(ast.parse(SOURCE)))
-    calls = [node for node in nodes if isinstance(node, ast.Call)]
-    logged = [text for call in calls if getattr(call.func, "attr", "") in ("info", "warning", "warn", "error", "_warn")
-              for text in texts_of(call)]
-    constants = [text for node in nodes if isinstance(node, ast.Assign) for text in texts_of(node.value)]
-    reasons = [text for call in calls if getattr(call.func, "id", "") in ("ForbiddenPush", "Busy")
-               for text in texts_of(call)]
-    texts = [re.sub(r"%\(\w+\)", "%", text) for text in logged]
-    refusals = [text for text in texts if "refused" in text]
-    return texts + constants + [text.replace("%s", reason, 1) for text in refusals for reason in reasons]
+    """The texts of all calls of the log in kfserver.py, and of the errors that it is given; that of refusals stands
+    there once for each reason."""
+    calls = [node for node in ast.walk(ast.parse(SOURCE)) if isinstance(node, ast.Call)]
+
+    def texts_in(*names: str) -> List[str]:
+        return [text for call in calls if getattr(call.func, "attr", getattr(call.func, "id", "")) in names
+                for text in texts_of(call)]
+    logged = [re.sub(r"%\(\w+\)", "%", text) for text in texts_in("info", "warning", "warn", "error", "_warn")]
+    refusals = [text for text in logged if "refused" in text]
+    reasons = texts_in("ForbiddenPush", "Busy")
+    return logged + texts_in("__init__") + [text.replace("%s", each, 1) for text in refusals for each in reasons]
 
 
 LOG_LINES, CHINESE_LOG_LINES = read_rows("log line | what to do"), read_rows("日志行 | 怎么办")

@@ -14,10 +14,7 @@ import logging
 import os
 import pathlib
 import re
-import shutil
-import signal
 import socket
-import subprocess
 import sys
 import threading
 import traceback
@@ -48,13 +45,13 @@ from send_api_server import (
     stays_silent,
     writes,
 )
-from support import PATIENCE, ROOT, Client, no_thread_left, post, push, wait_until
+import support
+from support import PATIENCE, Certificate, Program, no_thread_left, push, wait_until
 
 import kfserver
 from kfserver import (
     ApiError,
     HandlerError,
-    HandlerRegistry,
     HttpClient,
     Image,
     KfServer,
@@ -246,7 +243,7 @@ def test_send_api_keeps_the_token_until_a_minute_before_its_end(
     pytest.param(-1, 2, id="negative"),
     pytest.param([], 2, id="list"),
     pytest.param(float("nan"), 2, id="not a number"),
-    pytest.param(10 ** 400, 1, id="more than a float holds"),
+    pytest.param(10 ** 400, 2, id="more than a float holds"),
 ])
 def test_send_api_keeps_no_token_whose_end_is_unknown(
         platform: SendApiServer, sender: Sender, expires_in: object, requests: int) -> None:
@@ -595,7 +592,7 @@ SLOW = [
 
 
 # Seconds for an exchange that is to reach its deadline: enough to send a request on a machine that is busy.
-SHORT = 0.3
+SHORT = 0.25
 # What is told when the time is over: by our own look at the clock or, if it waits just then, by the socket.
 IN_TIME = "no answer in time|timed out"
 
@@ -873,18 +870,18 @@ def test_retry_delay_grows_to_half_a_minute(tries: int, seconds: float) -> None:
 # ---- Connections
 
 
-def test_http_client_asks_again_when_a_kept_connection_was_closed_before_it_took_the_request(
-        platform: SendApiServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_send_api_can_send_again_what_met_a_connection_that_was_closed_before_it_took_the_request(
+        platform: SendApiServer, sender: Sender, monkeypatch: pytest.MonkeyPatch) -> None:
     # The server closes in the moment between our look at the connection and the request.
     def look_too_early(connection: socket.socket) -> bool:
         connection.shutdown(socket.SHUT_WR)
         return False
+    sender.send("one")
     monkeypatch.setattr(kfserver, "_is_readable", look_too_early)
-    with contextlib.closing(HttpClient(platform.base, PATIENCE)) as client:
-        client.probe()
-        form = "user_type=2&open_id=user&msg_type=text&content=hello&pic_url="
-        status, _ = client.exchange("POST", SEND_PATH + "?access_token=x", form.encode(), FORM)
-    assert (status, platform.send_requests, platform.connections) == (200, 1, 2)
+    with pytest.raises(NetworkError):
+        sender.send("two")
+    sender.send("two")
+    assert (contents(platform), platform.connections) == (["one", "two"], 2)
 
 
 def test_http_client_opens_a_new_connection_after_some_idle_seconds(
@@ -966,40 +963,28 @@ def test_send_api_serves_many_threads(platform: SendApiServer, sender: Sender) -
 # ---- HTTPS
 
 
-@pytest.fixture(scope="module")
-def certificate(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A file with a key, and a certificate that it has signed itself, for this machine's own address."""
-    if not shutil.which("openssl"):
-        pytest.skip("no openssl on this machine")
-    path = tmp_path_factory.mktemp("tls") / "server.pem"
-    subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=127.0.0.1",
-                    "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(path), "-out", str(path) + ".crt"],
-                   check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=PATIENCE)
-    with path.open("a") as file:
-        file.write(pathlib.Path(str(path) + ".crt").read_text())
-    return str(path)
-
-
-def test_send_api_refuses_a_certificate_that_nobody_vouches_for(certificate: str) -> None:
-    with SendApiServer(certificate=certificate) as platform:
+def test_send_api_refuses_a_certificate_that_nobody_vouches_for(certificate: Certificate) -> None:
+    with SendApiServer(certificate=certificate.both) as platform:
         with Sender(platform.base) as sender, pytest.raises(NetworkError, match="SSL"):
             sender.send("hello")
         assert (platform.token_requests, platform.send_requests) == (0, 0)
 
 
-def test_send_api_refuses_a_certificate_of_another_name(certificate: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SSL_CERT_FILE", certificate)
-    with SendApiServer(certificate=certificate) as platform:
-        base = platform.base.replace("127.0.0.1", "localhost")
+def test_send_api_refuses_a_certificate_of_another_name(
+        certificate: Certificate, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SSL_CERT_FILE", certificate.chain)
+    with SendApiServer(certificate=certificate.both) as platform:
+        base = platform.base.replace("127.0.0.1", "127.1")
         with Sender(base) as sender, pytest.raises(NetworkError, match="SSL|Certificate"):
             sender.send("hello")
         assert platform.token_requests == 0
 
 
-def test_send_api_takes_a_certificate_that_is_trusted(certificate: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_send_api_takes_a_certificate_that_is_trusted(
+        certificate: Certificate, monkeypatch: pytest.MonkeyPatch) -> None:
     # Where the library looks for those whom it trusts. So it was the certificate that was refused above, nothing else.
-    monkeypatch.setenv("SSL_CERT_FILE", certificate)
-    with SendApiServer(certificate=certificate) as platform:
+    monkeypatch.setenv("SSL_CERT_FILE", certificate.chain)
+    with SendApiServer(certificate=certificate.both) as platform:
         with Sender(platform.base) as sender:
             sender.send("one", "two")
         assert (contents(platform), platform.connections) == (["one", "two"], 1)
@@ -1019,10 +1004,10 @@ def _no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
     ("", ""), ("me:pass%20word@", "Basic " + base64.b64encode(b"me:pass word").decode()),
 ], ids=["open", "with a password"])
 @pytest.mark.parametrize("scheme", ["http", "https"])
-def test_send_api_sends_through_a_proxy(certificate: str, monkeypatch: pytest.MonkeyPatch, scheme: str,
+def test_send_api_sends_through_a_proxy(certificate: Certificate, monkeypatch: pytest.MonkeyPatch, scheme: str,
                                         user: str, credentials: str) -> None:
-    monkeypatch.setenv("SSL_CERT_FILE", certificate)
-    with SendApiServer(certificate=certificate if scheme == "https" else "") as platform, Proxy() as proxy:
+    monkeypatch.setenv("SSL_CERT_FILE", certificate.chain)
+    with SendApiServer(certificate=certificate.both if scheme == "https" else "") as platform, Proxy() as proxy:
         monkeypatch.setenv(f"{scheme}_proxy", f"http://{user}{proxy.address}/")
         with Sender(platform.base) as sender:
             sender.send("one", "two")
@@ -1277,33 +1262,20 @@ def test_outbox_without_credentials_tells_each_reply_and_not_its_text(caplog: py
 # ---- The whole circle: KfServer
 
 
-class Shop:
-    """A server that replies through the platform, and what became of its messages.
-
-    ``answers`` maps the text of a message to what its handler returns; a function is called with the message.
-    """
+class ReplyingShop(support.Shop):
+    """A shop whose server replies through the platform."""
 
     def __init__(self, platform: SendApiServer, answers: Dict[str, Any], **settings: Any) -> None:
-        registry = HandlerRegistry()
-        registry.on("text")(self._handle)
-        registry.on_error(lambda message, error: self.errors.append(error))
-        self._answers = answers
+        super().__init__(answers)
         self._pushed = 0
-        self.handled: List[str] = []
-        self.errors: List[BaseException] = []
-        self.server = KfServer(registry, Settings(
+        self.server = KfServer(self.registry, Settings(
             **{"api_base": platform.base, "app_key": APP_KEY, "app_secret": APP_SECRET, **settings}))
 
-    def __enter__(self) -> Shop:
+    def __enter__(self) -> ReplyingShop:
         return self
 
     def __exit__(self, *error: object) -> None:
         self.server.stop()
-
-    def _handle(self, message: Message) -> Any:
-        self.handled.append(message.content)
-        answer = self._answers[message.content]
-        return answer(message) if callable(answer) else answer
 
     def push(self, *texts: str) -> None:
         """Push messages of one user."""
@@ -1326,7 +1298,7 @@ class Shop:
     (["1", "2", "3", "4", "5"], ["1", "2", "3", "4", "5"]),
 ], ids=repr)
 def test_kf_server_sends_what_a_handler_returns(platform: SendApiServer, answer: Any, sent: List[str]) -> None:
-    with Shop(platform, {"hi": answer}) as shop:
+    with ReplyingShop(platform, {"hi": answer}) as shop:
         shop.serve("hi")
     assert (contents(platform), shop.errors) == (sent, [])
     assert {reply.open_id for reply in platform.sent} <= {"user"}
@@ -1339,10 +1311,10 @@ def test_kf_server_keeps_the_order_of_a_senders_replies(platform: SendApiServer)
         return ["a4", "a5"]
     gate = threading.Event()
     platform.send_troubles.append(held(gate))
-    with Shop(platform, {"a": slowly, "b": ["b1", "b2"], "c": "c1"}) as shop:
+    with ReplyingShop(platform, {"a": slowly, "b": ["b1", "b2"], "c": "c1"}) as shop:
         shop.push("a", "b", "c")
         wait_until(lambda: platform.send_requests)
-        assert shop.handled == ["a"]  # its replies come first
+        assert shop.served == ["a"]  # its replies come first
         gate.set()
         assert shop.server.join(PATIENCE)
     assert contents(platform) == ["a1", "a2", "a3", "a4", "a5", "b1", "b2", "c1"]
@@ -1351,7 +1323,7 @@ def test_kf_server_keeps_the_order_of_a_senders_replies(platform: SendApiServer)
 def test_kf_server_replies_to_different_senders_beside_each_other(platform: SendApiServer) -> None:
     gate = threading.Event()
     platform.send_troubles.extend([held(gate)] * 4)
-    with Shop(platform, {"hi": "hello"}, workers=4) as shop:
+    with ReplyingShop(platform, {"hi": "hello"}, workers=4) as shop:
         for number in range(4):
             shop.server.feed(push(f"user{number}", content="hi"))
         wait_until(lambda: platform.send_requests == 4)
@@ -1377,11 +1349,11 @@ def replying(*progress: str, end: Any = None) -> Callable[[Message], Any]:
     pytest.param(replying("1", "2", "3", "4", "5", end="6"), 5, id="one returned after five replies"),
 ])
 def test_kf_server_sends_no_sixth_reply(platform: SendApiServer, answer: Any, sent: int) -> None:
-    with Shop(platform, {"hi": answer}) as shop:
+    with ReplyingShop(platform, {"hi": answer}) as shop:
         shop.serve("hi")
     assert len(platform.sent) == sent
     assert [type(error) for error in shop.errors] == [HandlerError]
-    assert shop.handled == ["hi"]
+    assert shop.served == ["hi"]
 
 
 @pytest.mark.parametrize(("trouble", "kind"), [
@@ -1393,24 +1365,26 @@ def test_kf_server_sends_no_sixth_reply(platform: SendApiServer, answer: Any, se
 def test_kf_server_runs_no_handler_again_because_a_reply_failed(
         platform: SendApiServer, answer: Any, trouble: Trouble, kind: Type[ReplyError]) -> None:
     platform.send_troubles.append(trouble)
-    with Shop(platform, {"hi": answer, "next": "fine"}) as shop:
+    with ReplyingShop(platform, {"hi": answer, "next": "fine"}) as shop:
         shop.serve("hi", "next")
-    assert shop.handled == ["hi", "next"]
+    assert shop.served == ["hi", "next"]
     assert [isinstance(error, kind) for error in shop.errors] == [True]
     assert contents(platform) == ["fine"]
 
 
-def test_kf_server_tries_a_reply_again_and_not_its_handler(platform: SendApiServer) -> None:
+def test_kf_server_tries_a_reply_again_and_not_its_handler(
+        platform: SendApiServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kfserver, "RETRY_REPLY_DELAYS", (0.01,))
     platform.token_troubles.extend([resets])
     platform.send_troubles.extend([says({}, 500)])
-    with Shop(platform, {"hi": "hello"}) as shop:
+    with ReplyingShop(platform, {"hi": "hello"}) as shop:
         shop.serve("hi")
-    assert (contents(platform), shop.handled, shop.errors) == (["hello"], ["hi"], [])
+    assert (contents(platform), shop.served, shop.errors) == (["hello"], ["hi"], [])
 
 
 def test_kf_server_on_error_gets_the_api_error(platform: SendApiServer) -> None:
     platform.send_troubles.append(refuses(90002, "no permission"))
-    with Shop(platform, {"hi": "hello"}) as shop:
+    with ReplyingShop(platform, {"hi": "hello"}) as shop:
         shop.serve("hi")
     (error,) = shop.errors
     assert isinstance(error, ApiError)
@@ -1423,7 +1397,7 @@ def test_kf_server_lets_a_handler_go_on_when_a_reply_fails(platform: SendApiServ
             message.reply("progress")
         return "result"
     platform.send_troubles.append(refuses(3001, "param error"))
-    with Shop(platform, {"hi": stubborn}) as shop:
+    with ReplyingShop(platform, {"hi": stubborn}) as shop:
         shop.serve("hi")
     assert (contents(platform), shop.errors) == (["result"], [])
 
@@ -1432,7 +1406,7 @@ def test_kf_server_logs_neither_secret_nor_text_of_a_reply_that_failed(
         platform: SendApiServer, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)
     platform.send_troubles.append(refuses(3001, chatty("")))
-    with Shop(platform, {"hi": TEXT}) as shop:
+    with ReplyingShop(platform, {"hi": TEXT}) as shop:
         shop.serve("hi")
     assert "message failed for good: key=app/user/text/" in caplog.text
     (token,) = platform.tokens
@@ -1442,7 +1416,7 @@ def test_kf_server_logs_neither_secret_nor_text_of_a_reply_that_failed(
 def test_kf_server_stop_drains_replies(platform: SendApiServer) -> None:
     gate = threading.Event()
     platform.send_troubles.append(held(gate))
-    shop = Shop(platform, {"hi": ["one", "two"], "more": "three"})
+    shop = ReplyingShop(platform, {"hi": ["one", "two"], "more": "three"})
     shop.push("hi", "more")
     wait_until(lambda: platform.send_requests)
     undone: List[List[str]] = []
@@ -1458,7 +1432,7 @@ def test_kf_server_stop_drains_replies(platform: SendApiServer) -> None:
 def test_kf_server_stop_does_not_wait_longer_than_its_grace(platform: SendApiServer) -> None:
     gate = threading.Event()
     platform.send_troubles.append(held(gate))
-    shop = Shop(platform, {"hi": "hello"}, grace=0.0)
+    shop = ReplyingShop(platform, {"hi": "hello"}, grace=0.0)
     shop.push("hi")
     wait_until(lambda: platform.send_requests)
     assert len(shop.server.stop()) == 1
@@ -1469,9 +1443,9 @@ def test_kf_server_stop_does_not_wait_longer_than_its_grace(platform: SendApiSer
 
 def test_kf_server_without_credentials_handles_and_sends_nothing(
         platform: SendApiServer, caplog: pytest.LogCaptureFixture) -> None:
-    with Shop(platform, {"hi": [TEXT, "and more"]}, app_key="", app_secret="") as shop:
+    with ReplyingShop(platform, {"hi": [TEXT, "and more"]}, app_key="", app_secret="") as shop:
         shop.serve("hi")
-    assert (shop.handled, shop.errors, platform.connections) == (["hi"], [], 0)
+    assert (shop.served, shop.errors, platform.connections) == (["hi"], [], 0)
     assert [line.split(":")[0] for line in caplog.messages].count("reply not sent") == 2
     assert TEXT not in caplog.text
 
@@ -1479,7 +1453,7 @@ def test_kf_server_without_credentials_handles_and_sends_nothing(
 def test_kf_server_sends_as_a_third_party() -> None:
     with SendApiServer(THIRD_PARTY_SEND_PATH) as platform:
         platform.tokens.add("authorised")
-        with Shop(platform, {"hi": "hello"}, app_key="", app_secret="", access_token="authorised",
+        with ReplyingShop(platform, {"hi": "hello"}, app_key="", app_secret="", access_token="authorised",
                   third_party=True) as shop:
             shop.serve("hi")
         assert (contents(platform), platform.breaches) == (["hello"], [])
@@ -1531,48 +1505,24 @@ def echo(message):
 """
 
 
-class Process:
-    """kfserver as a process of its own, with the handlers above and the given options."""
-
-    def __init__(self, folder: pathlib.Path, *options: str) -> None:
-        (folder / "handlers.py").write_text(HANDLERS, encoding="utf-8")
-        self._process = subprocess.Popen(
-            [sys.executable, "-W", "error", str(ROOT / "kfserver.py"), "--host", "127.0.0.1", "--port", "0", *options],
-            cwd=str(folder), env={"PYTHONIOENCODING": "utf-8", "PYTHONDONTWRITEBYTECODE": "1"},
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8")
-        # A read from a pipe has no time-out of its own.
-        self._watchdog = threading.Timer(PATIENCE, self._process.kill)
-        self._watchdog.start()
-        assert self._process.stdout
-        self._first = self._process.stdout.readline()
-
-    def push(self, *texts: str) -> None:
-        """Push messages of one user."""
-        with Client(int(re.findall(r":(\d+)", self._first)[0])) as client:
-            for number, text in enumerate(texts):
-                assert client.ask(post(push(number=number, content=text))).status == 200
-
-    def end(self) -> str:
-        """End it in good order; all that it has printed and logged."""
-        self._process.send_signal(signal.SIGTERM)
-        rest, _ = self._process.communicate()
-        self._watchdog.cancel()
-        assert self._process.returncode == 0
-        return self._first + rest
+def run_program(folder: pathlib.Path, *options: str) -> str:
+    """Run kfserver with the handlers above, and push three texts of one user; all that it has printed and logged."""
+    (folder / "handlers.py").write_text(HANDLERS, encoding="utf-8")
+    with Program(*options, folder=folder) as program:
+        for number, text in enumerate(["one", "two", TEXT]):
+            program.push(number, text)
+        assert program.end() == 0
+        return program.output
 
 
 def test_command_line_sends_what_handlers_return(platform: SendApiServer, tmp_path: pathlib.Path) -> None:
-    process = Process(tmp_path, "--api-base", platform.base, "--app-key", APP_KEY, "--app-secret", APP_SECRET)
-    process.push("one", "two", TEXT)
-    output = process.end()
+    output = run_program(tmp_path, "--api-base", platform.base, "--app-key", APP_KEY, "--app-secret", APP_SECRET)
     assert (contents(platform), platform.token_requests) == (["one", "two", TEXT], 1)
     assert [secret for secret in (APP_KEY, APP_SECRET, *platform.tokens, TEXT) if secret in output] == []
 
 
 def test_command_line_says_once_that_credentials_are_missing(tmp_path: pathlib.Path) -> None:
-    process = Process(tmp_path)
-    process.push("one", "two", TEXT)
-    output = process.end()
+    output = run_program(tmp_path)
     assert output.count("no --app-key is set") == 1
     assert output.count("reply not sent") == 3
     assert TEXT not in output

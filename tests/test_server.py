@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import http.client
 import io
 import logging
 import re
 import socket
+import sys
 import threading
+import types
 from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple
 from urllib.parse import urlencode, urlsplit
 from wsgiref.util import setup_testing_defaults
@@ -355,7 +358,8 @@ def test_kf_server_survives_an_on_error_that_fails(caplog: pytest.LogCaptureFixt
     assert shop.served == ["next"]
 
 
-def test_kf_server_logs_two_lines_for_a_message_and_nothing_private(caplog: pytest.LogCaptureFixture, shop: Shop) -> None:
+def test_kf_server_logs_two_lines_for_a_message_and_nothing_private(
+        caplog: pytest.LogCaptureFixture, shop: Shop) -> None:
     caplog.set_level(logging.INFO, "kfserver")
     server = KfServer(shop.registry, Settings(token=TOKEN))
     server.feed(push(content="my secret"))
@@ -379,7 +383,7 @@ class WsgiAnswer(NamedTuple):
     body: bytes
 
 
-def call_wsgi(application: Any, body: bytes = b"", **environ: str) -> WsgiAnswer:
+def call_wsgi(application: Any, body: bytes = b"", **environ: Any) -> WsgiAnswer:
     """Call an application as a server does."""
     complete: Dict[str, Any] = {"REQUEST_METHOD": "POST", "CONTENT_LENGTH": str(len(body)), "QUERY_STRING": "",
                                 **environ}
@@ -444,6 +448,44 @@ def test_kf_server_wsgi_tells_when_to_come_again(shop: Shop) -> None:
     answer = call_wsgi(validator(server.wsgi), push())
     assert answer.status == 503
     assert answer.headers["Retry-After"] == "1"
+
+
+@pytest.mark.parametrize(("body", "status", "contents"), [(push(), 200, ["hi"]), (b"x" * 301, 413, [])])
+def test_kf_server_wsgi_reads_a_chunked_body_to_the_end_that_its_server_knows(
+        shop: Shop, body: bytes, status: int, contents: List[str]) -> None:
+    # gunicorn and cheroot decode it, and say so; a read at its end gives nothing (PEP 3333 knows only lengths).
+    server = KfServer(shop.registry, Settings(max_body=300))
+    environ: Dict[str, Any] = {"CONTENT_LENGTH": "", "wsgi.input_terminated": True}
+    assert call_wsgi(server.wsgi, body, **environ).status == status
+    assert server.join(PATIENCE)
+    assert shop.served == contents
+
+
+@pytest.mark.parametrize(("path", "path_info"), [
+    ("/kf", "/kf"), ("/kf%20x", "/kf x"), ("/%E5%AE%A2", "/\xe5\xae\xa2"), ("/a%2520b", "/a%20b")])
+def test_kf_server_wsgi_knows_its_path_decoded(shop: Shop, path: str, path_info: str) -> None:
+    assert call_wsgi(KfServer(shop.registry, Settings(path=path)).wsgi, push(), PATH_INFO=path_info).status == 200
+
+
+def test_kf_server_wsgi_warns_once_that_several_processes_know_their_own_repeats_only(
+        shop: Shop, caplog: pytest.LogCaptureFixture) -> None:
+    server = KfServer(shop.registry)
+    environ: Dict[str, Any] = {"wsgi.multiprocess": True}
+    for number in (1, 2):
+        assert call_wsgi(server.wsgi, push(number=number), **environ).status == 200
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "redis=" in caplog.text
+
+
+@pytest.mark.parametrize(("options", "works"), [
+    ({}, False), ({b"processes": b"4"}, False), ({b"enable-threads": True}, True), ({"threads": "2"}, True)])
+def test_kf_server_refuses_a_uwsgi_without_threads(
+        options: Dict[Any, Any], works: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    uwsgi = types.ModuleType("uwsgi")  # as uWSGI itself gives it to the programs that it runs
+    monkeypatch.setattr(uwsgi, "opt", options, raising=False)
+    monkeypatch.setitem(sys.modules, "uwsgi", uwsgi)
+    with contextlib.nullcontext() if works else pytest.raises(SettingsError, match="--enable-threads"):
+        KfServer(HandlerRegistry())
 
 
 @pytest.mark.parametrize("length", ["abc", "-1", "+1", "1,1", "\xb2", "9" * 5000])
