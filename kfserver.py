@@ -2185,8 +2185,8 @@ dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(9rem, 1fr));
 dt, th, .soft { color: var(--soft); font-size: .85rem; font-weight: 400 }
 dd { margin: 0; font-size: 1.15rem } dd.bad { font-size: 1rem }
 table { width: 100%; border-collapse: collapse } table, dd, p { font-variant-numeric: tabular-nums }
-th, td { text-align: left; padding: .25rem .8rem .25rem 0; border-top: 1px solid var(--line); white-space: nowrap }
-.number { text-align: right } td.key { white-space: normal; overflow-wrap: anywhere; min-width: 12rem }
+th, td { text-align: left; padding: .25rem .7rem .25rem 0; border-top: 1px solid var(--line); white-space: nowrap }
+caption { text-align: left } .number { text-align: right } td.key { white-space: normal; overflow-wrap: anywhere; min-width: 12rem }
 .bad, .bad td { color: var(--bad); font-weight: 600 }
 svg { width: 100%; height: 9rem; display: block; border-bottom: 1px solid var(--line) }
 #ends { justify-content: space-between } i { display: inline-block; width: .7rem; height: .7rem; margin-right: .3rem }
@@ -2206,7 +2206,7 @@ input { font: inherit; color: inherit; background: var(--back); border: 1px soli
 "use strict";
 const both = {pushes: ["Pushes of the last half hour", "最近半小时的推送"], before: ["30 min ago", "30 分钟前"],
   now: ["now", "现在"], handlers: ["Handlers", "处理函数"], messages: ["Last 100 messages", "最近 100 条消息"],
-  filter: ["Filter", "筛选"], lost: ["no answer", "没有应答"], up: ["up for", "已运行"], none: ["nothing", "暂无"],
+  filter: ["Filter", "筛选"], lost: ["no answer", "没有应答"], up: ["up for", "已运行"], none: ["none yet", "暂无"],
   found: ["nothing matches", "没有匹配"], top: ["highest: ", "最高: "], ok: ["ok", "正常"], off: ["off", "未启用"],
   away: ["away", "不可用"], draining: ["shutting down", "正在停止"], accepted: ["accepted", "已接收"],
   repeat: ["repeat", "重复"], other: ["handshake or other", "握手等"],
@@ -2214,23 +2214,22 @@ const both = {pushes: ["Pushes of the last half hour", "最近半小时的推送
   retry: ["tried again", "将重试"], handled: ["handled", "已处理"], failed: ["failed", "失败"],
   queue_messages: ["Waiting", "排队"], busy_workers: ["Busy workers", "忙碌的工作线程"],
   oldest_seconds: ["Oldest message", "最久等待"], connections: ["Connections", "连接"],
-  remembered_keys: ["Remembered messages", "已记住的消息"], p50: ["Answers, p50", "应答 p50"],
+  remembered_keys: ["Remembered", "已记住的消息"], p50: ["Answers, p50", "应答 p50"],
   p90: ["Answers, p90", "应答 p90"], p99: ["Answers, p99", "应答 p99"], late: ["Answers after 2 s", "超过 2 秒"],
   journal: ["Journal", "日志文件"], redis: ["Redis", "Redis"], send_api: ["Send API", "发送接口"],
   name: ["Name", "名称"], runs: ["Runs", "次数"], failures: ["Failed", "失败"], mean_ms: ["Mean ms", "平均毫秒"],
   max_ms: ["Longest ms", "最长毫秒"], time: ["Time", "时间"], type: ["Type", "类型"], key: ["Key", "键"],
   outcome: ["Outcome", "结果"], handler: ["Handler", "函数"], ms: ["ms", "毫秒"], replies: ["Replies", "回复"],
-  error: ["Error", "错误"], "the journal cannot be written": ["cannot be written", "无法写入"],
-  "the journal cannot be used": ["cannot be used", "无法使用"]};
+  error: ["Error", "错误"], "the journal cannot be written": ["the journal cannot be written", "日志文件无法写入"],
+  "the journal cannot be used": ["the journal cannot be used", "日志文件无法使用"]};
 const inChinese = navigator.language.toLowerCase().startsWith("zh");
 const say = word => Object.hasOwn(both, word) ? both[word][+inChinese] : word;
 const find = id => document.getElementById(id), amount = value => value == null ? "" : value.toLocaleString();
+const clock = seconds => new Date(seconds * 1000).toLocaleTimeString([], {hourCycle: "h23"});
 let report = null;
 
 function make(tag, text, look, ...children) {
-  const element = document.createElement(tag);
-  element.textContent = text;
-  element.className = look;
+  const element = Object.assign(document.createElement(tag), {textContent: text, className: look});
   element.append(...children);
   return element;
 }
@@ -2286,22 +2285,19 @@ function showTable(id, columns, rows, nothing) {
     line("td", texts, bad))] : [make("caption", say(nothing), "soft")]);
 }
 function showTables() {
-  const counts = ["runs", "failures", "mean_ms", "max_ms"];
+  const counts = ["runs", "failures", "mean_ms", "max_ms"], word = find("word").value.trim().toLowerCase();
   showTable("handlers", ["name", ...counts], report.handlers.map(each =>
     [each.failures > 0, [each.name, ...counts.map(name => amount(each[name]))]]), "none");
   const columns = ["time", "type", "key", "outcome", "handler", "ms", "replies", "error"];
-  const rows = report.messages.map(each => [each.outcome === "failed", [new Date(each.time * 1000).toLocaleTimeString(),
+  const rows = report.messages.map(each => [each.outcome === "failed", [clock(each.time),
     each.type, each.key, say(each.outcome), each.handler, amount(each.ms), amount(each.replies), each.error]]);
-  const word = find("word").value.trim().toLowerCase();
   showTable("messages", columns, rows.filter(([, texts]) => texts.join(" ").toLowerCase().includes(word)),
     rows.length ? "found" : "none");
 }
-function showHealth(text) {
-  find("health").replaceChildren(make("span", say(text), text === "ok" ? "soft" : "bad"));
-}
+const showHealth = text => find("health").replaceChildren(make("span", say(text), text === "ok" ? "soft" : "bad"));
 async function renew() {
   try {
-    report = await (await fetch("status.json", {cache: "no-store"})).json();
+    report = await (await fetch("status.json")).json();
     showHealth(report.health);
     find("age").textContent = `${say("up")} ${span(report.now - report.started)} · ${report.version}`;
     showNumbers();
@@ -4233,6 +4229,17 @@ def name_of_handler(job: Job) -> str:
     return handler_name(job.match.handler) if job.match else "-"
 
 
+def list_job(job: Job, outcome: str, error: Optional[BaseException]) -> Listed:
+    """What has become of a message, as the page lists it."""
+    return Listed(time.time(), job.message.msg_type[:64], job.message.key, outcome, name_of_handler(job),
+                  round(job.seconds * 1000, 2), job.sent, type(error).__name__ if error else "")
+
+
+def state_of(part: Any) -> str:
+    """The state of what can be away, such as Redis, for the page: off if there is no such part."""
+    return "off" if part is None else "away" if part.is_away() else "ok"
+
+
 class Conversations:
     """What `Message.session` held at the end of each sender's last message, as JSON: in memory, for ``limit`` senders at
     most; the one that was not touched for longest is forgotten first. Safe to use from any thread."""
@@ -4559,9 +4566,7 @@ class Inbox:
 
     def _list(self, job: Job, outcome: str, error: Optional[BaseException] = None) -> None:
         if self._settings.admin:
-            message, name = job.message, type(error).__name__ if error else ""
-            self.metrics.message(Listed(time.time(), message.msg_type[:64], message.key, outcome, name_of_handler(job),
-                                        round(job.seconds * 1000, 2), job.sent, name))
+            self.metrics.message(list_job(job, outcome, error))
 
     def _describe(self, job: Job, error: BaseException) -> Dict[str, Any]:
         handler = describe_handler(job.match.handler) if job.match else "-"
@@ -4581,8 +4586,9 @@ class Inbox:
 
     def trouble(self) -> str:
         """What keeps messages from being taken, in words; empty if nothing does."""
-        if self.is_draining:
-            return "draining"
+        return "draining" if self.is_draining else self._journal_trouble()
+
+    def _journal_trouble(self) -> str:
         return self._problem or (
             "the journal cannot be written" if self._journal and not self._journal.healthy else "")
 
@@ -4594,13 +4600,10 @@ class Inbox:
                 Sample("kfserver_journal_healthy", "0 while the journal cannot be written.", healthy)]
 
     def report(self) -> Dict[str, Any]:
-        """The state of things, for the page: of a part that is not used "off", else "ok" or what is wrong with it."""
-        healthy = self._journal is None or self._journal.healthy
-        journal = self._problem or ("ok" if healthy else "the journal cannot be written")
-        away = {"redis": self._shared and self._shared.is_away(), "send_api": self._api and self._api.is_away()}
-        return {**self.metrics.report(), "workers": self._settings.workers,
-                "journal": journal if self._settings.journal else "off",
-                **{name: "off" if is_away is None else "away" if is_away else "ok" for name, is_away in away.items()}}
+        """The state of things, for the page: of each part ok, off, or what is wrong with it."""
+        journal = (self._journal_trouble() or "ok") if self._settings.journal else "off"
+        return {**self.metrics.report(), "workers": self._settings.workers, "send_api": state_of(self._api),
+                "redis": state_of(self._shared), "journal": journal}
 
     def join(self, seconds: Optional[float]) -> bool:
         """Wait until every message is handled, ``seconds`` at most; whether that was reached."""
