@@ -2155,7 +2155,8 @@ class Metrics:
                     {"name": name, "runs": runs, "failures": failures, "mean_ms": round(total / runs * 1000, 2),
                      "max_ms": round(most * 1000, 2)}
                     for name, (runs, failures, total, most) in sorted(self._runs.items())],
-                "messages": [listed._asdict() for listed in reversed(self._messages.values())]}
+                "messages": [{**listed._asdict(), "ms": None if listed.ms is None else round(listed.ms, 2)}
+                             for listed in reversed(self._messages.values())]}
 
 
 EVENTS: Mapping[str, str] = MappingProxyType({
@@ -4232,7 +4233,7 @@ def name_of_handler(job: Job) -> str:
 def list_job(job: Job, outcome: str, error: Optional[BaseException]) -> Listed:
     """What has become of a message, as the page lists it."""
     return Listed(time.time(), job.message.msg_type[:64], job.message.key, outcome, name_of_handler(job),
-                  round(job.seconds * 1000, 2), job.sent, type(error).__name__ if error else "")
+                  job.seconds * 1000, job.sent, type(error).__name__ if error else "")
 
 
 def state_of(part: Any) -> str:

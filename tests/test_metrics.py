@@ -662,14 +662,14 @@ def test_kf_server_counts_connections_of_clients(shop: MonitoredShop) -> None:
 
 def test_status_json_tells_what_the_page_shows_and_nothing_that_a_user_wrote(tmp_path: pathlib.Path) -> None:
     with open_shop(tries=1, journal=str(tmp_path / "kf.db"), token=TOKEN) as shop:
-        for number, content in enumerate(("hi", "bad", "secret words")):
+        for number, content in enumerate(("hi", "bad", "secret words"), 1):
             shop.server.feed(push(f"user{number}", number, content))
         shop.wait()
         answer = shop.monitor("/status.json")
     assert answer.headers["content-type"] == "application/json"
     report = json.loads(answer.body.decode())
     assert sorted((each["key"].split("/")[-1], each["outcome"], each["error"]) for each in report["messages"]) == [
-        ("0", "handled", ""), ("1", "failed", "ZeroDivisionError"), ("2", "handled", "")]
+        ("1", "handled", ""), ("2", "failed", "ZeroDivisionError"), ("3", "handled", "")]
     assert [(each["name"], each["runs"], each["failures"]) for each in report["handlers"]] == [("_serve", 3, 1)]
     assert [report[name] for name in ("health", "journal", "redis", "send_api", "workers", "connections")] == [
         "ok", "ok", "off", "off", 16, 0]
