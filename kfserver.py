@@ -1997,9 +1997,15 @@ STEP_SECONDS = 10
 STEPS = 180
 # How pushes were answered, as the plot tells them apart: "busy" is every 5xx, "other" a handshake or the like.
 PUSH_KINDS = ("accepted", "repeat", "other", "refused", "busy")
-# Messages that the page lists, and handlers: names can become many, since handlers can be loaded anew.
+# Messages that the page lists, and what happened that is kept of them: enough for ten tries of each.
 MAX_LISTED = 100
+MAX_EVENTS = 1000
+# Handlers that are told apart: names can become many, since handlers can be loaded anew.
 MAX_HANDLERS = 500
+
+
+PushCounts = Dict[Tuple[str, str, int], int]  # by outcome, type and status; a Counter
+Bar = Tuple[PushCounts, List[int]]  # the pushes of one step, and its answers by bucket
 
 
 class Sample(NamedTuple):
@@ -2059,6 +2065,29 @@ def percentile(counts: Sequence[int], share: float) -> str:
     return f"> {ANSWER_BUCKETS[-1]:g} s"
 
 
+def new_bar() -> Bar:
+    """A step in which nothing has happened."""
+    return Counter(), [0] * (len(ANSWER_BUCKETS) + 1)
+
+
+def count_kinds(pushes: PushCounts) -> List[int]:
+    """How many pushes there were of each of PUSH_KINDS."""
+    kinds = dict.fromkeys(PUSH_KINDS, 0)
+    for (outcome, _, status), count in pushes.items():
+        good = outcome if outcome in kinds else "other"
+        kinds["busy" if status >= 500 else "refused" if status >= 400 else good] += count
+    return list(kinds.values())
+
+
+def list_messages(events: Iterable[Tuple[Any, ...]]) -> List[Dict[str, Any]]:
+    """The last messages, the newest first, each as the last thing that happened with it tells."""
+    last: Dict[str, Listed] = {}
+    for listed in sorted((Listed(*event) for event in events), key=operator.attrgetter("time")):
+        last.pop(listed.key, None)
+        last[listed.key] = listed
+    return [listed._asdict() for listed in list(last.values())[:-MAX_LISTED - 1:-1]]
+
+
 class Metrics:
     """What has happened since the start, and in the last half hour. Safe to use from any thread. ``clock`` gives Unix
     seconds."""
@@ -2066,10 +2095,10 @@ class Metrics:
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
         self._clock, self._started = clock, clock()
         self._lock = threading.Lock()  # guards all below
-        self._bars: Dict[int, Tuple[List[int], List[int]]] = {}  # by step: pushes by kind, and answers by bucket
-        self._messages: OrderedDict[str, Listed] = OrderedDict()  # by key; what changed last is last
+        self._bars: Dict[int, Bar] = {}  # by step
+        self._messages: Deque[Tuple[Any, ...]] = deque(maxlen=MAX_EVENTS)  # what `Listed` is made from
         self._runs: Dict[str, List[float]] = {}  # by handler: runs, failures, seconds in all, most seconds
-        self._pushes: Counter[Tuple[str, str, int]] = Counter()
+        self._pushes: PushCounts = Counter()
         self._events: Counter[str] = Counter()
         self._answers = Histogram(ANSWER_BUCKETS)
         self._handlers = Histogram(HANDLER_BUCKETS)
@@ -2078,27 +2107,22 @@ class Metrics:
         """A push was answered after that time."""
         msg_type = message.msg_type if message else "-"
         label = msg_type if msg_type in LABELLED_TYPES else "other"
-        outcome, status = response.outcome.partition(" ")[0], response.status
-        kind = outcome if outcome in PUSH_KINDS[:2] else "busy" if status >= 500 else (
-            "refused" if status >= 400 else "other")
+        counted = response.outcome.partition(" ")[0], label, response.status
         now = self._clock()
         with self._lock:
-            self._pushes[outcome, label, status] += 1
-            kinds, times = self._bar(int(now) // STEP_SECONDS)
-            kinds[PUSH_KINDS.index(kind)] += 1
+            self._pushes[counted] += 1
+            pushes, times = self._bars.get(int(now) // STEP_SECONDS) or self._begin_bar(int(now) // STEP_SECONDS)
+            pushes[counted] += 1
             times[self._answers.add(seconds)] += 1
-            if message and outcome == "accepted":
-                listed = self._messages.get(message.key)
-                if not listed or listed.time < now - seconds:  # else its handler was faster than this line
-                    self._list(Listed(now, msg_type[:64], message.key, "waiting"))
+            if message and response.outcome == "accepted":
+                # When it came: its handler may have been faster than this line.
+                self._messages.append((now - seconds, msg_type[:64], message.key, "waiting"))
 
-    def _bar(self, step: int) -> Tuple[List[int], List[int]]:
-        """The counts of a step. A new one takes the place of those that are too old, or of a clock that was wrong."""
-        bar = self._bars.get(step)
-        if not bar:
-            self._bars = {other: bar for other, bar in self._bars.items() if abs(step - other) < STEPS}
-            bar = self._bars[step] = [0] * len(PUSH_KINDS), [0] * (len(ANSWER_BUCKETS) + 1)
-        return bar
+    def _begin_bar(self, step: int) -> Bar:
+        """The counts of a new step, in the place of those that are too old, or of a clock that was wrong."""
+        self._bars = {other: bar for other, bar in self._bars.items() if abs(step - other) < STEPS}
+        self._bars[step] = new_bar()
+        return self._bars[step]
 
     def handler(self, name: str, seconds: float, error: Optional[BaseException]) -> None:
         """A handler has run for that time, well or not."""
@@ -2108,16 +2132,10 @@ class Metrics:
                 runs, failures, total, most = self._runs.get(name, (0, 0, 0.0, 0.0))
                 self._runs[name] = [runs + 1, failures + bool(error), total + seconds, max(most, seconds)]
 
-    def message(self, message: Listed) -> None:
-        """Something has become of a message."""
+    def message(self, *values: Any) -> None:
+        """Something has become of a message: the values of a `Listed`, in their order."""
         with self._lock:
-            self._list(message)
-
-    def _list(self, message: Listed) -> None:
-        self._messages[message.key] = message
-        self._messages.move_to_end(message.key)
-        if len(self._messages) > MAX_LISTED:
-            self._messages.popitem(last=False)
+            self._messages.append(values)
 
     def count(self, event: str) -> None:
         """One of EVENTS has happened."""
@@ -2145,18 +2163,16 @@ class Metrics:
         with self._lock:
             now = self._clock()
             last = int(now) // STEP_SECONDS
-            kinds, times = zip(*map(self._bar, range(last - STEPS + 1, last + 1)))
-            buckets = [sum(counts) for counts in zip(*times)]
+            bars = [self._bars.get(step) or new_bar() for step in range(last - STEPS + 1, last + 1)]
+            buckets = [sum(counts) for counts in zip(*(times for _, times in bars))]
             return {
                 "started": self._started, "now": now, "step_seconds": STEP_SECONDS, "kinds": PUSH_KINDS,
-                "steps": [list(counts) for counts in kinds], "late": buckets[-1],
+                "steps": [count_kinds(pushes) for pushes, _ in bars], "late": buckets[-1],
                 **{f"p{share}": percentile(buckets, share / 100) for share in (50, 90, 99)},
-                "handlers": [
-                    {"name": name, "runs": runs, "failures": failures, "mean_ms": round(total / runs * 1000, 2),
-                     "max_ms": round(most * 1000, 2)}
-                    for name, (runs, failures, total, most) in sorted(self._runs.items())],
-                "messages": [{**listed._asdict(), "ms": None if listed.ms is None else round(listed.ms, 2)}
-                             for listed in reversed(self._messages.values())]}
+                "handlers": [{"name": name, "runs": runs, "failures": failures, "mean_ms": total / runs * 1000,
+                              "max_ms": most * 1000}
+                             for name, (runs, failures, total, most) in sorted(self._runs.items())],
+                "messages": list_messages(self._messages)}
 
 
 EVENTS: Mapping[str, str] = MappingProxyType({
@@ -2225,7 +2241,8 @@ const both = {pushes: ["Pushes of the last half hour", "最近半小时的推送
   "the journal cannot be used": ["the journal cannot be used", "日志文件无法使用"]};
 const inChinese = navigator.language.toLowerCase().startsWith("zh");
 const say = word => Object.hasOwn(both, word) ? both[word][+inChinese] : word;
-const find = id => document.getElementById(id), amount = value => value == null ? "" : value.toLocaleString();
+const rounded = new Intl.NumberFormat([], {maximumFractionDigits: 2});
+const find = id => document.getElementById(id), amount = value => value == null ? "" : rounded.format(value);
 const clock = seconds => new Date(seconds * 1000).toLocaleTimeString([], {hourCycle: "h23"});
 let report = null;
 
@@ -4230,12 +4247,6 @@ def name_of_handler(job: Job) -> str:
     return handler_name(job.match.handler) if job.match else "-"
 
 
-def list_job(job: Job, outcome: str, error: Optional[BaseException]) -> Listed:
-    """What has become of a message, as the page lists it."""
-    return Listed(time.time(), job.message.msg_type[:64], job.message.key, outcome, name_of_handler(job),
-                  job.seconds * 1000, job.sent, type(error).__name__ if error else "")
-
-
 def state_of(part: Any) -> str:
     """The state of what can be away, such as Redis, for the page: off if there is no such part."""
     return "off" if part is None else "away" if part.is_away() else "ok"
@@ -4567,7 +4578,8 @@ class Inbox:
 
     def _list(self, job: Job, outcome: str, error: Optional[BaseException] = None) -> None:
         if self._settings.admin:
-            self.metrics.message(list_job(job, outcome, error))
+            self.metrics.message(time.time(), job.message.msg_type[:64], job.message.key, outcome, name_of_handler(job),
+                                 job.seconds * 1000, job.sent, type(error).__name__ if error else "")
 
     def _describe(self, job: Job, error: BaseException) -> Dict[str, Any]:
         handler = describe_handler(job.match.handler) if job.match else "-"

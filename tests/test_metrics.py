@@ -362,16 +362,19 @@ def test_metrics_report_lists_the_last_messages_newest_first() -> None:
         half.now += 1
         half.answer(key=str(number))
     assert list(half.outcomes()) == [str(number) for number in range(kfserver.MAX_LISTED + 4, 4, -1)]
-    half.metrics.message(kfserver.Listed(half.now, "text", "50", "handled", "menu", 1.5, 2))
+    half.metrics.message(half.now, "text", "50", "handled", "menu", 1.5, 2)
     first = half.report()["messages"][0]
     assert first == {"time": half.now, "type": "text", "key": "50", "outcome": "handled", "handler": "menu", "ms": 1.5,
                      "replies": 2, "error": ""}
     assert len(half.outcomes()) == kfserver.MAX_LISTED
+    for _ in range(2 * kfserver.MAX_EVENTS):
+        half.answer()
+    assert len(half.metrics._messages) == kfserver.MAX_EVENTS
 
 
 def test_metrics_report_tells_a_message_handled_that_was_faster_than_its_answer() -> None:
     half = Half()
-    half.metrics.message(kfserver.Listed(half.now, "text", "k", "failed"))
+    half.metrics.message(half.now, "text", "k", "failed")
     half.answer(seconds=0.5)  # it began before that
     assert half.outcomes() == {"k": "failed"}
     half.now += 60
