@@ -2241,9 +2241,9 @@ const both = {pushes: ["Pushes of the last half hour", "最近半小时的推送
   "the journal cannot be used": ["the journal cannot be used", "日志文件无法使用"]};
 const inChinese = navigator.language.toLowerCase().startsWith("zh");
 const say = word => Object.hasOwn(both, word) ? both[word][+inChinese] : word;
-const rounded = new Intl.NumberFormat([], {maximumFractionDigits: 2});
-const find = id => document.getElementById(id), amount = value => value == null ? "" : rounded.format(value);
-const clock = seconds => new Date(seconds * 1000).toLocaleTimeString([], {hourCycle: "h23"});
+const find = id => document.getElementById(id), format = new Intl.NumberFormat([], {maximumFractionDigits: 2});
+const amount = value => value == null ? "" : format.format(value);
+const time = new Intl.DateTimeFormat([], {timeStyle: "medium", hourCycle: "h23"});
 let report = null;
 
 function make(tag, text, look, ...children) {
@@ -2252,9 +2252,8 @@ function make(tag, text, look, ...children) {
   return element;
 }
 function span(seconds) {
-  const units = inChinese ? ["秒", "分", "小时", "天"] : ["s", "min", "h", "d"], sizes = [1, 60, 3600, 86400];
-  const at = seconds < 120 ? 0 : seconds < 7200 ? 1 : seconds < 172800 ? 2 : 3;
-  return Math.floor(seconds / sizes[at]) + " " + units[at];
+  const units = inChinese ? ["秒", "分", "小时"] : ["s", "min", "h"], at = seconds < 120 ? 0 : seconds < 7200 ? 1 : 2;
+  return amount(Math.floor(seconds / 60 ** at)) + " " + units[at];
 }
 function showNumbers() {
   const rows = [["queue_messages", amount(report.queue_messages)],
@@ -2307,7 +2306,7 @@ function showTables() {
   showTable("handlers", ["name", ...counts], report.handlers.map(each =>
     [each.failures > 0, [each.name, ...counts.map(name => amount(each[name]))]]), "none");
   const columns = ["time", "type", "key", "outcome", "handler", "ms", "replies", "error"];
-  const rows = report.messages.map(each => [each.outcome === "failed", [clock(each.time),
+  const rows = report.messages.map(each => [each.outcome === "failed", [time.format(each.time * 1000),
     each.type, each.key, say(each.outcome), each.handler, amount(each.ms), amount(each.replies), each.error]]);
   showTable("messages", columns, rows.filter(([, texts]) => texts.join(" ").toLowerCase().includes(word)),
     rows.length ? "found" : "none");
