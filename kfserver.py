@@ -338,7 +338,7 @@ class Settings:
     journal_sync: str = _setting("normal", "normal: survives a crash of the process; full: a power cut too",
                                  choices=("normal", "full"))
     redis: str = _secret("address of a Redis server through which several instances drop repeats as one")
-    admin: str = _setting("", "address of a second listener for /healthz and /metrics, as 127.0.0.1:9090")
+    admin: str = _setting("", "address of a second listener: a page to look at, /healthz, /metrics; as 127.0.0.1:9090")
     log_format: str = _setting("text", "text, or json: one object a line", choices=("text", "json"))
     reload: bool = _setting(False, "load the handlers again when their file changes, for development")
     grace: float = _setting(10.0, "seconds to finish the waiting messages at shutdown", 0, 86400)
@@ -1910,14 +1910,28 @@ def _echo(handshake: Mapping[str, str]) -> bytes:
 
 
 # ---- 9 Metrics ------------------------------------------------------------------------------------------------------
-# Law: counts what happens, and says it in the Prometheus text format. Is told, and never asks; label values come from a
-# fixed set, so that nobody outside can make them many.
+# Law: counts what happens, and tells it to Prometheus and to people. Is told, and never asks. All that it keeps is
+# bounded, and holds nothing that the log does not show; label values come from a fixed set.
 
 # Seconds that part the answers' histogram, around the platform's 2 s, and the handlers'.
 ANSWER_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.0)
 HANDLER_BUCKETS = (0.001, 0.01, 0.1, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 300.0)
 # The types that get a label of their own; "other" is all the rest, and "-" what was no message.
 LABELLED_TYPES = frozenset(("text", "image", "event", "ticket", "-"))
+# Seconds of one bar of the page's plot, and how many bars make its half hour.
+STEP_SECONDS = 10
+STEPS = 180
+# How pushes were answered, as the plot tells them apart: "busy" is every 5xx, "other" a handshake or the like.
+PUSH_KINDS = ("accepted", "repeat", "other", "refused", "busy")
+# Messages that the page lists, and what happened that is kept of them: enough for ten tries of each.
+MAX_LISTED = 100
+MAX_EVENTS = 1000
+# Handlers that are told apart: names can become many, since handlers can be loaded anew.
+MAX_HANDLERS = 500
+
+
+PushCounts = Dict[Tuple[str, str, int], int]  # by outcome, type and status; a Counter
+Bar = Tuple[PushCounts, List[int]]  # the pushes of one step, and its answers by bucket
 
 
 class Sample(NamedTuple):
@@ -1937,10 +1951,12 @@ class Histogram:
         self._counts = [0] * (len(bounds) + 1)
         self._sum = 0.0
 
-    def add(self, seconds: float) -> None:
-        """Count one more."""
-        self._counts[bisect.bisect_left(self._bounds, seconds)] += 1
+    def add(self, seconds: float) -> int:
+        """Count one more; the number of its bucket."""
+        bucket = bisect.bisect_left(self._bounds, seconds)
+        self._counts[bucket] += 1
         self._sum += seconds
+        return bucket
 
     def render(self, name: str, text: str) -> List[str]:
         """The lines that tell it."""
@@ -1951,29 +1967,101 @@ class Histogram:
         return [*lines, f"{name}_sum {self._sum:.6f}", f"{name}_count {total}"]
 
 
-class Metrics:
-    """What has happened since the start. Safe to use from any thread."""
+class Listed(NamedTuple):
+    """A message as the page lists it. ``time`` is when the last thing happened with it, in Unix seconds; ``outcome`` is
+    waiting, retry, handled or failed; ``error`` is the type of what a handler or a reply failed with."""
 
-    def __init__(self) -> None:
+    time: float
+    type: str
+    key: str
+    outcome: str
+    handler: str = ""
+    ms: Optional[float] = None
+    replies: Optional[int] = None
+    error: str = ""
+
+
+def percentile(counts: Sequence[int], share: float) -> str:
+    """The bound below which that share of the answers came, which are counted by bucket; in words."""
+    wanted, total = share * sum(counts), 0
+    for bound, count in zip(ANSWER_BUCKETS, counts):
+        total += count
+        if total >= wanted:
+            return f"≤ {bound * 1000:g} ms" if total else "–"
+    return f"> {ANSWER_BUCKETS[-1]:g} s"
+
+
+def new_bar() -> Bar:
+    """A step in which nothing has happened."""
+    return Counter(), [0] * (len(ANSWER_BUCKETS) + 1)
+
+
+def count_kinds(pushes: PushCounts) -> List[int]:
+    """How many pushes there were of each of PUSH_KINDS."""
+    kinds = dict.fromkeys(PUSH_KINDS, 0)
+    for (outcome, _, status), count in pushes.items():
+        good = outcome if outcome in kinds else "other"
+        kinds["busy" if status >= 500 else "refused" if status >= 400 else good] += count
+    return list(kinds.values())
+
+
+def list_messages(events: Iterable[Tuple[Any, ...]]) -> List[Dict[str, Any]]:
+    """The last messages, the newest first, each as the last thing that happened with it tells."""
+    last: Dict[str, Listed] = {}
+    for listed in sorted((Listed(*event) for event in events), key=operator.attrgetter("time")):
+        last.pop(listed.key, None)
+        last[listed.key] = listed
+    return [listed._asdict() for listed in list(last.values())[:-MAX_LISTED - 1:-1]]
+
+
+class Metrics:
+    """What has happened since the start, and in the last half hour. Safe to use from any thread. ``clock`` gives Unix
+    seconds."""
+
+    def __init__(self, clock: Callable[[], float] = time.time) -> None:
+        self._clock, self._started = clock, clock()
         self._lock = threading.Lock()  # guards all below
-        self._pushes: Counter[Tuple[str, str, int]] = Counter()
+        self._bars: Dict[int, Bar] = {}  # by step
+        self._messages: Deque[Tuple[Any, ...]] = deque(maxlen=MAX_EVENTS)  # what `Listed` is made from
+        self._runs: Dict[str, List[float]] = {}  # by handler: runs, failures, seconds in all, most seconds
+        self._pushes: PushCounts = Counter()
         self._events: Counter[str] = Counter()
         self._answers = Histogram(ANSWER_BUCKETS)
         self._handlers = Histogram(HANDLER_BUCKETS)
 
     def push(self, response: Response, message: Optional[Message], seconds: float) -> None:
-        """A push was answered, after so many seconds."""
+        """A push was answered after that time."""
         msg_type = message.msg_type if message else "-"
-        kind = msg_type if msg_type in LABELLED_TYPES else "other"
-        outcome = response.outcome.partition(" ")[0]
+        label = msg_type if msg_type in LABELLED_TYPES else "other"
+        counted = response.outcome.partition(" ")[0], label, response.status
+        now = self._clock()
         with self._lock:
-            self._pushes[outcome, kind, response.status] += 1
-            self._answers.add(seconds)
+            self._pushes[counted] += 1
+            pushes, times = self._bars.get(int(now) // STEP_SECONDS) or self._begin_bar(int(now) // STEP_SECONDS)
+            pushes[counted] += 1
+            times[self._answers.add(seconds)] += 1
+            if message and response.outcome == "accepted":
+                # When it came: its handler may have been faster than this line.
+                self._messages.append((now - seconds, msg_type[:64], message.key, "waiting"))
 
-    def handler(self, seconds: float) -> None:
-        """A handler has run for so many seconds, well or not."""
+    def _begin_bar(self, step: int) -> Bar:
+        """The counts of a new step, in the place of those that are too old, or of a clock that was wrong."""
+        self._bars = {other: bar for other, bar in self._bars.items() if abs(step - other) < STEPS}
+        self._bars[step] = new_bar()
+        return self._bars[step]
+
+    def handler(self, name: str, seconds: float, error: Optional[BaseException]) -> None:
+        """A handler has run for that time, well or not."""
         with self._lock:
             self._handlers.add(seconds)
+            if name in self._runs or len(self._runs) < MAX_HANDLERS:
+                runs, failures, total, most = self._runs.get(name, (0, 0, 0.0, 0.0))
+                self._runs[name] = [runs + 1, failures + bool(error), total + seconds, max(most, seconds)]
+
+    def message(self, *values: Any) -> None:
+        """Something has become of a message: the values of a `Listed`, in their order."""
+        with self._lock:
+            self._messages.append(values)
 
     def count(self, event: str) -> None:
         """One of EVENTS has happened."""
@@ -1996,6 +2084,22 @@ class Metrics:
                       f"{sample.name} {sample.value if sample.value % 1 else int(sample.value)}"]
         return "\n".join(lines) + "\n"
 
+    def report(self) -> Dict[str, Any]:
+        """What the page shows of it, as JSON has it: answers of the last half hour, the newest message first."""
+        with self._lock:
+            now = self._clock()
+            last = int(now) // STEP_SECONDS
+            bars = [self._bars.get(step) or new_bar() for step in range(last - STEPS + 1, last + 1)]
+            buckets = [sum(counts) for counts in zip(*(times for _, times in bars))]
+            return {
+                "started": self._started, "now": now, "step_seconds": STEP_SECONDS, "kinds": PUSH_KINDS,
+                "steps": [count_kinds(pushes) for pushes, _ in bars], "late": buckets[-1],
+                **{f"p{share}": percentile(buckets, share / 100) for share in (50, 90, 99)},
+                "handlers": [{"name": name, "runs": runs, "failures": failures, "mean_ms": total / runs * 1000,
+                              "max_ms": most * 1000}
+                             for name, (runs, failures, total, most) in sorted(self._runs.items())],
+                "messages": list_messages(self._messages)}
+
 
 EVENTS: Mapping[str, str] = MappingProxyType({
     "handler_retries": "Runs of a handler that failed and were tried again.",
@@ -2004,11 +2108,171 @@ EVENTS: Mapping[str, str] = MappingProxyType({
     "replies_failed": "Replies that did not reach the user."})
 
 
-class AdminEndpoint:
-    """Answers a monitor's requests: /healthz and /metrics. ``trouble`` says what is wrong, or nothing."""
+PAGE = r"""<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>kfserver</title>
+<style>
+:root { color-scheme: light dark; --ink: #1c2430; --soft: #667085; --line: #dde2ea; --paper: #fff; --back: #f5f7fa;
+  --accepted: #2f6fed; --repeat: #98a2b3; --other: #12a594; --refused: #f5a524; --busy: #e5484d; --bad: #c4262e }
+@media (prefers-color-scheme: dark) { :root { --ink: #e6e9ef; --soft: #98a2b3; --line: #2c3442; --paper: #171c25;
+  --back: #0e1219; --accepted: #6ea0ff; --repeat: #667085; --bad: #ff7b80 } }
+* { box-sizing: border-box }
+body { margin: 0; padding: 1rem; background: var(--back); color: var(--ink); font: 14px/1.5 system-ui, sans-serif }
+main { max-width: 72rem; margin: auto; display: grid; gap: 1rem; grid-template-columns: minmax(0, 1fr) }
+h1 { margin: 0; font-size: 1.3rem } h2 { margin: 0 0 .5rem; font-size: 1rem }
+header, p { display: flex; flex-wrap: wrap; gap: .3rem 1rem; align-items: baseline; margin: .3rem 0 0 }
+section { background: var(--paper); border: 1px solid var(--line); border-radius: .6rem; padding: 1rem; overflow: auto }
+dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(9rem, 1fr)); gap: .75rem; margin: 0 }
+dt, th, .soft { color: var(--soft); font-size: .85rem; font-weight: 400 }
+dd { margin: 0; font-size: 1.15rem } dd.bad { font-size: 1rem }
+table { width: 100%; border-collapse: collapse } table, dd, p { font-variant-numeric: tabular-nums }
+th, td { text-align: left; padding: .25rem .7rem .25rem 0; border-top: 1px solid var(--line); white-space: nowrap }
+caption { text-align: left } .number { text-align: right }
+td.key { white-space: normal; overflow-wrap: anywhere; min-width: 12rem }
+.bad, .bad td { color: var(--bad); font-weight: 600 }
+svg { width: 100%; height: 9rem; display: block; border-bottom: 1px solid var(--line) }
+#ends { justify-content: space-between } i { display: inline-block; width: .7rem; height: .7rem; margin-right: .3rem }
+input { font: inherit; color: inherit; background: var(--back); border: 1px solid var(--line); border-radius: .4rem;
+  padding: .25rem .6rem; width: 14rem; max-width: 100%; margin-bottom: .5rem }
+</style>
+<main>
+<header><h1>kfserver</h1><span id="health"></span><span id="age" class="soft"></span></header>
+<section><dl id="numbers"></dl></section>
+<section><h2 data-text="pushes"></h2><svg id="plot" preserveAspectRatio="none" role="img"></svg>
+<p id="ends" class="soft"><span data-text="before"></span><span data-text="now"></span></p>
+<p id="legend" class="soft"></p></section>
+<section><h2 data-text="handlers"></h2><table id="handlers"></table></section>
+<section><h2 data-text="messages"></h2><input id="word" type="search"><table id="messages"></table></section>
+</main>
+<script>
+"use strict";
+const both = {pushes: ["Pushes of the last half hour", "最近半小时的推送"], before: ["30 min ago", "30 分钟前"],
+  now: ["now", "现在"], handlers: ["Handlers", "处理函数"], messages: ["Last 100 messages", "最近 100 条消息"],
+  filter: ["Filter", "筛选"], lost: ["no answer", "没有应答"], up: ["up for", "已运行"], none: ["none yet", "暂无"],
+  found: ["nothing matches", "没有匹配"], top: ["highest: ", "最高: "], ok: ["ok", "正常"], off: ["off", "未启用"],
+  away: ["away", "不可用"], draining: ["shutting down", "正在停止"], accepted: ["accepted", "已接收"],
+  repeat: ["repeat", "重复"], other: ["handshake or other", "握手等"],
+  refused: ["refused", "拒绝"], busy: ["busy or error", "繁忙或出错"], waiting: ["waiting", "等待中"],
+  retry: ["tried again", "将重试"], handled: ["handled", "已处理"], failed: ["failed", "失败"],
+  queue_messages: ["Waiting", "排队"], busy_workers: ["Busy workers", "忙碌的工作线程"],
+  oldest_seconds: ["Oldest message", "最久等待"], connections: ["Connections", "连接"],
+  remembered_keys: ["Remembered", "已记住的消息"], p50: ["Answers, p50", "应答 p50"],
+  p90: ["Answers, p90", "应答 p90"], p99: ["Answers, p99", "应答 p99"], late: ["Answers after 2 s", "超过 2 秒"],
+  journal: ["Journal", "日志文件"], redis: ["Redis", "Redis"], send_api: ["Send API", "发送接口"],
+  name: ["Name", "名称"], runs: ["Runs", "次数"], failures: ["Failed", "失败"], mean_ms: ["Mean ms", "平均毫秒"],
+  max_ms: ["Longest ms", "最长毫秒"], time: ["Time", "时间"], type: ["Type", "类型"], key: ["Key", "键"],
+  outcome: ["Outcome", "结果"], handler: ["Handler", "函数"], ms: ["ms", "毫秒"], replies: ["Replies", "回复"],
+  error: ["Error", "错误"], "the journal cannot be written": ["the journal cannot be written", "日志文件无法写入"],
+  "the journal cannot be used": ["the journal cannot be used", "日志文件无法使用"]};
+const inChinese = navigator.language.toLowerCase().startsWith("zh");
+const say = word => Object.hasOwn(both, word) ? both[word][+inChinese] : word;
+const find = id => document.getElementById(id), format = new Intl.NumberFormat([], {maximumFractionDigits: 2});
+const amount = value => value == null ? "" : format.format(value);
+const time = new Intl.DateTimeFormat([], {timeStyle: "medium", hourCycle: "h23"});
+let report = null;
 
-    def __init__(self, render: Callable[[], str], trouble: Callable[[], str]) -> None:
-        self._render, self._trouble = render, trouble
+function make(tag, text, look, ...children) {
+  const element = Object.assign(document.createElement(tag), {textContent: text, className: look});
+  element.append(...children);
+  return element;
+}
+function span(seconds) {
+  const units = inChinese ? ["秒", "分", "小时"] : ["s", "min", "h"], at = seconds < 120 ? 0 : seconds < 7200 ? 1 : 2;
+  return amount(Math.floor(seconds / 60 ** at)) + " " + units[at];
+}
+function showNumbers() {
+  const rows = [["queue_messages", amount(report.queue_messages)],
+    ["busy_workers", `${report.busy_workers} / ${report.workers}`],
+    ["oldest_seconds", span(report.oldest_seconds), report.oldest_seconds > 60],
+    ["connections", amount(report.connections)], ["remembered_keys", amount(report.remembered_keys)],
+    ...["p50", "p90", "p99"].map(name => [name, report[name], report[name].startsWith(">")]),
+    ["late", amount(report.late), report.late > 0],
+    ...["journal", "redis", "send_api"].map(name => [name, say(report[name]), !["ok", "off"].includes(report[name])])];
+  find("numbers").replaceChildren(...rows.map(([name, value, bad]) => {
+    const pair = make("div", "", "", make("dt", say(name), ""), make("dd", value, bad ? "bad" : ""));
+    pair.id = name;
+    return pair;
+  }));
+}
+function showPlot() {
+  const sums = report.steps.map(step => step.reduce((sum, count) => sum + count)), top = Math.max(1, ...sums);
+  const bars = report.steps.flatMap((step, x) => {
+    let y = 100;
+    return step.map((count, kind) => {
+      const bar = document.createElementNS("http://www.w3.org/2000/svg", "rect"), height = count / top * 96;
+      y -= height;
+      for (const [name, value] of Object.entries({x: x + .1, y, width: .8, height})) bar.setAttribute(name, value);
+      bar.style.fill = `var(--${report.kinds[kind]})`;
+      return bar;
+    }).filter((bar, kind) => step[kind]);
+  });
+  find("plot").setAttribute("viewBox", `0 0 ${report.steps.length} 100`);
+  find("plot").replaceChildren(...bars);
+  const legend = report.kinds.map((kind, at) => {
+    const count = report.steps.reduce((sum, step) => sum + step[at], 0);
+    const item = make("span", "", "", make("i", "", ""), `${say(kind)} ${amount(count)}`);
+    item.id = kind;
+    item.firstChild.style.background = `var(--${kind})`;
+    return item;
+  });
+  const highest = `${say("top")}${amount(Math.max(...sums))} / ${report.step_seconds} s`;
+  find("legend").replaceChildren(...legend, make("span", highest, ""));
+}
+function showTable(id, columns, rows, nothing) {
+  const numbers = ["runs", "failures", "mean_ms", "max_ms", "ms", "replies"];
+  const look = name => numbers.includes(name) ? "number" : name;
+  const line = (tag, texts, bad) => make("tr", "", bad ? "bad" : "",
+    ...columns.map((name, at) => make(tag, texts[at], look(name))));
+  find(id).replaceChildren(...rows.length ? [line("th", columns.map(say)), ...rows.map(([bad, texts]) =>
+    line("td", texts, bad))] : [make("caption", say(nothing), "soft")]);
+}
+function showTables() {
+  const counts = ["runs", "failures", "mean_ms", "max_ms"], word = find("word").value.trim().toLowerCase();
+  showTable("handlers", ["name", ...counts], report.handlers.map(each =>
+    [each.failures > 0, [each.name, ...counts.map(name => amount(each[name]))]]), "none");
+  const columns = ["time", "type", "key", "outcome", "handler", "ms", "replies", "error"];
+  const rows = report.messages.map(each => [each.outcome === "failed", [time.format(each.time * 1000),
+    each.type, each.key, say(each.outcome), each.handler, amount(each.ms), amount(each.replies), each.error]]);
+  showTable("messages", columns, rows.filter(([, texts]) => texts.join(" ").toLowerCase().includes(word)),
+    rows.length ? "found" : "none");
+}
+const showHealth = text => find("health").replaceChildren(make("span", say(text), text === "ok" ? "soft" : "bad"));
+async function renew() {
+  try {
+    report = await (await fetch("status.json")).json();
+    showHealth(report.health);
+    find("age").textContent = `${say("up")} ${span(report.now - report.started)} · ${report.version}`;
+    showNumbers();
+    showPlot();
+    showTables();
+  } catch (error) {
+    showHealth("lost");
+  }
+  setTimeout(renew, 2000);
+}
+document.documentElement.lang = inChinese ? "zh" : "en";
+for (const element of document.querySelectorAll("[data-text]")) element.textContent = say(element.dataset.text);
+find("word").placeholder = say("filter");
+find("word").addEventListener("input", () => report && showTables());
+renew();
+</script>
+"""
+
+
+class AdminEndpoint:
+    """Answers people and monitors, who can change nothing here. ``render`` makes what Prometheus reads, ``report`` what
+    the page shows, and ``trouble`` says what is wrong, or nothing."""
+
+    def __init__(self, render: Callable[[], str], report: Callable[[], Dict[str, Any]],
+                 trouble: Callable[[], str]) -> None:
+        self._render, self._report, self._trouble = render, report, trouble
+        # The page's own style and script may be used, and nothing else, wherever it comes from (CSP level 3).
+        style, script = (base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+                         for text in re.findall("(?s)<(?:style|script)>(.*?)</", PAGE))
+        self._policy = (f"default-src 'none'; connect-src 'self'; style-src 'sha256-{style}'; script-src "
+                        f"'sha256-{script}'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
 
     def handle_all(self, requests: Iterable[Request]) -> List[Response]:
         """The answers to requests, as `Endpoint` gives them."""
@@ -2020,12 +2284,21 @@ class AdminEndpoint:
             return refusal(request.problem)
         if request.method not in ("GET", "HEAD"):
             return Response(405, b"only GET here\n", "refused", (("Allow", "GET, HEAD"),))
+        if request.path == "/":
+            return self._show(PAGE, "text/html; charset=utf-8")
+        if request.path == "/status.json":
+            return self._show(json.dumps(self._report()), "application/json")
         if request.path == "/healthz":
             trouble = self._trouble()
             return Response(503 if trouble else 200, (trouble or "ok").encode() + b"\n", "health")
         if request.path == "/metrics":
             return Response(200, self._render().encode(), "metrics")
-        return Response(404, b"/healthz and /metrics are here\n", "refused")
+        return Response(404, b"/, /status.json, /healthz and /metrics are here\n", "refused")
+
+    def _show(self, text: str, kind: str) -> Response:
+        return Response(200, text.encode(), "page", (
+            ("Content-Type", kind), ("Content-Security-Policy", self._policy), ("X-Content-Type-Options", "nosniff"),
+            ("Cache-Control", "no-store")))
 
 
 # ---- 10 Journal -----------------------------------------------------------------------------------------------------
@@ -2804,6 +3077,10 @@ class SharedClaims:
         """Write what is owed, if Redis is there, for 1 s at most; nothing is written afterwards."""
         self._line.close()
 
+    def is_away(self) -> bool:
+        """Whether Redis is away."""
+        return self._line.away is not None
+
 
 def _name(key: str) -> str:
     return "kfserver:" + key
@@ -3112,6 +3389,10 @@ class CircuitBreaker:
             seconds = self._next_probe - self._timer() if self._failures >= AWAY_AFTER else 0.0
         return PROBE_DELAYS[0] if seconds == float("inf") else max(0.0, seconds)
 
+    def is_away(self) -> bool:
+        """Whether there were too many failures in a row."""
+        return self._failures >= AWAY_AFTER
+
     def begin(self) -> bool:
         """Begin a try, which `end` ends; whether it is a probe. Raises `NetworkError` if it must not be made."""
         with self._lock:
@@ -3195,6 +3476,10 @@ class SendApi:
     def pause(self) -> float:
         """Seconds until a reply may be tried, because the API counts as away; 0 for now."""
         return self._breaker.pause()
+
+    def is_away(self) -> bool:
+        """Whether the API counts as away."""
+        return self._breaker.is_away()
 
     def close(self) -> None:
         """Close the connections that are kept."""
@@ -3731,6 +4016,16 @@ def make_key(function: Callable[[Message], str], message: Message) -> str:
     return keys[0]
 
 
+def name_of_handler(job: Job) -> str:
+    """The name of the handler that a message went to; a dash if there is none."""
+    return handler_name(job.match.handler) if job.match else "-"
+
+
+def state_of(part: Any) -> str:
+    """The state of what can be away, such as Redis, for the page: off if there is no such part."""
+    return "off" if part is None else "away" if part.is_away() else "ok"
+
+
 def restore_job(row: Row, tries: int) -> Job:
     """The job of a message that the last run left, of which a handler has ``tries``. Raises `PushError` if it cannot be
     read."""
@@ -3852,7 +4147,7 @@ class Handling:
             end_fork(error)
         job.seconds = time.monotonic() - started
         if self._settings.admin:
-            self.metrics.handler(job.seconds)
+            self.metrics.handler(name_of_handler(job), job.seconds, error)
         if not error:
             return None
         job.is_suspect = False
@@ -3904,7 +4199,7 @@ class Handling:
     def _finish(self, job: Job) -> None:
         if self.dispatcher.settle(job, self._mark_done, job) and log.isEnabledFor(logging.INFO):
             log.info("handled key=%(key)s handler=%(handler)s ms=%(ms).2f replies=%(replies)d", {
-                "key": job.message.key, "handler": handler_name(job.match.handler) if job.match else "-",
+                "key": job.message.key, "handler": name_of_handler(job),
                 "ms": job.seconds * 1000, "replies": job.sent})
 
     def _fail_to_send(self, job: Job, error: BaseException) -> Optional[float]:
@@ -3918,6 +4213,7 @@ class Handling:
         return None
 
     def _mark_done(self, job: Job) -> None:
+        self._list(job, "handled")
         if self.journal:
             self.journal.finish(job.message.key, job.session)
         self._claims.finish(job.message.key)
@@ -3928,6 +4224,7 @@ class Handling:
                     "%(seconds)d s", {**self._describe(job, error), "tries": self._settings.tries, "seconds": seconds},
                     exc_info=exc_info_of(error) if log.isEnabledFor(logging.DEBUG) else None)
         self.metrics.count("handler_retries")
+        self._list(job, "retry", error)
         if self.journal:
             self.journal.tried(job.message.key, job.tries)
             self.journal.flush()
@@ -3949,12 +4246,18 @@ class Handling:
                 "key": job.message.key, "error": describe_error(failed)}, exc_info=exc_info_of(failed))
 
     def _mark_failed(self, job: Job, error: BaseException) -> None:
+        self._list(job, "failed", error)
         if self.journal:
             self.journal.fail(job.message.key, describe_error(error))
         if job.replies is None:
             self._claims.release(job.message.key)
         else:  # the handler is done: it must not run again, though a reply failed
             self._claims.finish(job.message.key)
+
+    def _list(self, job: Job, outcome: str, error: Optional[BaseException] = None) -> None:
+        if self._settings.admin:
+            self.metrics.message(time.time(), job.message.msg_type[:64], job.message.key, outcome, name_of_handler(job),
+                                 job.seconds * 1000, job.sent, type(error).__name__ if error else "")
 
     def _describe(self, job: Job, error: BaseException) -> Dict[str, Any]:
         handler = describe_handler(job.match.handler) if job.match else "-"
@@ -4104,8 +4407,9 @@ class Inbox:
 
     def trouble(self) -> str:
         """What keeps messages from being taken, in words; empty if nothing does."""
-        if self.is_draining:
-            return "draining"
+        return "draining" if self.is_draining else self._journal_trouble()
+
+    def _journal_trouble(self) -> str:
         return self._problem or (
             "the journal cannot be written" if self._journal and not self._journal.healthy else "")
 
@@ -4115,6 +4419,13 @@ class Inbox:
         return [*self._dispatcher.samples(),
                 Sample("kfserver_remembered_keys", "Messages known, to drop repeats of.", len(self._claims)),
                 Sample("kfserver_journal_healthy", "0 while the journal cannot be written.", healthy)]
+
+    def report(self) -> Dict[str, Any]:
+        """The state of things, for the page: of each part ok, off, or what is wrong with it."""
+        journal = (self._journal_trouble() or "ok") if self._settings.journal else "off"
+        shared = self._claims if self._settings.redis else None
+        return {**self.handling.metrics.report(), "workers": self._settings.workers, "redis": state_of(shared),
+                "send_api": state_of(self._api if isinstance(self._api, SendApi) else None), "journal": journal}
 
     def join(self, seconds: Optional[float]) -> bool:
         """Wait until every message is handled, ``seconds`` at most; whether that was reached."""
@@ -4381,8 +4692,8 @@ class RequestReader:
 
 def list_headers(response: Response) -> List[Tuple[str, str]]:
     """The headers of a response that every server sends, ours and WSGI's alike."""
-    return [("Content-Type", "text/plain; charset=utf-8"), ("Content-Length", str(len(response.body))),
-            *response.headers]
+    return list({"Content-Type": "text/plain; charset=utf-8", "Content-Length": str(len(response.body)),
+                 **dict(response.headers)}.items())
 
 
 def encode_answer(response: Response, second: int, connection: str) -> bytes:
@@ -5003,13 +5314,17 @@ class KfServer:
     def _bind_admin(self) -> PushServer:
         host, _, port = self.settings.admin.rpartition(":")
         address = {"host": host.strip("[]"), "port": int(port), "unix": "", "tls_cert": "", "tls_key": ""}
+        metrics = self._inbox.handling.metrics
         return bind(dataclasses.replace(self.settings, **address),
-                    AdminEndpoint(self._render_metrics, self._trouble), "--admin")
+                    AdminEndpoint(lambda: metrics.render(self._samples()), self._report, self._trouble), "--admin")
 
-    def _render_metrics(self) -> str:
+    def _samples(self) -> List[Sample]:
         connections = len(self._http.connections) if self._http else 0
-        return self._inbox.handling.metrics.render([
-            *self._inbox.samples(), Sample("kfserver_connections", "Open connections of clients.", connections)])
+        return [*self._inbox.samples(), Sample("kfserver_connections", "Open connections of clients.", connections)]
+
+    def _report(self) -> Dict[str, Any]:
+        state = {sample.name[len("kfserver_"):]: sample.value for sample in self._samples()}
+        return {**state, **self._inbox.report(), "health": self._trouble() or "ok", "version": __version__}
 
     def _trouble(self) -> str:
         if self._http and not self._http.alive():

@@ -23,8 +23,9 @@ from typing import Counter, List, NamedTuple
 TESTS = pathlib.Path(__file__).resolve().parent
 
 # The files that take a second or more, the slowest first. A list that is out of date costs time, and nothing else.
-SLOWEST = ("test_replies.py", "test_command_line.py", "test_readme.py", "test_push.py", "test_shared_claims.py",
-           "test_hostile.py", "test_tls_and_unix.py", "test_crash.py", "test_fuzz.py", "test_http_server.py")
+SLOWEST = ("test_replies.py", "test_command_line.py", "test_admin_page.py", "test_readme.py", "test_push.py",
+           "test_shared_claims.py", "test_hostile.py", "test_tls_and_unix.py", "test_crash.py", "test_fuzz.py",
+           "test_http_server.py", "test_inbox.py")
 # How many of the other files share a process: a start of pytest takes longer than most of them.
 TOGETHER = 5
 # The words of pytest's closing line, in its order.

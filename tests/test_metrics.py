@@ -274,7 +274,7 @@ def test_metrics_take_what_several_threads_tell() -> None:
     def tell() -> None:
         for _ in range(count):
             metrics.push(Response(200, b"", "accepted"), None, 0.001)
-            metrics.handler(0.001)
+            metrics.handler("menu", 0.001, None)
             metrics.count("replies_sent")
     threads = [threading.Thread(target=tell) for _ in range(8)]
     for thread in threads:
@@ -285,6 +285,111 @@ def test_metrics_take_what_several_threads_tell() -> None:
     assert pushes_of(page) == {("accepted", "-", "200"): 8 * count}
     assert page.families["kfserver_handler_seconds"].value("kfserver_handler_seconds_count") == 8 * count
     assert page["kfserver_replies_sent_total"] == 8 * count
+    report = metrics.report()
+    assert sum(map(sum, report["steps"])) == 8 * count
+    assert report["handlers"][0]["runs"] == 8 * count
+
+
+class Half:
+    """Metrics whose clock is set by hand, and what they report of the last half hour."""
+
+    def __init__(self) -> None:
+        self.now = 1_700_000_000.0
+        self.metrics = Metrics(lambda: self.now)
+
+    def answer(self, outcome: str = "accepted", status: int = 200, seconds: float = 0.001, key: str = "k") -> None:
+        """A push was answered."""
+        message = Message({"MsgType": "text"})
+        message.key = key
+        self.metrics.push(Response(status, b"", outcome), message, seconds)
+
+    def report(self) -> Dict[str, Any]:
+        """As the page gets it."""
+        report: Dict[str, Any] = json.loads(json.dumps(self.metrics.report()))
+        return report
+
+    def outcomes(self) -> Dict[str, str]:
+        """What became of each message in the list, the newest first."""
+        return {each["key"]: each["outcome"] for each in self.report()["messages"]}
+
+
+@pytest.mark.parametrize(("outcome", "status", "kind"), [
+    ("accepted", 200, "accepted"), ("repeat", 200, "repeat"), ("handshake", 200, "other"),
+    ("refused 403: wrong signature", 403, "refused"), ("refused 503: the queue is full", 503, "busy"),
+    ("refused 500: an error inside kfserver", 500, "busy")])
+def test_metrics_report_counts_each_kind_of_answer_in_its_step(outcome: str, status: int, kind: str) -> None:
+    half = Half()
+    half.answer(outcome, status)
+    half.now += 3 * kfserver.STEP_SECONDS
+    report = half.report()
+    assert len(report["steps"]) * report["step_seconds"] == 30 * 60
+    assert [sum(step) for step in report["steps"][-5:]] == [0, 1, 0, 0, 0]
+    assert report["steps"][-4][report["kinds"].index(kind)] == 1
+
+
+@pytest.mark.parametrize("jump", [kfserver.STEPS * kfserver.STEP_SECONDS, 1e6, -1e6], ids=["later", "far", "back"])
+def test_metrics_report_forgets_what_is_older_than_half_an_hour(jump: float) -> None:
+    half = Half()
+    half.answer(seconds=3.0)
+    half.now += jump
+    report = half.report()
+    assert (sum(map(sum, report["steps"])), report["late"], report["p99"]) == (0, 0, "–")
+    for _ in range(2 * kfserver.STEPS):
+        half.answer()
+        half.now += kfserver.STEP_SECONDS
+    assert len(half.metrics._bars) <= kfserver.STEPS
+
+
+@pytest.mark.parametrize(("seconds", "percentiles", "late"), [
+    ([], ("–", "–", "–"), 0),
+    ([0.0001], ("≤ 0.5 ms",) * 3, 0),
+    ([0.02] * 90 + [1.5] * 9 + [2.0], ("≤ 25 ms", "≤ 25 ms", "≤ 2000 ms"), 0),
+    ([0.02] * 98 + [2.1] * 2, ("≤ 25 ms", "≤ 25 ms", "> 2 s"), 2),
+], ids=["none", "one", "in time", "late"])
+def test_metrics_report_tells_percentiles_of_the_answers(
+        seconds: List[float], percentiles: Tuple[str, str, str], late: int) -> None:
+    half = Half()
+    for each in seconds:
+        half.answer(seconds=each)
+    report = half.report()
+    assert tuple(report[name] for name in ("p50", "p90", "p99")) == percentiles
+    assert report["late"] == late
+
+
+def test_metrics_report_lists_the_last_messages_newest_first() -> None:
+    half = Half()
+    for number in range(kfserver.MAX_LISTED + 5):
+        half.now += 1
+        half.answer(key=str(number))
+    assert list(half.outcomes()) == [str(number) for number in range(kfserver.MAX_LISTED + 4, 4, -1)]
+    half.metrics.message(half.now, "text", "50", "handled", "menu", 1.5, 2)
+    first = half.report()["messages"][0]
+    assert first == {"time": half.now, "type": "text", "key": "50", "outcome": "handled", "handler": "menu", "ms": 1.5,
+                     "replies": 2, "error": ""}
+    assert len(half.outcomes()) == kfserver.MAX_LISTED
+    for _ in range(2 * kfserver.MAX_EVENTS):
+        half.answer()
+    assert len(half.metrics._messages) == kfserver.MAX_EVENTS
+
+
+def test_metrics_report_tells_a_message_handled_that_was_faster_than_its_answer() -> None:
+    half = Half()
+    half.metrics.message(half.now, "text", "k", "failed")
+    half.answer(seconds=0.5)  # it began before that
+    assert half.outcomes() == {"k": "failed"}
+    half.now += 60
+    half.answer(seconds=0.5)  # put back, or sent again after it had failed
+    assert half.outcomes() == {"k": "waiting"}
+
+
+def test_metrics_report_knows_a_bounded_number_of_handlers() -> None:
+    metrics = Metrics()
+    for number in range(2 * kfserver.MAX_HANDLERS):
+        metrics.handler(f"h{number}", 0.25, None)
+    metrics.handler("h0", 0.75, ValueError())
+    handlers = {each["name"]: each for each in metrics.report()["handlers"]}
+    assert len(handlers) == kfserver.MAX_HANDLERS
+    assert handlers["h0"] == {"name": "h0", "runs": 2, "failures": 1, "mean_ms": 500, "max_ms": 750}
 
 
 # ---- AdminEndpoint
@@ -296,27 +401,42 @@ def test_metrics_take_what_several_threads_tell() -> None:
     (Request("GET", "/metrics", "a=b"), "draining", 200, b"page\n"),
     (Request("GET", "/healthz"), "", 200, b"ok\n"),
     (Request("GET", "/healthz"), "draining", 503, b"draining\n"),
-    (Request("GET", "/"), "", 404, b"/healthz and /metrics are here\n"),
-    (Request("GET", "/metrics/"), "", 404, b"/healthz and /metrics are here\n"),
+    (Request("GET", "/"), "", 200, kfserver.PAGE.encode()),
+    (Request("GET", "/status.json"), "draining", 200, b'{"queue": 0}'),
+    (Request("GET", "/metrics/"), "", 404, b"/, /status.json, /healthz and /metrics are here\n"),
     (Request("POST", "/metrics"), "", 405, b"only GET here\n"),
     (Request("POST", "/", "", push()), "", 405, b"only GET here\n"),
+    (Request("DELETE", "/status.json"), "", 405, b"only GET here\n"),
 ], ids=lambda value: " ".join(value[:2]) if isinstance(value, Request) else None)
 def test_admin_endpoint_handle(request_: Request, trouble: str, status: int, body: bytes) -> None:
-    response = AdminEndpoint(lambda: "page\n", lambda: trouble).handle(request_)
+    response = AdminEndpoint(lambda: "page\n", lambda: {"queue": 0}, lambda: trouble).handle(request_)
     assert (response.status, response.body) == (status, body)
     assert (("Allow", "GET, HEAD") in response.headers) == (status == 405)
 
 
 def test_admin_endpoint_handle_all_answers_in_order() -> None:
-    endpoint = AdminEndpoint(lambda: "", lambda: "")
-    requests = [Request("GET", "/metrics"), Request("GET", "/"), Request("PUT", "/"), Request("GET", "/healthz")]
+    endpoint = AdminEndpoint(lambda: "", dict, lambda: "")
+    requests = [Request("GET", "/metrics"), Request("GET", "/x"), Request("PUT", "/"), Request("GET", "/healthz")]
     assert [response.status for response in endpoint.handle_all(requests)] == [200, 404, 405, 200]
 
 
 def test_admin_endpoint_refuse_unread_says_what_is_wrong() -> None:
     request = Request("", "", problem=MalformedPush("malformed header line"))
-    response = AdminEndpoint(lambda: "", lambda: "").handle(request)
+    response = AdminEndpoint(lambda: "", dict, lambda: "").handle(request)
     assert (response.status, response.body) == (400, b"malformed header line\n")
+
+
+@pytest.mark.parametrize("path", ["/", "/status.json"])
+def test_admin_endpoint_lets_the_page_load_nothing_from_elsewhere(path: str) -> None:
+    headers = dict(AdminEndpoint(lambda: "", dict, lambda: "").handle(Request("GET", path)).headers)
+    policy = dict(part.split(" ", 1) for part in headers["Content-Security-Policy"].split("; "))
+    assert {name: policy.pop(name) for name in ("default-src", "connect-src")} == {
+        "default-src": "'none'", "connect-src": "'self'"}
+    for name in ("style", "script"):
+        assert re.fullmatch("'sha256-[A-Za-z0-9+/]{43}='", policy.pop(f"{name}-src"))
+    assert set(policy.values()) == {"'none'"}
+    assert headers["X-Content-Type-Options"] == "nosniff"
+    assert not re.search(r"https?://(?!www\.w3\.org/2000/svg)|url\(|import", kfserver.PAGE)
 
 
 # ---- The second listener
@@ -541,6 +661,32 @@ def test_kf_server_counts_connections_of_clients(shop: MonitoredShop) -> None:
             client.ask(get("/"))
         assert shop.page()["kfserver_connections"] == 2
     wait_until(lambda: shop.page()["kfserver_connections"] == 0)
+
+
+def test_status_json_tells_what_the_page_shows_and_nothing_that_a_user_wrote(tmp_path: pathlib.Path) -> None:
+    with open_shop(tries=1, journal=str(tmp_path / "kf.db"), token=TOKEN) as shop:
+        for number, content in enumerate(("hi", "bad", "secret words"), 1):
+            shop.server.feed(push(f"user{number}", number, content))
+        shop.wait()
+        answer = shop.monitor("/status.json")
+    assert answer.headers["content-type"] == "application/json"
+    report = json.loads(answer.body.decode())
+    assert sorted((each["key"].split("/")[-1], each["outcome"], each["error"]) for each in report["messages"]) == [
+        ("1", "handled", ""), ("2", "failed", "ZeroDivisionError"), ("3", "handled", "")]
+    assert [(each["name"], each["runs"], each["failures"]) for each in report["handlers"]] == [("_serve", 3, 1)]
+    assert [report[name] for name in ("health", "journal", "redis", "send_api", "workers", "connections")] == [
+        "ok", "ok", "off", "off", 16, 0]
+    for secret in ("secret words", "thank you", "till", TOKEN):
+        assert secret not in answer.body.decode()
+
+
+def test_kf_server_keeps_nothing_to_show_without_admin() -> None:
+    with open_shop(admin="", tries=1) as shop:
+        shop.push(post(push()))
+        shop.push(post(push(content="bad", number=2)))
+        shop.wait()
+        report = shop.server._inbox.metrics.report()
+    assert (report["messages"], report["handlers"], sum(map(sum, report["steps"]))) == ([], [], 0)
 
 
 def test_kf_server_counts_messages_that_failed() -> None:
