@@ -324,7 +324,7 @@ class Settings:
     app_secret: str = _secret("App Secret of the console")
     access_token: AccessToken = _secret("instead of --app-key: an access token, or @FILE that always holds a valid one")
     api_base: str = _setting("https://openapi.baidu.com", "where the send API is")
-    user_type: int = _setting(2, "whom replies go to: 1 guests, 2 users with a Baidu account", 1, 2)
+    user_type: int = _setting(2, "who gets replies: 1 guests, 2 users with a Baidu account", 1, 2)
     third_party: bool = _setting(False, "send as a third-party platform, with the authorised app's --access-token")
     handlers: str = _setting("", "file or module of the handlers; default: handlers.py here, then beside kfserver.py")
     workers: int = _setting(16, "messages handled at the same time", 1, 10000)
@@ -4190,7 +4190,8 @@ class Handling:
             error = attempt(outbox.send, job.replies[0])
             if error:
                 return self._fail_to_send(job, error)
-            job.failing_since, job.reply_tries, job.sent = 0.0, 0, job.sent + 1
+            job.failing_since, job.reply_tries = 0.0, 0
+            job.sent += self._api is not None
             job.replies.popleft()
             if job.replies and self.journal:
                 self.journal.replied(job.message.key, encode_replies(job.replies))
@@ -5827,7 +5828,7 @@ def _put_first(folder: str) -> None:
     queue.py, everything that kfserver may need is imported before."""
     elsewhere = [each for each in sys.path if os.path.abspath(each) != folder]
     with contextlib.suppress(OSError):  # no such folder, as reading the handlers will tell
-        names = {name.partition(".")[0] for name in os.listdir(folder)}
+        names = {name.partition(".")[0] for name in os.listdir(folder)} - {"__pycache__"}
         if any(name.isidentifier() and PathFinder.find_spec(name, elsewhere) for name in names):
             sys.path[:] = elsewhere
             for late in LATE_IMPORTS:

@@ -685,7 +685,7 @@ def test_kf_server_keeps_nothing_to_show_without_admin() -> None:
         shop.push(post(push()))
         shop.push(post(push(content="bad", number=2)))
         shop.wait()
-        report = shop.server._inbox.metrics.report()
+        report = shop.server._inbox.handling.metrics.report()
     assert (report["messages"], report["handlers"], sum(map(sum, report["steps"]))) == ([], [], 0)
 
 
