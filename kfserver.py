@@ -4476,8 +4476,8 @@ BACKLOG_SECONDS = 0.005
 TICK_SECONDS = 1.0
 # Seconds until the loop accepts again when it could not: no descriptor was free, or nobody could be closed for it.
 PAUSE_SECONDS = 0.01
-# Seconds that a TLS client has for its handshake before it may be closed to make room for another: its path to us is
-# gone along three times. Accepted at full speed, those who say nothing would be past in a tenth of a second.
+# Seconds that a TLS client has for its handshake before it may be closed to make room for another: enough for three
+# trips between two continents.
 HANDSHAKE_SECONDS = 0.2
 # Seconds without a turn after which the loop counts as stuck: it turns at least once in TICK_SECONDS.
 STUCK_SECONDS = 3.0
@@ -4714,8 +4714,7 @@ class Connection(BaseHTTPRequestHandler):
     complete and not yet answered. ``deadline`` is when the client's time is up, by the monotonic clock. Of one client
     there is never more in memory than a request, what came with it in one read, and an answer.
 
-    What http.server reads through the email package and several buffers is read here directly and strictly: that took
-    two thirds of a request's time. The names that it gives are kept.
+    Nothing is read by the base class: the email package and several buffers took two thirds of a request's time.
     """
 
     server: PushServer
@@ -4723,11 +4722,11 @@ class Connection(BaseHTTPRequestHandler):
     def setup(self) -> None:
         """Prepare the connection; called by socketserver before `handle`."""
         self.socket: socket.socket = self.request
+        self.socket.setblocking(False)
         if self.server.address_family != UNIX_FAMILY:
             self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
         self.asked: Optional[Request] = None
-        self.since = time.monotonic()
-        self.deadline = self.since + HEAD_SECONDS
+        self.deadline = time.monotonic() + HEAD_SECONDS
         # What the client is given time for; empty while it waits for us.
         self.phase = HANDSHAKE if self.server.tls else IDLE
         self.events = 0  # that the server's selector watches for
@@ -4811,9 +4810,10 @@ class Connection(BaseHTTPRequestHandler):
         self.phase = phase
         self.deadline = time.monotonic() + PHASE_SECONDS[phase]
 
-    def is_new(self) -> bool:
-        """Whether this client must still be given time for its handshake."""
-        return self.phase == HANDSHAKE and time.monotonic() - self.since < HANDSHAKE_SECONDS
+    def must_stay(self) -> bool:
+        """Whether this client must still be given time for its handshake, or waits for us with it."""
+        age = time.monotonic() - self.deadline + HEAD_SECONDS
+        return self.phase == HANDSHAKE and (age < HANDSHAKE_SECONDS or self in self.server.backlog)
 
     def answer(self, response: Response) -> None:
         """Send the answer to the request that was handed in, and turn to the next one."""
@@ -4879,6 +4879,18 @@ class Connection(BaseHTTPRequestHandler):
             self.server.shutdown_request(self.socket)
 
 
+_Stamp = Tuple[int, int, int, int]
+
+
+def _stamp(path: str) -> Optional[_Stamp]:
+    """What tells whether a file is the same and unchanged: its device, number, size and time; None if there is none."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
 class Listener(ThreadingHTTPServer):
     """Holds what a server has from the system: an address or a Unix socket, a certificate, connections, and the
     selector that watches them. Raises OSError when it cannot listen, `SettingsError` for a bad certificate."""
@@ -4888,25 +4900,20 @@ class Listener(ThreadingHTTPServer):
 
     def __init__(self, settings: Settings) -> None:
         self._settings, self._unix = settings, settings.unix
-        self._certificate_stamps = _stamps(settings.tls_cert, settings.tls_key)
-        self._certificate_problem = ""  # not yet told
+        self._certificate_files = self._stamp_certificate()
         self.tls = make_tls_context(settings) if settings.tls_cert else None
-        self._socket_file = _UNKNOWN_FILE  # the stamp of the Unix socket that we made
+        self._socket_file: Optional[_Stamp] = None  # the stamp of the Unix socket that we made
         self.server_port = 0
         if self._unix:
             self.address_family = UNIX_FAMILY
         elif ":" in settings.host:
             self.address_family = socket.AF_INET6
+        super().__init__(self._unix or (settings.host, settings.port), Connection)  # type: ignore[arg-type]
+        self.socket.setblocking(False)
         self.connections: OrderedDict[Connection, None] = OrderedDict()  # who has waited longest comes first
         self.backlog: OrderedDict[Connection, None] = OrderedDict()  # those with a step that can wait, in order
         self.selector = selectors.DefaultSelector()
         self.waker, self.woken = socket.socketpair()
-        try:
-            super().__init__(self._unix or (settings.host, settings.port), Connection)  # type: ignore[arg-type]
-        except BaseException:
-            self._close_selector()
-            raise
-        self.socket.setblocking(False)
 
     def server_bind(self) -> None:
         """Bind without asking the name service for our own name, which can take seconds."""
@@ -4921,29 +4928,26 @@ class Listener(ThreadingHTTPServer):
 
     def server_close(self) -> None:
         """Stop listening. A Unix socket's file is removed, unless another server has put its own there."""
-        if self._socket_file != _UNKNOWN_FILE and _stamp(self._unix) == self._socket_file:
+        if self._socket_file and _stamp(self._unix) == self._socket_file:
             with contextlib.suppress(OSError):
                 os.unlink(self._unix)
-        self._socket_file = _UNKNOWN_FILE
+        self._socket_file = None
         super().server_close()
 
     def renew_certificate(self) -> None:
-        """Serve the certificate anew if its files have changed.
-
-        The two are not replaced in one moment, so that one may not fit the other for a while: a certificate that cannot
-        be used is told of when its files have stayed the same from one call to the next. The old one stays in service.
-        """
-        stamps = _stamps(self._settings.tls_cert, self._settings.tls_key)
-        if stamps != self._certificate_stamps:
-            self._certificate_stamps, self._certificate_problem = stamps, ""
+        """Serve the certificate anew if its files have changed. While it cannot be used, as when one of the two files
+        is not replaced yet, the old one stays in service."""
+        stamps = self._stamp_certificate()
+        if stamps != self._certificate_files:
+            self._certificate_files = stamps
             try:
                 self.tls = make_tls_context(self._settings)
                 log.info("the renewed certificate is in service")
             except SettingsError as error:
-                self._certificate_problem = str(error)
-        elif self._certificate_problem:
-            log.error("%s; the certificate from before stays in service", self._certificate_problem)
-            self._certificate_problem = ""
+                log.error("%s; the certificate from before stays in service", error)
+
+    def _stamp_certificate(self) -> List[Optional[_Stamp]]:
+        return [_stamp(path) for path in (self._settings.tls_cert, self._settings.tls_key)]
 
     def put_off(self, connection: Connection) -> None:
         """Let a connection do its next step when there is time, and not before."""
@@ -4973,9 +4977,6 @@ class Listener(ThreadingHTTPServer):
     def abandon(self) -> None:
         """Let go of the address and of everything else, also when it was never served."""
         self.server_close()
-        self._close_selector()
-
-    def _close_selector(self) -> None:
         self.selector.close()
         self.waker.close()
         self.woken.close()
@@ -4983,7 +4984,7 @@ class Listener(ThreadingHTTPServer):
     def after_fork(self) -> None:
         """In a forked child: let go of all that belongs to the parent. Descriptors are closed and nothing else is done:
         to shut a connection down, or to take it out of the selector, would do so for the parent as well."""
-        self._socket_file = _UNKNOWN_FILE
+        self._socket_file = None
         for connection in self.connections:
             connection.socket.close()
         self.connections.clear()
@@ -5020,13 +5021,12 @@ class PushServer(Listener):
 
     def serve_forever(self, poll_interval: float = TICK_SECONDS) -> None:
         """Serve until `close` is called from another thread."""
-        self.selector.register(self.woken, selectors.EVENT_READ, lambda: None)
+        self.selector.register(self.woken, selectors.EVENT_READ, lambda: self.woken.recv(1))
         self._watch_address(True)
         try:
             while not self.closing:
                 self.teller.guard(self._turn, poll_interval)
             self.teller.guard(self._turn, 0.0)  # what has come is still answered
-            self.selector.unregister(self.woken)
             self._watch_address(False)
             self.server_close()
             while self.connections and time.monotonic() < self._close_by:
@@ -5056,14 +5056,12 @@ class PushServer(Listener):
 
     def _work_off_backlog(self) -> None:
         """Do steps that were put off, in order, for as long as a turn has time for them. Those that are put off
-        meanwhile have to wait for the next turn. While handshakes are left over, nobody else is let in."""
+        meanwhile have to wait for the next turn."""
         until = time.monotonic() + BACKLOG_SECONDS
         for _ in range(len(self.backlog)):
             self.backlog.popitem(last=False)[0].ready()
             if not self.backlog or time.monotonic() > until:
                 break
-        if self.backlog and next(iter(self.backlog)).phase == HANDSHAKE:
-            self._watch_address(False)
 
     def _answer_complete(self) -> None:
         """Answer all that is complete, together: so their messages share a write to the disk."""
@@ -5125,7 +5123,7 @@ class PushServer(Listener):
     def _accept(self) -> None:
         """Accept clients that wait, but not so many that the accepted must wait."""
         for accepted in range(ACCEPT_BURST):
-            if len(self.connections) >= self._limit and next(iter(self.connections)).is_new():
+            if len(self.connections) >= self._limit and next(iter(self.connections)).must_stay():
                 self._watch_address(False)
                 return
             try:
@@ -5138,7 +5136,10 @@ class PushServer(Listener):
                 return
             while len(self.connections) >= self._limit and not self._make_way():
                 self._answer_complete()
-            self.process_request(request, client_address)
+            try:
+                Connection(request, client_address, self)
+            except OSError:
+                self.shutdown_request(request)  # gone before it was served
 
     def _make_way(self) -> bool:
         """Close the connection that has waited longest for its request to become complete; False if there is none."""
@@ -5152,32 +5153,6 @@ class PushServer(Listener):
                 return True
             self.connections.move_to_end(connection)  # it is answered in this turn
         return False
-
-    def process_request(self, request: Any, client_address: Any) -> None:
-        """Take in a connection."""
-        request.setblocking(False)
-        try:
-            self.finish_request(request, client_address)
-        except OSError:
-            self.shutdown_request(request)  # gone before it was served
-
-
-# A file's device, number, size and time, which tell whether it is the same and unchanged.
-_Stamp = Tuple[int, int, int, int]
-_UNKNOWN_FILE: _Stamp = (0, 0, 0, 0)
-
-
-def _stamp(path: str) -> _Stamp:
-    """The stamp of a file that a link may lead to; that of no file if there is none."""
-    try:
-        found = os.stat(path)
-    except OSError:
-        return _UNKNOWN_FILE
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
-
-
-def _stamps(*paths: str) -> List[_Stamp]:
-    return [_stamp(path) for path in paths]
 
 
 def make_tls_context(settings: Settings) -> ssl.SSLContext:
