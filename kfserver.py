@@ -4476,8 +4476,8 @@ BACKLOG_SECONDS = 0.005
 TICK_SECONDS = 1.0
 # Seconds until the loop accepts again when it could not: no descriptor was free, or nobody could be closed for it.
 PAUSE_SECONDS = 0.01
-# Seconds that a TLS client has for its handshake before it may be closed to make room for another: enough for three
-# trips between two continents.
+# Seconds that a TLS client has for its handshake, once it has begun one, before it may be closed to make room for
+# another: enough for a trip between two continents. Under attack, places change hands in a tenth of a second.
 HANDSHAKE_SECONDS = 0.2
 # Seconds without a turn after which the loop counts as stuck: it turns at least once in TICK_SECONDS.
 STUCK_SECONDS = 3.0
@@ -4727,8 +4727,7 @@ class Connection(BaseHTTPRequestHandler):
             self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
         self.asked: Optional[Request] = None
         self.deadline = time.monotonic() + HEAD_SECONDS
-        # What the client is given time for; empty while it waits for us.
-        self.phase = HANDSHAKE if self.server.tls else IDLE
+        self.phase = IDLE  # what the client is given time for; empty while it waits for us
         self.events = 0  # that the server's selector watches for
         self._reader = RequestReader(self.server.max_body, self.server.parse_framing)
         self._unsent = b""
@@ -4773,6 +4772,7 @@ class Connection(BaseHTTPRequestHandler):
             return
         assert self.server.tls
         self.socket = self.server.tls.wrap_socket(self.socket, server_side=True, do_handshake_on_connect=False)
+        self._give_time(HANDSHAKE)
         self._put_off_handshake()
 
     def _put_off_handshake(self) -> None:
@@ -4811,9 +4811,11 @@ class Connection(BaseHTTPRequestHandler):
         self.deadline = time.monotonic() + PHASE_SECONDS[phase]
 
     def must_stay(self) -> bool:
-        """Whether this client must still be given time for its handshake, or waits for us with it."""
-        age = time.monotonic() - self.deadline + HEAD_SECONDS
-        return self.phase == HANDSHAKE and (age < HANDSHAKE_SECONDS or self in self.server.backlog)
+        """Whether this client waits for us, or must still be given time for its handshake."""
+        if self.phase != HANDSHAKE:
+            return self.asked is not None
+        age = time.monotonic() - self.deadline + PHASE_SECONDS[HANDSHAKE]
+        return age < HANDSHAKE_SECONDS or self in self.server.backlog
 
     def answer(self, response: Response) -> None:
         """Send the answer to the request that was handed in, and turn to the next one."""
@@ -5121,38 +5123,44 @@ class PushServer(Listener):
         self._accepting = accepting
 
     def _accept(self) -> None:
-        """Accept clients that wait, but not so many that the accepted must wait."""
+        """Accept clients that wait, but not so many that the accepted must wait. The full make room for each."""
         for accepted in range(ACCEPT_BURST):
-            if len(self.connections) >= self._limit and next(iter(self.connections)).must_stay():
-                self._watch_address(False)
-                return
+            oldest = None
+            if len(self.connections) >= self._limit:
+                oldest = self._find_oldest()
+                if not oldest:
+                    self._watch_address(False)
+                    return
             try:
                 request, client_address = self.get_request()
             except OSError as error:
                 # After the first perhaps nobody waits: the system looks for a descriptor before it looks for a client.
-                is_short = not accepted and error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
-                if is_short and not self._make_way():
-                    self._watch_address(False)
+                if not accepted and error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                    oldest = self._find_oldest()
+                    if oldest:
+                        oldest.close()
+                    else:
+                        self._watch_address(False)
                 return
-            while len(self.connections) >= self._limit and not self._make_way():
-                self._answer_complete()
+            if oldest:
+                oldest.close()
             try:
                 Connection(request, client_address, self)
             except OSError:
                 self.shutdown_request(request)  # gone before it was served
 
-    def _make_way(self) -> bool:
-        """Close the connection that has waited longest for its request to become complete; False if there is none."""
-        for _ in range(len(self.connections)):
+    def _find_oldest(self) -> Optional[Connection]:
+        """The connection that has waited longest for its request to become complete; None if none is soon found. It may
+        turn out to be closed already."""
+        for _ in range(min(len(self.connections), ACCEPT_BURST)):
             connection = next(iter(self.connections))
             if connection.phase != HANDSHAKE:
                 self.backlog.pop(connection, None)
                 connection.ready()  # what has come unseen may complete it
-            if not connection.asked:
-                connection.close()
-                return True
-            self.connections.move_to_end(connection)  # it is answered in this turn
-        return False
+            if not connection.must_stay():
+                return connection
+            self.connections.move_to_end(connection)
+        return None
 
 
 def make_tls_context(settings: Settings) -> ssl.SSLContext:

@@ -883,10 +883,9 @@ def test_push_server_out_of_descriptors_lets_the_longest_waiting_give_way(kf: Re
 def test_push_server_out_of_descriptors_pauses_and_goes_on(kf: Receiver) -> None:
     moments: List[float] = []
 
-    def nobody_can_go() -> bool:
+    def nobody_can_go() -> None:
         moments.append(time.monotonic())
-        return False
-    kf.server._make_way = nobody_can_go  # type: ignore[method-assign]
+    kf.server._find_oldest = nobody_can_go  # type: ignore[method-assign]
     with unconnected() as client:
         with no_descriptor_free():
             client.connect(("127.0.0.1", kf.server.server_port))
