@@ -23,7 +23,7 @@ import warnings
 from typing import Any, Callable, Iterator, List, NamedTuple
 
 import pytest
-from support import PATIENCE, ROOT, Client, Receiver, local, post, push, receiver, wait_until
+from support import PATIENCE, ROOT, Certificate, Client, Receiver, local, post, push, receiver, wait_until
 
 import kfserver
 from kfserver import HandlerRegistry, KfServer, SettingsError
@@ -37,38 +37,6 @@ def openssl(folder: pathlib.Path, *arguments: str) -> None:
     """Run the openssl program in a folder."""
     subprocess.run(["openssl", *arguments], cwd=str(folder), check=True, stdin=subprocess.DEVNULL,
                    stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=60)
-
-
-class Certificate(NamedTuple):
-    """The files of a certificate for localhost and of its key, and of another key that does not belong to it."""
-
-    chain: str
-    key: str
-    other_key: str
-    locked_key: str
-    both: str
-
-    def settings(self) -> Any:
-        """The settings that serve it."""
-        return {"tls_cert": self.chain, "tls_key": self.key}
-
-    def client_context(self) -> ssl.SSLContext:
-        """What a client trusts: this certificate, and no other."""
-        return ssl.create_default_context(cafile=self.chain)
-
-
-@pytest.fixture(scope="session")
-def certificate(tmp_path_factory: pytest.TempPathFactory) -> Certificate:
-    """A certificate that signs itself."""
-    folder = tmp_path_factory.mktemp("certificate")
-    for key in ("key.pem", "other_key.pem"):
-        openssl(folder, "ecparam", "-name", "prime256v1", "-genkey", "-noout", "-out", key)
-    openssl(folder, "req", "-x509", "-new", "-key", "key.pem", "-out", "chain.pem", "-days", "2", "-sha256", "-subj",
-            "/CN=localhost", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1")
-    openssl(folder, "ec", "-in", "key.pem", "-aes256", "-passout", "pass:secret", "-out", "locked_key.pem")
-    both = folder / "both.pem"
-    both.write_text((folder / "key.pem").read_text() + (folder / "chain.pem").read_text())
-    return Certificate(*(str(folder / f"{name}.pem") for name in Certificate._fields))
 
 
 class TlsClient(Client):
