@@ -4476,8 +4476,8 @@ BACKLOG_SECONDS = 0.005
 TICK_SECONDS = 1.0
 # Seconds until the loop accepts again when it could not: no descriptor was free, or nobody could be closed for it.
 PAUSE_SECONDS = 0.01
-# Seconds that a TLS client has for its handshake, once it has begun one, before it may be closed to make room for
-# another: enough for a trip between two continents. Under attack, places change hands in a tenth of a second.
+# Seconds from its connect that a TLS client who has begun a handshake has for it, before it may be closed to make room
+# for another: enough for a trip between two continents. Under attack, places change hands in a tenth of a second.
 HANDSHAKE_SECONDS = 0.2
 # Seconds without a turn after which the loop counts as stuck: it turns at least once in TICK_SECONDS.
 STUCK_SECONDS = 3.0
@@ -4562,7 +4562,7 @@ def _origin_form(method: str, target: str) -> str:
 # What a connection waits for.
 HANDSHAKE, IDLE, HEAD, BODY = "handshake", "idle", "head", "body"
 PHASE_SECONDS: Mapping[str, float] = MappingProxyType(
-    {HANDSHAKE: HEAD_SECONDS, IDLE: IDLE_SECONDS, HEAD: HEAD_SECONDS, BODY: BODY_SECONDS})
+    {IDLE: IDLE_SECONDS, HEAD: HEAD_SECONDS, BODY: BODY_SECONDS})
 
 
 class RequestReader:
@@ -4772,7 +4772,7 @@ class Connection(BaseHTTPRequestHandler):
             return
         assert self.server.tls
         self.socket = self.server.tls.wrap_socket(self.socket, server_side=True, do_handshake_on_connect=False)
-        self._give_time(HANDSHAKE)
+        self.phase = HANDSHAKE
         self._put_off_handshake()
 
     def _put_off_handshake(self) -> None:
@@ -4814,7 +4814,7 @@ class Connection(BaseHTTPRequestHandler):
         """Whether this client waits for us, or must still be given time for its handshake."""
         if self.phase != HANDSHAKE:
             return self.asked is not None
-        age = time.monotonic() - self.deadline + PHASE_SECONDS[HANDSHAKE]
+        age = time.monotonic() - self.deadline + HEAD_SECONDS
         return age < HANDSHAKE_SECONDS or self in self.server.backlog
 
     def answer(self, response: Response) -> None:
@@ -5150,15 +5150,16 @@ class PushServer(Listener):
                 self.shutdown_request(request)  # gone before it was served
 
     def _find_oldest(self) -> Optional[Connection]:
-        """The connection that has waited longest for its request to become complete; None if none is soon found. It may
-        turn out to be closed already."""
-        for _ in range(min(len(self.connections), ACCEPT_BURST)):
-            connection = next(iter(self.connections))
+        """The connection that has waited longest for its request to become complete, which may turn out to be closed
+        already. None if none of the first may go: then it is the next ones' turn."""
+        first = list(itertools.islice(self.connections, ACCEPT_BURST))
+        for connection in first:
             if connection.phase != HANDSHAKE:
                 self.backlog.pop(connection, None)
                 connection.ready()  # what has come unseen may complete it
             if not connection.must_stay():
                 return connection
+        for connection in first:
             self.connections.move_to_end(connection)
         return None
 
