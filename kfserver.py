@@ -373,7 +373,7 @@ def _is_base(text: str) -> bool:
     """Whether the text is the address of a server, maybe with a path, and nothing else."""
     try:
         parts = urlsplit(text)
-        parts.port  # noqa: B018  (raises ValueError for what is no port)
+        parts.port  # noqa: B018  (raises ValueError for a bad port)
     except ValueError:
         return False
     return bool(re.fullmatch(r"https?://[^/?#@\s]+(/[^?#\s]*)?", text) and parts.hostname)
@@ -2351,7 +2351,7 @@ Identity = Tuple[int, int]
 _IDENTITY = operator.attrgetter("st_dev", "st_ino")
 # A statement and its values.
 Change = Tuple[str, Sequence[Any]]
-# Runs a job once, so many seconds from now.
+# Runs a job once, that number of seconds from now.
 Later = Callable[[float, Callable[[], None]], None]
 # A sender's name and the JSON text of the session; an empty text: there is none.
 Session = Tuple[str, str]
@@ -2879,7 +2879,7 @@ class RedisLine:
                 self._note(error)
 
     def ask(self, commands: Sequence[_Command], seconds: float) -> Optional[List[Any]]:
-        """What Redis answers to each of the commands within so many seconds; None if it does not, or is away."""
+        """What Redis answers to each of the commands within ``seconds``; None if it does not, or is away."""
         self.open()
         question, started = _Question(commands), time.monotonic()
         with self._changed:
@@ -2910,7 +2910,7 @@ class RedisLine:
         """Note whether Redis is away, and tell when that changes."""
         if error and not self.away:
             log.warning("Redis is away (%s): this instance drops only the repeats that it has seen itself; "
-                        "check the server behind --redis", type(error).__name__)
+                        "check the server that --redis names", type(error).__name__)
         elif self.away and not error:
             log.warning("Redis is back: instances share their claims again")
         self.away = error
@@ -3742,7 +3742,7 @@ class Mailboxes:
         return itertools.chain.from_iterable(self._all.values())
 
     def add(self, job: Job) -> None:
-        """Put a message behind those of its sender."""
+        """Put a message after the others of its sender."""
         job.since = self._timer()
         mailbox = self._all.get(job.sender)
         if mailbox:
@@ -4242,7 +4242,10 @@ class Handling:
         log.error("message failed for good: key=%(key)s handler=%(handler)s try=%(try)d, %(error)s; the platform will "
                   "not send it again by itself", self._describe(job, error),
                   exc_info=None if is_ours else exc_info_of(error))
-        for failed in self.registry.handle_error(job.message, error):
+        errors = self.registry.handle_error(job.message, error)
+        if os.getpid() != self._process:
+            end_fork(errors[0] if errors else None)
+        for failed in errors:
             log.error("on_error failed: key=%(key)s error=%(error)s", {
                 "key": job.message.key, "error": describe_error(failed)}, exc_info=exc_info_of(failed))
 
@@ -4372,7 +4375,12 @@ class Inbox:
     def deliver(self, taken: Sequence[Tuple[Message, bytes]]) -> List[Union[bool, PushError]]:
         """Make safe what a round has taken, and queue it: each message with its bytes. One outcome each: True if it is
         accepted, False if another instance has it already, or the error that refuses it."""
-        outcomes = self._claims.confirm([message.key for message, _ in taken])
+        try:
+            outcomes = self._claims.confirm([message.key for message, _ in taken])
+        except BaseException:
+            for message, _ in taken:
+                self.cancel(message)
+            raise
         ours = [push for push, outcome in zip(taken, outcomes) if outcome is True]
         for _ in range(len(taken) - len(ours)):
             self._dispatcher.cancel()
@@ -5123,7 +5131,7 @@ class PushServer(Listener):
         self._accepting = accepting
 
     def _accept(self) -> None:
-        """Accept clients that wait, but not so many that the accepted must wait."""
+        """Accept clients that wait, up to ACCEPT_BURST of them: then those that are accepted have their turn."""
         for accepted in range(ACCEPT_BURST):
             if len(self.connections) >= self._limit and next(iter(self.connections)).is_new():
                 self._watch_address(False)
