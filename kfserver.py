@@ -3701,18 +3701,20 @@ class Job:
     """A message from its push until it is done, and how far it has come.
 
     ``since`` is when it came, by the dispatcher's timer; ``tries`` how often its handler has failed, ``seconds`` how
-    long its last run took. ``replies`` is None until the handler is done, then what is still to be sent; ``sent`` were,
-    and the next one has failed ``reply_tries`` times since ``failing_since``. ``is_leftover`` marks a message of the
-    last run, ``is_suspect`` one that may have ended that run, ``error`` one that did so too often.
+    long its last run took. ``pause`` is after how many seconds it goes on, None when it is done. ``replies`` is None
+    until the handler is done, then what is still to be sent; ``sent`` were, and the next one has failed ``reply_tries``
+    times since ``failing_since``. ``is_leftover`` marks a message of the last run, ``is_suspect`` one that may have
+    ended that run, ``error`` one that did so too often.
     """
 
-    __slots__ = ("message", "sender", "since", "tries", "match", "seconds", "session", "replies", "sent", "reply_tries",
-                 "failing_since", "is_leftover", "is_suspect", "is_settled", "error")
+    __slots__ = ("message", "sender", "since", "tries", "match", "seconds", "pause", "session", "replies", "sent",
+                 "reply_tries", "failing_since", "is_leftover", "is_suspect", "is_settled", "error")
 
     def __init__(self, message: Message, tries: int = 0) -> None:
         self.message, self.tries = message, tries
         self.sender = message.to_user_name, message.from_user_name
         self.match: Optional[Match] = None
+        self.pause: Optional[float] = None
         self.session: Optional[Session] = None
         self.replies: Optional[Deque[Answer]] = None
         self.since = self.seconds = self.failing_since = 0.0
@@ -3877,10 +3879,10 @@ class Dispatcher:
     def _work(self) -> None:
         """A worker's life: when it is called, one message of each mailbox that is ready."""
         while self._await_call():
-            mailbox = self._take_mailbox()
+            mailbox = self._take_mailbox(None)
             while mailbox:
                 guard(self._serve, mailbox)
-                mailbox = self._take_mailbox()
+                mailbox = self._take_mailbox(mailbox)
 
     def _await_call(self) -> bool:
         """Wait to be called; False when the thread may leave, because it was not needed for a while, or because the end
@@ -3898,11 +3900,16 @@ class Dispatcher:
             self._spare -= 1
             return True
 
-    def _take_mailbox(self) -> Optional[Mailbox]:
-        """The mailbox to serve next. What is settled is flushed before, unless another worker has been called, which
-        will flush: so messages with quick handlers share a write, and no more messages than there are workers can be in
-        hand, or settled and not flushed."""
+    def _take_mailbox(self, served: Optional[Mailbox]) -> Optional[Mailbox]:
+        """Put back the mailbox that was served; the one to serve next.
+
+        What is settled is flushed before, unless another worker has been called, which will flush: so messages with
+        quick handlers share a write, and no more messages than there are workers can be in hand, or settled and not
+        flushed.
+        """
         with self._lock:
+            if served:
+                self._put_back(served)
             mailbox = self._mailboxes.take() if self._mailboxes.are_ready() and not self.has_ended else None
             if mailbox:
                 self._call_worker()
@@ -3916,20 +3923,18 @@ class Dispatcher:
         return mailbox
 
     def _serve(self, mailbox: Mailbox) -> None:
-        """Have the mailbox's first message handled, and put the mailbox back."""
-        seconds = None
-        try:
-            seconds = self._handle(mailbox[0])
-        finally:
-            with self._lock:
-                self._put_back(mailbox, seconds)
+        """Have the mailbox's first message handled."""
+        mailbox[0].pause = None
+        mailbox[0].pause = self._handle(mailbox[0])
 
-    def _put_back(self, mailbox: Mailbox, seconds: Optional[float]) -> None:
+    def _put_back(self, mailbox: Mailbox) -> None:
+        """Let a mailbox that was served be ready for the next message, or wait until it is due."""
+        pause = mailbox[0].pause
         if self._suspects:
             self._suspects -= 1
             self._limit = 1 if self._suspects else self._settings.workers
-        if seconds is not None:
-            self._mailboxes.park(mailbox, seconds)
+        if pause is not None:
+            self._mailboxes.park(mailbox, pause)
             self._wanted.notify()  # a spare worker may have to wait less long now
             return
         self._mailboxes.advance(mailbox)
@@ -3968,6 +3973,7 @@ class Dispatcher:
                 guard(self._serve, mailbox)
                 guard(self._flush)
                 with self._lock:
+                    self._put_back(mailbox)
                     self._busy -= 1
 
     def drain(self, seconds: float) -> List[str]:
