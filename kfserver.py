@@ -1289,16 +1289,19 @@ class EventLoop:
         if not hasattr(result, "__await__"):
             return result
         import asyncio
-        with self._lock:
-            if self._thread is None or not self._thread.is_alive():
-                self._start(asyncio.new_event_loop())
-            future = asyncio.run_coroutine_threadsafe(_await(result, self._loop), self._loop)
+        import concurrent.futures
+        # Made before the task, or a Ctrl-C in the moment in which the task begins would leave it running.
+        outcome: Future[Any] = concurrent.futures.Future()
         if caller:
-            caller.add_done_callback(lambda _: future.cancel())
+            caller.add_done_callback(lambda _: outcome.cancel())
         try:
-            return future.result()
+            with self._lock:
+                if self._thread is None or not self._thread.is_alive():
+                    self._start(asyncio.new_event_loop())
+                self._loop.call_soon_threadsafe(_begin_task, self._loop, result, outcome)
+            return outcome.result()
         finally:
-            future.cancel()  # after Ctrl-C; what is done stays as it is
+            outcome.cancel()  # what is done stays as it is
 
     def _start(self, loop: Any) -> None:
         # The thread must not refer to this object, or that would never be garbage.
@@ -1310,6 +1313,21 @@ class EventLoop:
             raise
         self._loop, self._thread = loop, thread
         weakref.finalize(self, loop.call_soon_threadsafe, loop.stop).atexit = False
+
+
+def _begin_task(loop: Any, awaitable: Any, outcome: Future[Any]) -> None:
+    """On the loop: run what can be awaited, until it is done or ``outcome`` is cancelled."""
+    task = loop.create_task(_await(awaitable, loop))
+
+    def tell(_: Any) -> None:
+        if task.cancelled():
+            outcome.cancel()
+        elif task.exception():
+            attempt(outcome.set_exception, task.exception())  # fails when nobody waits any more
+        else:
+            attempt(outcome.set_result, task.result())
+    task.add_done_callback(tell)
+    outcome.add_done_callback(lambda _: attempt(loop.call_soon_threadsafe, task.cancel))
 
 
 async def _await(awaitable: Any, loop: Any) -> Any:
@@ -3833,7 +3851,7 @@ class Dispatcher:
             self._call_worker()
 
     def restore(self, jobs: Sequence[Job]) -> None:
-        """Take what was accepted before a restart, oldest first, also when the queue is full; `wake` begins it. If a
+        """Take what was accepted before a restart, oldest first, also when the queue is full; `begin` begins it. If a
         sender's first message is a suspect, it is handled alone, and before all others."""
         with self._lock:
             self._open += len(jobs)
@@ -3842,8 +3860,15 @@ class Dispatcher:
             self._suspects = self._mailboxes.put_suspects_first()
             self._limit = 1 if self._suspects else self._settings.workers
 
+    def begin(self) -> None:
+        """Start the first worker, which the first message then need not wait for, and begin what was restored."""
+        with self._lock:
+            if not self._spare and not self._busy:
+                self._start_thread()
+            self._call_worker()
+
     def wake(self) -> None:
-        """Call a worker if there is something to do: after `restore`, and after threads were short."""
+        """Call a worker if there is something to do, as after a time when threads were short."""
         with self._lock:
             self._call_worker()
 
@@ -4312,7 +4337,7 @@ class Inbox:
                 self._recover(self._journal)
             self._claims.open()
             self._is_open, self._problem = True, ""
-        self._dispatcher.wake()
+        self._dispatcher.begin()
 
     def begin(self) -> None:
         """Open at the first call, in the process that serves. Raises `Busy` while the journal cannot be used, which is
