@@ -916,7 +916,7 @@ def test_program_chat_edits_a_typed_line_and_remembers_it(terminal: Terminal) ->
 def test_program_chat_gives_up_a_handler_that_does_not_come_back(name: str, terminal: Terminal) -> None:
     terminal.read_until("user> ")
     terminal.type(f"{name}\r")
-    terminal.read_until("hanging")
+    terminal.read_until("hanging\r\n")  # all of the line: the handler prints on its own thread
     terminal.process.send_signal(signal.SIGINT)
     terminal.read_until("interrupted; /quit ends")
     terminal.read_until("user> ")
