@@ -1335,6 +1335,7 @@ async def _await(awaitable: Any, loop: Any) -> Any:
         return await awaitable
     finally:
         if _is_forked():
+            loop.set_exception_handler(lambda *_: None)  # 3.14 would tell that the loop is not running here
             loop.stop()
 
 
