@@ -373,7 +373,7 @@ def _is_base(text: str) -> bool:
     """Whether the text is the address of a server, maybe with a path, and nothing else."""
     try:
         parts = urlsplit(text)
-        parts.port  # noqa: B018  (raises ValueError for what is no port)
+        parts.port  # noqa: B018  (raises ValueError for a bad port)
     except ValueError:
         return False
     return bool(re.fullmatch(r"https?://[^/?#@\s]+(/[^?#\s]*)?", text) and parts.hostname)
@@ -1289,16 +1289,19 @@ class EventLoop:
         if not hasattr(result, "__await__"):
             return result
         import asyncio
-        with self._lock:
-            if self._thread is None or not self._thread.is_alive():
-                self._start(asyncio.new_event_loop())
-            future = asyncio.run_coroutine_threadsafe(_await(result, self._loop), self._loop)
+        import concurrent.futures
+        # Made before the task, or a Ctrl-C in the moment in which the task begins would leave it running.
+        outcome: Future[Any] = concurrent.futures.Future()
         if caller:
-            caller.add_done_callback(lambda _: future.cancel())
+            caller.add_done_callback(lambda _: outcome.cancel())
         try:
-            return future.result()
+            with self._lock:
+                if self._thread is None or not self._thread.is_alive():
+                    self._start(asyncio.new_event_loop())
+                self._loop.call_soon_threadsafe(_begin_task, self._loop, result, outcome)
+            return outcome.result()
         finally:
-            future.cancel()  # after Ctrl-C; what is done stays as it is
+            outcome.cancel()  # what is done stays as it is
 
     def _start(self, loop: Any) -> None:
         # The thread must not refer to this object, or that would never be garbage.
@@ -1312,11 +1315,27 @@ class EventLoop:
         weakref.finalize(self, loop.call_soon_threadsafe, loop.stop).atexit = False
 
 
+def _begin_task(loop: Any, awaitable: Any, outcome: Future[Any]) -> None:
+    """On the loop: run what can be awaited, until it is done or ``outcome`` is cancelled."""
+    task = loop.create_task(_await(awaitable, loop))
+
+    def tell(_: Any) -> None:
+        if task.cancelled():
+            outcome.cancel()
+        elif task.exception():
+            attempt(outcome.set_exception, task.exception())  # fails when nobody waits any more
+        else:
+            attempt(outcome.set_result, task.result())
+    task.add_done_callback(tell)
+    outcome.add_done_callback(lambda _: attempt(loop.call_soon_threadsafe, task.cancel))
+
+
 async def _await(awaitable: Any, loop: Any) -> Any:
     try:
         return await awaitable
     finally:
         if _is_forked():
+            loop.set_exception_handler(lambda *_: None)  # 3.14 would tell that the loop is not running here
             loop.stop()
 
 
@@ -2351,7 +2370,7 @@ Identity = Tuple[int, int]
 _IDENTITY = operator.attrgetter("st_dev", "st_ino")
 # A statement and its values.
 Change = Tuple[str, Sequence[Any]]
-# Runs a job once, so many seconds from now.
+# Runs a job once, that number of seconds from now.
 Later = Callable[[float, Callable[[], None]], None]
 # A sender's name and the JSON text of the session; an empty text: there is none.
 Session = Tuple[str, str]
@@ -2879,7 +2898,7 @@ class RedisLine:
                 self._note(error)
 
     def ask(self, commands: Sequence[_Command], seconds: float) -> Optional[List[Any]]:
-        """What Redis answers to each of the commands within so many seconds; None if it does not, or is away."""
+        """What Redis answers to each of the commands within ``seconds``; None if it does not, or is away."""
         self.open()
         question, started = _Question(commands), time.monotonic()
         with self._changed:
@@ -2910,7 +2929,7 @@ class RedisLine:
         """Note whether Redis is away, and tell when that changes."""
         if error and not self.away:
             log.warning("Redis is away (%s): this instance drops only the repeats that it has seen itself; "
-                        "check the server behind --redis", type(error).__name__)
+                        "check the server that --redis names", type(error).__name__)
         elif self.away and not error:
             log.warning("Redis is back: instances share their claims again")
         self.away = error
@@ -3701,18 +3720,20 @@ class Job:
     """A message from its push until it is done, and how far it has come.
 
     ``since`` is when it came, by the dispatcher's timer; ``tries`` how often its handler has failed, ``seconds`` how
-    long its last run took. ``replies`` is None until the handler is done, then what is still to be sent; ``sent`` were,
-    and the next one has failed ``reply_tries`` times since ``failing_since``. ``is_leftover`` marks a message of the
-    last run, ``is_suspect`` one that may have ended that run, ``error`` one that did so too often.
+    long its last run took. ``pause`` is after how many seconds it goes on, None when it is done. ``replies`` is None
+    until the handler is done, then what is still to be sent; ``sent`` were, and the next one has failed ``reply_tries``
+    times since ``failing_since``. ``is_leftover`` marks a message of the last run, ``is_suspect`` one that may have
+    ended that run, ``error`` one that did so too often.
     """
 
-    __slots__ = ("message", "sender", "since", "tries", "match", "seconds", "session", "replies", "sent", "reply_tries",
-                 "failing_since", "is_leftover", "is_suspect", "is_settled", "error")
+    __slots__ = ("message", "sender", "since", "tries", "match", "seconds", "pause", "session", "replies", "sent",
+                 "reply_tries", "failing_since", "is_leftover", "is_suspect", "is_settled", "error")
 
     def __init__(self, message: Message, tries: int = 0) -> None:
         self.message, self.tries = message, tries
         self.sender = message.to_user_name, message.from_user_name
         self.match: Optional[Match] = None
+        self.pause: Optional[float] = None
         self.session: Optional[Session] = None
         self.replies: Optional[Deque[Answer]] = None
         self.since = self.seconds = self.failing_since = 0.0
@@ -3742,7 +3763,7 @@ class Mailboxes:
         return itertools.chain.from_iterable(self._all.values())
 
     def add(self, job: Job) -> None:
-        """Put a message behind those of its sender."""
+        """Put a message after the others of its sender."""
         job.since = self._timer()
         mailbox = self._all.get(job.sender)
         if mailbox:
@@ -3831,7 +3852,7 @@ class Dispatcher:
             self._call_worker()
 
     def restore(self, jobs: Sequence[Job]) -> None:
-        """Take what was accepted before a restart, oldest first, also when the queue is full; `wake` begins it. If a
+        """Take what was accepted before a restart, oldest first, also when the queue is full; `begin` begins it. If a
         sender's first message is a suspect, it is handled alone, and before all others."""
         with self._lock:
             self._open += len(jobs)
@@ -3840,8 +3861,15 @@ class Dispatcher:
             self._suspects = self._mailboxes.put_suspects_first()
             self._limit = 1 if self._suspects else self._settings.workers
 
+    def begin(self) -> None:
+        """Start the first worker, which the first message then need not wait for, and begin what was restored."""
+        with self._lock:
+            if not self._spare and not self._busy:
+                self._start_thread()
+            self._call_worker()
+
     def wake(self) -> None:
-        """Call a worker if there is something to do: after `restore`, and after threads were short."""
+        """Call a worker if there is something to do, as after a time when threads were short."""
         with self._lock:
             self._call_worker()
 
@@ -3877,10 +3905,10 @@ class Dispatcher:
     def _work(self) -> None:
         """A worker's life: when it is called, one message of each mailbox that is ready."""
         while self._await_call():
-            mailbox = self._take_mailbox()
+            mailbox = self._take_mailbox(None)
             while mailbox:
                 guard(self._serve, mailbox)
-                mailbox = self._take_mailbox()
+                mailbox = self._take_mailbox(mailbox)
 
     def _await_call(self) -> bool:
         """Wait to be called; False when the thread may leave, because it was not needed for a while, or because the end
@@ -3898,11 +3926,16 @@ class Dispatcher:
             self._spare -= 1
             return True
 
-    def _take_mailbox(self) -> Optional[Mailbox]:
-        """The mailbox to serve next. What is settled is flushed before, unless another worker has been called, which
-        will flush: so messages with quick handlers share a write, and no more messages than there are workers can be in
-        hand, or settled and not flushed."""
+    def _take_mailbox(self, served: Optional[Mailbox]) -> Optional[Mailbox]:
+        """Put back the mailbox that was served; the one to serve next.
+
+        What is settled is flushed before, unless another worker has been called, which will flush: so messages with
+        quick handlers share a write, and no more messages than there are workers can be in hand, or settled and not
+        flushed.
+        """
         with self._lock:
+            if served:
+                self._put_back(served)
             mailbox = self._mailboxes.take() if self._mailboxes.are_ready() and not self.has_ended else None
             if mailbox:
                 self._call_worker()
@@ -3916,20 +3949,18 @@ class Dispatcher:
         return mailbox
 
     def _serve(self, mailbox: Mailbox) -> None:
-        """Have the mailbox's first message handled, and put the mailbox back."""
-        seconds = None
-        try:
-            seconds = self._handle(mailbox[0])
-        finally:
-            with self._lock:
-                self._put_back(mailbox, seconds)
+        """Have the mailbox's first message handled."""
+        mailbox[0].pause = None
+        mailbox[0].pause = self._handle(mailbox[0])
 
-    def _put_back(self, mailbox: Mailbox, seconds: Optional[float]) -> None:
+    def _put_back(self, mailbox: Mailbox) -> None:
+        """Let a mailbox that was served be ready for the next message, or wait until it is due."""
+        pause = mailbox[0].pause
         if self._suspects:
             self._suspects -= 1
             self._limit = 1 if self._suspects else self._settings.workers
-        if seconds is not None:
-            self._mailboxes.park(mailbox, seconds)
+        if pause is not None:
+            self._mailboxes.park(mailbox, pause)
             self._wanted.notify()  # a spare worker may have to wait less long now
             return
         self._mailboxes.advance(mailbox)
@@ -3968,6 +3999,7 @@ class Dispatcher:
                 guard(self._serve, mailbox)
                 guard(self._flush)
                 with self._lock:
+                    self._put_back(mailbox)
                     self._busy -= 1
 
     def drain(self, seconds: float) -> List[str]:
@@ -4242,7 +4274,10 @@ class Handling:
         log.error("message failed for good: key=%(key)s handler=%(handler)s try=%(try)d, %(error)s; the platform will "
                   "not send it again by itself", self._describe(job, error),
                   exc_info=None if is_ours else exc_info_of(error))
-        for failed in self.registry.handle_error(job.message, error):
+        errors = self.registry.handle_error(job.message, error)
+        if os.getpid() != self._process:
+            end_fork(errors[0] if errors else None)
+        for failed in errors:
             log.error("on_error failed: key=%(key)s error=%(error)s", {
                 "key": job.message.key, "error": describe_error(failed)}, exc_info=exc_info_of(failed))
 
@@ -4303,7 +4338,7 @@ class Inbox:
                 self._recover(self._journal)
             self._claims.open()
             self._is_open, self._problem = True, ""
-        self._dispatcher.wake()
+        self._dispatcher.begin()
 
     def begin(self) -> None:
         """Open at the first call, in the process that serves. Raises `Busy` while the journal cannot be used, which is
@@ -4372,7 +4407,12 @@ class Inbox:
     def deliver(self, taken: Sequence[Tuple[Message, bytes]]) -> List[Union[bool, PushError]]:
         """Make safe what a round has taken, and queue it: each message with its bytes. One outcome each: True if it is
         accepted, False if another instance has it already, or the error that refuses it."""
-        outcomes = self._claims.confirm([message.key for message, _ in taken])
+        try:
+            outcomes = self._claims.confirm([message.key for message, _ in taken])
+        except BaseException:
+            for message, _ in taken:
+                self.cancel(message)
+            raise
         ours = [push for push, outcome in zip(taken, outcomes) if outcome is True]
         for _ in range(len(taken) - len(ours)):
             self._dispatcher.cancel()
@@ -5124,7 +5164,8 @@ class PushServer(Listener):
         self._accepting = accepting
 
     def _accept(self) -> None:
-        """Accept clients that wait, but not so many that the accepted must wait. The full make room for each."""
+        """Accept clients that wait, up to ACCEPT_BURST of them: then those that are accepted have their turn. Where
+        there is no room, the oldest gives way."""
         for accepted in range(ACCEPT_BURST):
             oldest = None
             if len(self.connections) >= self._limit:

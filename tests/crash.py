@@ -80,19 +80,19 @@ def key_of(sender: str, number: int) -> str:
 
 
 class Sender(threading.Thread):
-    """A user whose messages the platform pushes, one after the other, until ``through`` is set."""
+    """A user whose messages the platform pushes, one after the other, until ``over`` is set."""
 
     def __init__(self, name: str, port: int, seed: int) -> None:
         super().__init__(name=name, daemon=True)
         self._port = port
         self._random = random.Random(f"{seed} {name}")
         self._connection: Optional[http.client.HTTPConnection] = None
-        self.through = threading.Event()
+        self.over = threading.Event()
         self.acknowledged = 0  # messages 1 to this
         self.repeats = 0
 
     def run(self) -> None:
-        while not self.through.is_set():
+        while not self.over.is_set():
             self._push(self.acknowledged + 1)
             self.acknowledged += 1
             if self._random.random() < 0.1:  # as if the answer had been lost
@@ -207,7 +207,7 @@ class Ledger:
         self.most_in_hand = 0
         self.damaged = sum(not life.healthy for life in lives)
         self.needless: List[str] = []  # begun again though they were in nobody's hands at any kill before
-        self.unordered: List[str] = []  # begun before an earlier message of the sender was through
+        self.unordered: List[str] = []  # begun before an earlier message of the sender was done
         self._begun: Set[str] = set()
         self._ended: Dict[str, int] = {}  # the last number of each sender
         for life in lives:
@@ -256,8 +256,8 @@ class Ledger:
                 "handled once": sum(count == 1 for count in self.ends.values()),
                 "handled again, as they were in hand": sum(count > 1 for count in self.ends.values()),
                 "in a handler's hands at a kill": len(self.unended | self.unmarked),
-                "  begun and not through": len(self.unended),
-                "  through and not yet marked": len(self.unmarked)}
+                "  begun and not done": len(self.unended),
+                "  done and not yet marked": len(self.unmarked)}
 
 
 class Run:
@@ -289,7 +289,7 @@ class Run:
             sender.start()
         yield senders
         for sender in senders:
-            sender.through.set()
+            sender.over.set()
         for sender in senders:
             sender.join(PATIENCE)
             if sender.is_alive():

@@ -27,7 +27,7 @@ def life(steps: str, finished: str = "", healthy: bool = True) -> Life:
 @pytest.mark.parametrize(("lives", "violations"), [
     pytest.param([life("b1 e1 b2 e2", "1 2")], {}, id="all well"),
     pytest.param([life("b1 e1 b2", "1"), life("b2 e2", "1 2")], {}, id="begun, and again"),
-    pytest.param([life("b1 e1", ""), life("b1 e1 b2 e2", "1 2")], {}, id="through and not marked, and again"),
+    pytest.param([life("b1 e1", ""), life("b1 e1 b2 e2", "1 2")], {}, id="done and not marked, and again"),
     pytest.param([life(""), life("b1 e1 b2 e2", "1 2")], {}, id="killed before it did anything"),
     pytest.param([life("b1 e1", "1")], {"acknowledged and lost": 1}, id="never begun"),
     pytest.param([life("b1 e1 b2", "1"), life("")], {"acknowledged and lost": 1}, id="never ended"),

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import re
+import signal
 import subprocess
 import sys
 import textwrap
@@ -883,6 +884,23 @@ def test_around_can_give_up_an_async_handler_that_hangs(inner: str) -> None:
     for kind in inner:
         registry.around(async_around if kind == "a" else lambda message, handle: handle(message))
     assert registry.handle(text("x")) == "too late"
+    assert cancelled.wait(PATIENCE)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGINT to send")
+def test_ctrl_c_gives_up_an_async_handler() -> None:
+    registry, cancelled = HandlerRegistry(), threading.Event()
+
+    @registry.on("text")
+    async def hang(message: Message) -> None:
+        asyncio.get_event_loop().call_later(0.05, os.kill, os.getpid(), signal.SIGINT)
+        try:
+            await asyncio.sleep(1000)
+        except asyncio.CancelledError:
+            cancelled.set()
+            raise
+    with pytest.raises(KeyboardInterrupt):
+        registry.handle(text("x"))
     assert cancelled.wait(PATIENCE)
 
 
