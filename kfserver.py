@@ -468,16 +468,16 @@ class Message:
     ``key`` is the deduplication key: the same after a restart, so a handler can use it to know a message again.
     """
 
-    __slots__ = ("fields", "key", "kept_session", "outbox")
+    __slots__ = ("fields", "inbox", "key", "kept_session", "outbox")
 
     def __init__(self, fields: Mapping[str, Any], outbox: Optional[Callable[[Answers], None]] = None,
-                 session: Union[None, Dict[str, Any], Callable[[], Dict[str, Any]]] = None) -> None:
-        """``outbox`` takes what `reply` is given: in a test, the ``append`` of a list. ``session`` is a dict, or a
-        function that is called for one when `session` is used for the first time."""
+                 session: Optional[Dict[str, Any]] = None) -> None:
+        """``outbox`` takes what `reply` is given: in a test, the ``append`` of a list."""
         self.fields = MappingProxyType(fields) if isinstance(fields, dict) else fields
         self.key = ""
         self.outbox = outbox
         self.kept_session = session
+        self.inbox: Any = None  # what opens the outbox and loads the session, when they are used for the first time
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Message) and self.fields == other.fields
@@ -491,8 +491,8 @@ class Message:
     @property
     def session(self) -> Dict[str, Any]:
         """What the dialogue with this sender must remember: a dict of what JSON has, saved when the handler returns."""
-        if not isinstance(self.kept_session, dict):
-            self.kept_session = self.kept_session() if self.kept_session else {}
+        if self.kept_session is None:
+            self.kept_session = self.inbox.load_session(self) if self.inbox else {}
         return self.kept_session
 
     def reply(self, answers: Answers) -> None:
@@ -500,10 +500,11 @@ class Message:
 
         Raises `HandlerError` above the platform's quota of five for one message, `ReplyError` when they cannot be sent.
         """
-        if self.outbox is None:
+        outbox = self.inbox.open_outbox(self) if self.inbox else self.outbox
+        if outbox is None:
             raise HandlerError("this message has no way back: in a test, make it with "
                                "Message(fields, outbox=sent.append)")
-        self.outbox(answers)
+        outbox(answers)
 
     def text(self, name: str) -> str:
         """Field ``name`` as text; empty where it is missing or structured."""
@@ -1006,8 +1007,9 @@ def _parse_json(body: bytes) -> Dict[str, Any]:
             json.dumps(fields, ensure_ascii=False).encode()
         except UnicodeEncodeError:
             raise MalformedPush("not JSON: half of a surrogate pair, which cannot be stored or sent on") from None
-    return {name: value if name in VERBATIM and isinstance(value, str) else _map_texts(_STRIP, value)
-            for name, value in fields.items()}
+    # Most values are texts: a call for each would cost a tenth of it all.
+    return {name: _map_texts(_STRIP, value) if not isinstance(value, str) else
+            value if name in VERBATIM else value.strip(BLANKS) for name, value in fields.items()}
 
 
 def _check_nesting(body: bytes) -> None:
@@ -1172,11 +1174,12 @@ class ClaimCache:
         """Whether the claims of a round hold everywhere. There is nowhere else: they do."""
         return [True] * len(keys)
 
-    def accept(self, key: str) -> None:
-        """The claimed message is safe: from now on its repeats are answered ``success``."""
+    def accept(self, keys: Iterable[str]) -> None:
+        """The claimed messages are safe: from now on their repeats are answered ``success``."""
         with self._lock:
-            if key in self._held:  # its handler may have been faster, and finished it
-                self._held[key] = True
+            for key in keys:
+                if key in self._held:  # its handler may have been faster, and finished it
+                    self._held[key] = True
 
     def finish(self, key: str) -> None:
         """The message is done: remember the key until ``size`` others are finished."""
@@ -1403,7 +1406,7 @@ class HandlerRegistry:
 
     def __init__(self) -> None:
         self.key_of: Optional[Callable[[Message], str]] = None
-        self._handlers: Dict[Tuple[str, Any], Handler] = {}  # by type and pattern; None: the whole type
+        self._handlers: Dict[Tuple[str, Any], Match] = {}  # by type and pattern; None: the whole type
         self._tried: Dict[str, List[Tuple[Any, Handler]]] = {}  # expressions and functions, by type
         self._arounds: List[Callable[..., Any]] = []
         self._error_handlers: List[ErrorHandler] = []
@@ -1447,7 +1450,7 @@ class HandlerRegistry:
 
     def _register(self, msg_type: str, pattern: Optional[Pattern], function: Handler) -> None:
         key = pattern.strip() if isinstance(pattern, str) else id(pattern) if callable(pattern) else pattern
-        first = self._handlers.setdefault((msg_type, key), function)
+        first = self._handlers.setdefault((msg_type, key), Match(function)).handler
         if first is not function:
             shown = "" if pattern is None else f", {_show_pattern(msg_type, pattern)}"
             log.warning("%s is never called for @registry.on(%r%s): %s was registered for it first",
@@ -1485,18 +1488,19 @@ class HandlerRegistry:
 
     def _find_among(self, kind: str, message: Message) -> Optional[Match]:
         subject = _SUBJECTS[kind](message) if kind in _SUBJECTS else ""
-        handler = self._handlers.get((kind, subject))
-        if handler is not None:
-            return Match(handler)
+        match = self._handlers.get((kind, subject))
+        if match:
+            return match
         for pattern, function in self._tried.get(kind, ()):
             found = _takes(pattern, message) if callable(pattern) else pattern.search(subject)
             if found:
                 return Match(function, () if found is True else found.groups())
-        handler = self._handlers.get((kind, None))
-        return None if handler is None else Match(handler)
+        return self._handlers.get((kind, None))
 
     def handle(self, message: Message) -> Answers:
         """Run the handler that takes the message, here and now: returns what it returns and raises what it raises."""
+        if self._loop.is_current():
+            raise HandlerError("an async function cannot wait for registry.handle(): await the other handler itself")
         return self.run(self.find(message), message)
 
     def run(self, match: Optional[Match], message: Message) -> Answers:
@@ -1504,8 +1508,6 @@ class HandlerRegistry:
 
         A message that nobody takes is told of in the log, once a kind, with the decorator that would take it.
         """
-        if self._loop.is_current():
-            raise HandlerError("an async function cannot wait for registry.handle(): await the other handler itself")
         if match is None:
             decorator = decorator_for(message)
             if decorator not in self._told and len(self._told) < MAX_KINDS_TOLD:
@@ -3045,10 +3047,11 @@ class SharedClaims:
             return False
         return BeingTaken("another instance is just taking the same message")
 
-    def accept(self, key: str) -> None:
-        """The claimed message is safe: repeats are dropped by all instances for a day."""
-        self._local.accept(key)
-        self._mark(key)
+    def accept(self, keys: Sequence[str]) -> None:
+        """The claimed messages are safe: repeats are dropped by all instances for a day."""
+        self._local.accept(keys)
+        for key in keys:
+            self._mark(key)
 
     def finish(self, key: str) -> None:
         """The message is done."""
@@ -3717,29 +3720,26 @@ def call_later(seconds: float, job: Callable[[], None]) -> None:
 
 
 class Job:
-    """A message from its push until it is done, and how far it has come.
+    """A message from its push until it is done, and how far it has come."""
 
-    ``since`` is when it came, by the dispatcher's timer; ``tries`` how often its handler has failed, ``seconds`` how
-    long its last run took. ``pause`` is after how many seconds it goes on, None when it is done. ``replies`` is None
-    until the handler is done, then what is still to be sent; ``sent`` were, and the next one has failed ``reply_tries``
-    times since ``failing_since``. ``is_leftover`` marks a message of the last run, ``is_suspect`` one that may have
-    ended that run, ``error`` one that did so too often.
-    """
+    tries = 0  # how often its handler has failed
+    since = 0.0  # when it came, by the dispatcher's timer
+    pause: Optional[float] = None  # after how many seconds it is to be handled again; None: it is done
+    match: Optional[Match] = None  # the handler that it went to
+    seconds = 0.0  # how long the handler's last run took
+    session: Optional[Session] = None  # what the journal must write of it
+    replies: Optional[List[Answer]] = None  # what is still to be sent; None until the handler is done
+    sent = 0  # replies
+    reply_tries = 0  # how often the next reply has failed, and since when
+    failing_since = 0.0
+    is_leftover = False  # whether it is a message of the last run
+    is_suspect = False  # whether it may have ended that run
+    is_settled = False
+    error: Optional[BaseException] = None  # why it must not be handled again
 
-    __slots__ = ("message", "sender", "since", "tries", "match", "seconds", "pause", "session", "replies", "sent",
-                 "reply_tries", "failing_since", "is_leftover", "is_suspect", "is_settled", "error")
-
-    def __init__(self, message: Message, tries: int = 0) -> None:
-        self.message, self.tries = message, tries
+    def __init__(self, message: Message) -> None:
+        self.message = message
         self.sender = message.to_user_name, message.from_user_name
-        self.match: Optional[Match] = None
-        self.pause: Optional[float] = None
-        self.session: Optional[Session] = None
-        self.replies: Optional[Deque[Answer]] = None
-        self.since = self.seconds = self.failing_since = 0.0
-        self.sent = self.reply_tries = 0
-        self.is_leftover = self.is_suspect = self.is_settled = False
-        self.error: Optional[BaseException] = None
 
 
 Mailbox = Deque[Job]  # the messages of one sender, the first of them next or in hand
@@ -3807,12 +3807,11 @@ class Mailboxes:
 class Dispatcher:
     """Has each message handled, on up to ``settings.workers`` threads.
 
-    ``handle`` gets a job and does what is next for it. It returns after how many seconds the job is to be handled
-    again, or None when it is done; before that it must `settle` the job. ``flush`` is called after one or more are
-    settled. ``timer`` gives seconds from anywhere.
+    ``handle`` gets a job and does what is next for it: it must `settle` the job, or set its ``pause``. ``flush`` is
+    called after one or more are settled. ``timer`` gives seconds from anywhere.
     """
 
-    def __init__(self, settings: Settings, handle: Callable[[Job], Optional[float]], flush: Callable[[], None],
+    def __init__(self, settings: Settings, handle: Callable[[Job], object], flush: Callable[[], None],
                  timer: Callable[[], float] = time.monotonic) -> None:
         self._settings, self._handle, self._flush, self._timer = settings, handle, flush, timer
         self._lock = threading.Lock()  # guards all below
@@ -3907,7 +3906,7 @@ class Dispatcher:
         while self._await_call():
             mailbox = self._take_mailbox(None)
             while mailbox:
-                guard(self._serve, mailbox)
+                guard(self._handle, mailbox[0])
                 mailbox = self._take_mailbox(mailbox)
 
     def _await_call(self) -> bool:
@@ -3948,19 +3947,15 @@ class Dispatcher:
         guard(self._flush)
         return mailbox
 
-    def _serve(self, mailbox: Mailbox) -> None:
-        """Have the mailbox's first message handled."""
-        mailbox[0].pause = None
-        mailbox[0].pause = self._handle(mailbox[0])
-
     def _put_back(self, mailbox: Mailbox) -> None:
         """Let a mailbox that was served be ready for the next message, or wait until it is due."""
-        pause = mailbox[0].pause
+        job = mailbox[0]
         if self._suspects:
             self._suspects -= 1
             self._limit = 1 if self._suspects else self._settings.workers
-        if pause is not None:
-            self._mailboxes.park(mailbox, pause)
+        if job.pause is not None:
+            self._mailboxes.park(mailbox, job.pause)
+            job.pause = None
             self._wanted.notify()  # a spare worker may have to wait less long now
             return
         self._mailboxes.advance(mailbox)
@@ -3996,7 +3991,7 @@ class Dispatcher:
                 else:  # when threads are short, nobody else looks for what is due
                     self._changed.wait(min(left, 0.05 if self._short else 1.0))
             if is_needed:
-                guard(self._serve, mailbox)
+                guard(self._handle, mailbox[0])
                 guard(self._flush)
                 with self._lock:
                     self._put_back(mailbox)
@@ -4061,10 +4056,10 @@ def state_of(part: Any) -> str:
 def restore_job(row: Row, tries: int) -> Job:
     """The job of a message that the last run left, of which a handler has ``tries``. Raises `PushError` if it cannot be
     read."""
-    job = Job(parse(row.payload), row.tries + row.begun)
-    job.message.key, job.is_leftover, job.is_suspect = row.key, True, row.begun
+    job = Job(parse(row.payload))
+    job.message.key, job.tries, job.is_leftover, job.is_suspect = row.key, row.tries + row.begun, True, row.begun
     if row.replies:
-        job.replies = deque(decode_replies(row.replies))
+        job.replies = decode_replies(row.replies)
     elif row.begun and job.tries >= tries:
         job.error = HandlerError(f"the process ended while this message was handled, at try {job.tries}; correct the "
                                  "handler, then put the message back with 'journal --requeue'")
@@ -4083,15 +4078,11 @@ def mark_suspects(jobs: Iterable[Job], workers: int) -> None:
 
 def end_fork(error: Optional[BaseException]) -> NoReturn:
     """End a process that a handler has forked and that came back from it with ``error``: the queue is its parent's."""
-    status = 0
-    if isinstance(error, SystemExit) and (error.code is None or isinstance(error.code, int)):
-        status = error.code or 0
-    elif error:
+    if error and not isinstance(error, SystemExit):
         traceback.print_exception(type(error), error, error.__traceback__)
-        status = 1
-    for stream in (sys.stdout, sys.stderr):
-        attempt(stream.flush)
-    os._exit(status)
+    attempt(sys.stdout.flush)
+    code = error.code or 0 if isinstance(error, SystemExit) else error is not None
+    os._exit(code if isinstance(code, int) else 1)
 
 
 class Conversations:
@@ -4151,28 +4142,24 @@ class Handling:
         self._settings, self._claims, self._api = settings, claims, api
         self._process = os.getpid()
 
-    def handle(self, job: Job) -> Optional[float]:
-        """Do what is next for a message; after how many seconds to go on with it, or None when it is done."""
+    def handle(self, job: Job) -> None:
+        """Do what is next for a message. It is settled then, or has a ``pause``."""
         if job.error:
             self._give_up(job, job.error)
-            return None
-        if job.replies is None:
-            seconds = self._run(job)
-            if job.replies is None:
-                return seconds
-        if job.replies:
-            seconds = self._send_replies(job)
-            if job.replies:
-                return seconds
-        self._finish(job)
-        return None
+        elif job.replies is None:
+            self._run(job)
+        elif job.replies:
+            self._send_replies(job)
+        else:
+            self._finish(job)
 
-    def _run(self, job: Job) -> Optional[float]:
-        """Run the handler. If it succeeds, the job has replies, maybe none, and is not done yet."""
+    def _run(self, job: Job) -> None:
+        """Run the handler, and go on with what it has returned."""
         # Or a message that ends the process would be run at every start. A run alone counts as a try.
         if job.is_leftover and self.journal and attempt(
                 self.journal.begin, job.message.key, job.tries + job.is_suspect):
-            return LOOK_AGAIN_SECONDS
+            job.pause = LOOK_AGAIN_SECONDS
+            return
         started = time.monotonic()
         error = attempt(self._call_handler, job)
         if os.getpid() != self._process:
@@ -4180,54 +4167,88 @@ class Handling:
         job.seconds = time.monotonic() - started
         if self._settings.admin:
             self.metrics.handler(name_of_handler(job), job.seconds, error)
-        if not error:
-            return None
-        job.is_suspect = False
-        job.tries += 1
-        is_final = isinstance(error, KfError) and not isinstance(error, PatternError)
-        if job.tries < self._settings.tries and not is_final:
-            return self._try_again(job, error)
-        self._give_up(job, error)
-        return None
+        if error:
+            self._fail(job, error)
+        elif job.replies:
+            self._send_replies(job)
+        else:
+            self._finish(job)
 
     def _call_handler(self, job: Job) -> None:
         """Run the handler; keep in the job what is to be sent, and in the conversations what is to be remembered."""
-        message, outbox = job.message, self._outbox_of(job.message)
-        message.kept_session = functools.partial(self.conversations.load, job.sender)
+        message = job.message
+        message.inbox, message.kept_session = self, None
         job.match = self.registry.find(message)
         returned = self.registry.run(job.match, message)
-        answers = [] if returned is None else outbox.check(returned)
-        session = None
-        if isinstance(message.kept_session, dict):  # the handler has used it
-            session = self.conversations.save(job.sender, message.session)
+        answers = [] if returned is None else self.open_outbox(message).check(returned)
+        if message.kept_session is not None:  # the handler has used it
+            job.session = self.conversations.save(job.sender, message.kept_session)
         if answers and self.journal:
             # In one write with the mark that the handler has run: after a crash it is not run again.
-            self.journal.answered(message.key, encode_replies(answers), session)
+            self.journal.answered(message.key, encode_replies(answers), job.session)
             self.journal.flush()
-            session = None
-        job.session, job.replies = session, deque(answers)
+            job.session = None
+        job.replies = answers
 
-    def _outbox_of(self, message: Message) -> Outbox:
+    def load_session(self, message: Message) -> Dict[str, Any]:
+        """What the message's sender has in the conversations. Raises `SessionUnavailable`."""
+        return self.conversations.load((message.to_user_name, message.from_user_name))
+
+    def open_outbox(self, message: Message) -> Outbox:
+        """The way back to the message's sender, which is made at its first use."""
         if not isinstance(message.outbox, Outbox):
             message.outbox = Outbox(self._api, message, self.metrics.count)
         return message.outbox
 
-    def _send_replies(self, job: Job) -> Optional[float]:
+    def _fail(self, job: Job, error: BaseException) -> None:
+        """A run of the handler has failed: try again later, or give up."""
+        job.is_suspect = False
+        job.tries += 1
+        is_final = isinstance(error, KfError) and not isinstance(error, PatternError)
+        if job.tries < self._settings.tries and not is_final:
+            self._try_again(job, error)
+        else:
+            self._give_up(job, error)
+
+    def _try_again(self, job: Job, error: BaseException) -> None:
+        job.pause = min(4.0 ** (job.tries - 1), LONGEST_PAUSE)  # 1 s, 4 s, 16 s…: an outage needs time to end
+        words = {**self._describe(job, error), "tries": self._settings.tries, "seconds": job.pause}
+        log.warning("handler failed: key=%(key)s handler=%(handler)s try=%(try)d of %(tries)d, %(error)s; again in "
+                    "%(seconds)d s", words, exc_info=exc_info_of(error) if log.isEnabledFor(logging.DEBUG) else None)
+        self.metrics.count("handler_retries")
+        if self._settings.admin:
+            self._list(job, "retry", error)
+        if self.journal:
+            self.journal.tried(job.message.key, job.tries)
+            self.journal.flush()
+
+    def _send_replies(self, job: Job) -> None:
         """Send what the handler returned, one reply after the other. One that cannot be sent now waits, and no worker
         with it, RETRY_REPLY_SECONDS at most."""
-        outbox = self._outbox_of(job.message)
+        outbox = self.open_outbox(job.message)
         while job.replies:
             if self.dispatcher.has_ended:
-                return None
+                return
             error = attempt(outbox.send, job.replies[0])
             if error:
-                return self._fail_to_send(job, error)
+                self._fail_to_send(job, error)
+                return
             job.failing_since, job.reply_tries = 0.0, 0
             job.sent += self._api is not None
-            job.replies.popleft()
+            job.replies.pop(0)
             if job.replies and self.journal:
                 self.journal.replied(job.message.key, encode_replies(job.replies))
-        return None
+        self._finish(job)
+
+    def _fail_to_send(self, job: Job, error: BaseException) -> None:
+        now = time.monotonic()
+        job.failing_since = job.failing_since or now
+        if isinstance(error, NetworkError) and now - job.failing_since < RETRY_REPLY_SECONDS:
+            job.reply_tries += 1
+            job.pause = max(float(self._api.pause()), retry_delay(job.reply_tries))
+        else:
+            self.metrics.count("replies_failed")
+            self._give_up(job, error)
 
     def _finish(self, job: Job) -> None:
         if self.dispatcher.settle(job, self._mark_done, job) and log.isEnabledFor(logging.INFO):
@@ -4235,33 +4256,12 @@ class Handling:
                 "key": job.message.key, "handler": name_of_handler(job),
                 "ms": job.seconds * 1000, "replies": job.sent})
 
-    def _fail_to_send(self, job: Job, error: BaseException) -> Optional[float]:
-        now = time.monotonic()
-        job.failing_since = job.failing_since or now
-        if isinstance(error, NetworkError) and now - job.failing_since < RETRY_REPLY_SECONDS:
-            job.reply_tries += 1
-            return max(float(self._api.pause()), retry_delay(job.reply_tries))
-        self.metrics.count("replies_failed")
-        self._give_up(job, error)
-        return None
-
     def _mark_done(self, job: Job) -> None:
-        self._list(job, "handled")
+        if self._settings.admin:
+            self._list(job, "handled")
         if self.journal:
             self.journal.finish(job.message.key, job.session)
         self._claims.finish(job.message.key)
-
-    def _try_again(self, job: Job, error: BaseException) -> float:
-        seconds = min(4.0 ** (job.tries - 1), LONGEST_PAUSE)  # 1 s, 4 s, 16 s…: an outage needs time to end
-        log.warning("handler failed: key=%(key)s handler=%(handler)s try=%(try)d of %(tries)d, %(error)s; again in "
-                    "%(seconds)d s", {**self._describe(job, error), "tries": self._settings.tries, "seconds": seconds},
-                    exc_info=exc_info_of(error) if log.isEnabledFor(logging.DEBUG) else None)
-        self.metrics.count("handler_retries")
-        self._list(job, "retry", error)
-        if self.journal:
-            self.journal.tried(job.message.key, job.tries)
-            self.journal.flush()
-        return seconds
 
     def _give_up(self, job: Job, error: BaseException) -> None:
         """The last try has failed, of the handler or of a reply: tell the functions of `on_error`."""
@@ -4282,7 +4282,8 @@ class Handling:
                 "key": job.message.key, "error": describe_error(failed)}, exc_info=exc_info_of(failed))
 
     def _mark_failed(self, job: Job, error: BaseException) -> None:
-        self._list(job, "failed", error)
+        if self._settings.admin:
+            self._list(job, "failed", error)
         if self.journal:
             self.journal.fail(job.message.key, describe_error(error))
         if job.replies is None:
@@ -4291,9 +4292,8 @@ class Handling:
             self._claims.finish(job.message.key)
 
     def _list(self, job: Job, outcome: str, error: Optional[BaseException] = None) -> None:
-        if self._settings.admin:
-            self.metrics.message(time.time(), job.message.msg_type[:64], job.message.key, outcome, name_of_handler(job),
-                                 job.seconds * 1000, job.sent, type(error).__name__ if error else "")
+        self.metrics.message(time.time(), job.message.msg_type[:64], job.message.key, outcome, name_of_handler(job),
+                             job.seconds * 1000, job.sent, type(error).__name__ if error else "")
 
     def _describe(self, job: Job, error: BaseException) -> Dict[str, Any]:
         handler = describe_handler(job.match.handler) if job.match else "-"
@@ -4423,8 +4423,7 @@ class Inbox:
                     self.cancel(message)
                 refusal = error if isinstance(error, PushError) else JournalError("the journal cannot be written")
                 return [refusal if outcome is True else outcome for outcome in outcomes]
-        for message, _ in ours:
-            self._claims.accept(message.key)
+        self._claims.accept([message.key for message, _ in ours])
         self._dispatcher.post([message for message, _ in ours])
         return outcomes
 

@@ -77,10 +77,9 @@ class World:
             return [self.unsafe] * len(taken)
         if self.unsafe:
             raise self.unsafe
-        for message, _ in taken:
-            self.claims.accept(message.key)
-            if not self.elsewhere:
-                self.submitted.append(message)
+        self.claims.accept([message.key for message, _ in taken])
+        if not self.elsewhere:
+            self.submitted += [message for message, _ in taken]
         return [not self.elsewhere] * len(taken)
 
     def cancel(self, message: Message) -> None:

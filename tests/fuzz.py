@@ -656,9 +656,8 @@ class World:
             for message, _ in taken:
                 self._claims.release(message.key)
             return [error] * len(taken)
-        for message, _ in taken:
-            self._claims.accept(message.key)
-            self._submitted.append(message)
+        self._claims.accept([message.key for message, _ in taken])
+        self._submitted += [message for message, _ in taken]
         return [True] * len(taken)
 
     def keep_unreadable(self, payload: bytes, reason: str) -> None:

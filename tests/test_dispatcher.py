@@ -41,18 +41,18 @@ class Office:
         self._settings = settings or Settings()
         self.dispatcher = Dispatcher(self._settings, self._handle, self._flush, lambda: self.now)
 
-    def _handle(self, job: Job) -> Optional[float]:
+    def _handle(self, job: Job) -> None:
         self.begun.append(job.message.key)
         error = attempt(self._work, job.message)
         if error and job.tries + 1 < self._settings.tries and not isinstance(error, KfError):
-            return self._fail(job)
-        self.dispatcher.settle(job, self._settle, job.message, error)
-        return None
+            self._fail(job)
+        else:
+            self.dispatcher.settle(job, self._settle, job.message, error)
 
-    def _fail(self, job: Job) -> float:
+    def _fail(self, job: Job) -> None:
         job.tries += 1
-        self.delays.append(4.0 ** (job.tries - 1))
-        return self.delays[-1]
+        job.pause = 4.0 ** (job.tries - 1)
+        self.delays.append(job.pause)
 
     def _settle(self, message: Message, error: Optional[BaseException]) -> None:
         self.settled.append((message.key, error))
@@ -301,7 +301,9 @@ def test_dispatcher_loses_no_worker_to_an_error_in_the_work_itself(
 
 def test_dispatcher_restore_goes_on_counting_tries() -> None:
     office = Office(Failing(times=100), Settings(tries=4))
-    office.restore(Job(letter("ann/1"), 2))
+    job = Job(letter("ann/1"))
+    job.tries = 2
+    office.restore(job)
     office.finish()
     assert office.delays == [16.0]
     assert office.done == ["ann/1"]
@@ -322,9 +324,11 @@ def test_dispatcher_runs_a_retry_without_being_called(busy: str, monkeypatch: py
     # On the real clock, and also when all who run have something else to do.
     gate, failing, done = Gate(held="bob"), Failing(times=1), []
 
-    def handle(job: Job) -> Optional[float]:
-        error = attempt(gate if job.sender[1] == "bob" else failing, job.message)
-        return 0.1 if error else dispatcher.settle(job, done.append, job.message.key) and None
+    def handle(job: Job) -> None:
+        if attempt(gate if job.sender[1] == "bob" else failing, job.message):
+            job.pause = 0.1
+        else:
+            dispatcher.settle(job, done.append, job.message.key)
 
     monkeypatch.setattr(kfserver, "KEEP_THREAD", 0.0)
     dispatcher = Dispatcher(Settings(workers=2), handle, lambda: None)

@@ -427,17 +427,6 @@ def test_session_of_a_message_is_what_it_was_given_or_an_own_dict() -> None:
     assert Message({}).session == {}
 
 
-def test_session_that_is_a_function_is_called_at_the_first_use_and_only_then() -> None:
-    calls: List[int] = []
-
-    def load() -> Dict[str, Any]:
-        calls.append(1)
-        return {"step": 1}
-    message = Message({}, session=load)
-    assert (message.content, calls) == ("", [])
-    assert (message.session, message.session, calls) == ({"step": 1}, {"step": 1}, [1])
-
-
 @pytest.mark.parametrize("session", [
     {}, {"a": None, "b": [True, 1, -2.5, "你好", "\ud800", {"c": []}], "": {}}, {"big": 10 ** 100}], ids=str)
 def test_encode_session_gives_json_that_decodes_to_the_same(session: Dict[str, Any]) -> None:

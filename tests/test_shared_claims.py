@@ -237,7 +237,7 @@ def proxy(redis_server: RedisServer) -> Iterator[Proxy]:
 @needs_package
 def test_shared_claims_are_confirmed_for_exactly_one(one: SharedClaims, other: SharedClaims) -> None:
     assert take(one) is True
-    one.accept(KEY)
+    one.accept([KEY])
     wait_until(lambda: take(other) is False)
     assert take(one) is False
     assert take(other, "app/user/text/2") is True
@@ -256,7 +256,7 @@ def test_shared_claims_confirm_judges_each_claim_of_a_round(
     keys = ["free", "claimed", "safe", "free too"]
     for key in ("claimed", "safe"):
         assert take(other, key) is True
-    other.accept("safe")
+    other.accept(["safe"])
     wait_for_mark(store, "safe")
     for key in keys:
         one.claim(key)
@@ -274,7 +274,7 @@ def test_shared_claims_confirm_of_no_claims_is_nothing(one: SharedClaims) -> Non
 def test_shared_claims_claim_lives_for_3_s_and_a_day_when_accepted(one: SharedClaims, store: Any) -> None:
     take(one)
     assert store.pttl(NAME) in range(3000 + 1)
-    one.accept(KEY)
+    one.accept([KEY])
     wait_for_mark(store)
 
 
@@ -290,7 +290,7 @@ def test_shared_claims_claim_of_who_has_died_runs_out(
 def test_shared_claims_accept_marks_what_took_longer_than_the_claim_lived(one: SharedClaims, store: Any) -> None:
     take(one)
     store.delete(NAME)
-    one.accept(KEY)
+    one.accept([KEY])
     wait_for_mark(store)
 
 
@@ -298,7 +298,7 @@ def test_shared_claims_accept_marks_what_took_longer_than_the_claim_lived(one: S
 def test_shared_claims_finish_is_remembered_by_all_for_a_day(
         one: SharedClaims, other: SharedClaims, store: Any) -> None:
     take(one)
-    one.accept(KEY)
+    one.accept([KEY])
     one.finish(KEY)
     wait_for_mark(store)
     assert take(other) is False
@@ -307,7 +307,7 @@ def test_shared_claims_finish_is_remembered_by_all_for_a_day(
 @needs_package
 def test_shared_claims_finish_does_not_write_again_what_accept_wrote(one: SharedClaims, store: Any) -> None:
     take(one)
-    one.accept(KEY)
+    one.accept([KEY])
     wait_for_mark(store)
     store.delete(NAME)
     one.finish(KEY)
@@ -322,7 +322,7 @@ def test_shared_claims_release_lets_any_instance_claim(
         one: SharedClaims, other: SharedClaims, store: Any, accepted: bool) -> None:
     take(one)
     if accepted:
-        one.accept(KEY)
+        one.accept([KEY])
         wait_for_mark(store)
         assert take(other) is False  # and must not be remembered there as handled
     one.release(KEY)
@@ -347,7 +347,7 @@ def test_shared_claims_release_leaves_alone_what_is_anothers_by_now(
 def test_shared_claims_release_of_what_was_not_confirmed_leaves_an_old_mark_alone(
         one: SharedClaims, store: Any) -> None:
     take(one)
-    one.accept(KEY)
+    one.accept([KEY])
     one.finish(KEY)
     for number in range(100):  # so that it is forgotten here
         one.finish(str(number))
@@ -452,7 +452,7 @@ def test_shared_claims_wait_for_no_resolver_and_write_nothing_after_the_end(
         resolver = Resolver(monkeypatch)
         claims, started = instances(), time.monotonic()
         assert take(claims) is True
-        claims.accept(KEY)
+        claims.accept([KEY])
         wait_until(lambda: take(claims, str(time.monotonic())) is True and warnings_in(caplog) == ["Redis is away"])
         claims.close()
         assert time.monotonic() - started < PATIENCE / 2
@@ -612,7 +612,7 @@ def test_shared_claims_owe_the_newest_state_of_each_message_and_so_many_at_most(
     with redis_server.stopped():
         for number in range(20):
             assert take(one, str(number)) is True
-            one.accept(str(number))
+            one.accept([str(number)])
         one.release("19")
         wait_until(lambda: warnings_in(caplog))
     wait_for_mark(store, "18")
@@ -629,7 +629,7 @@ def test_shared_claims_make_up_for_what_a_hiccup_of_redis_kept_from_being_writte
         started = time.monotonic()
         for number in range(20):  # one of them waits, until Redis is found to be slow
             assert take(one, str(number)) is True
-            one.accept(str(number))
+            one.accept([str(number)])
         assert time.monotonic() - started < 2.0  # the platform's patience
         one.finish("0")
         redis_server.thaw()
@@ -655,7 +655,7 @@ def test_shared_claims_take_a_redis_that_cannot_be_written_to_for_away(
     store.config_set("min-replicas-to-write", 1)
     try:
         assert take(one) is True
-        one.accept(KEY)
+        one.accept([KEY])
         assert warnings_in(caplog) == ["Redis is away"]
     finally:
         store.config_set("min-replicas-to-write", 0)
@@ -672,9 +672,9 @@ def test_shared_claims_go_on_alone_while_there_is_no_thread_to_spare(
     with monkeypatch.context() as shortage:
         shortage.setattr(threading.Thread, "start", start)
         assert take(one) is True
-        one.accept(KEY)
+        one.accept([KEY])
         assert warnings_in(caplog) == ["Redis is away"]
-    one.accept(KEY)
+    one.accept([KEY])
     wait_for_mark(store)
     assert take(other) is False
 
@@ -774,7 +774,7 @@ def test_shared_claims_take_no_harm_from_options_in_the_address(
         instances: Instances, redis_server: RedisServer, store: Any, options: str) -> None:
     one, other = (instances(f"{redis_server.url}?{options}") for _ in range(2))
     assert (take(one), take(other)) == (True, "being taken")
-    one.accept(KEY)
+    one.accept([KEY])
     wait_for_mark(store)
     assert take(other) is False
     one.save_session("name", "é")
