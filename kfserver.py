@@ -1487,7 +1487,8 @@ class HandlerRegistry:
         return self._find_among(message.msg_type, message) or self._find_among("*", message)
 
     def _find_among(self, kind: str, message: Message) -> Optional[Match]:
-        subject = _SUBJECTS[kind](message) if kind in _SUBJECTS else ""
+        subject_of = _SUBJECTS.get(kind)
+        subject = subject_of(message) if subject_of else ""
         match = self._handlers.get((kind, subject))
         if match:
             return match
@@ -4140,7 +4141,7 @@ class Handling:
         self.dispatcher = Dispatcher(settings, self.handle, self.flush)
         self.conversations = Conversations(settings.sessions, claims if isinstance(claims, SharedClaims) else None)
         self._settings, self._claims, self._api = settings, claims, api
-        self._process = os.getpid()
+        self.is_forked = False  # whether this is a child of the process that the queue belongs to
 
     def handle(self, job: Job) -> None:
         """Do what is next for a message. It is settled then, or has a ``pause``."""
@@ -4162,7 +4163,7 @@ class Handling:
             return
         started = time.monotonic()
         error = attempt(self._call_handler, job)
-        if os.getpid() != self._process:
+        if self.is_forked:
             end_fork(error)
         job.seconds = time.monotonic() - started
         if self._settings.admin:
@@ -4275,7 +4276,7 @@ class Handling:
                   "not send it again by itself", self._describe(job, error),
                   exc_info=None if is_ours else exc_info_of(error))
         errors = self.registry.handle_error(job.message, error)
-        if os.getpid() != self._process:
+        if self.is_forked:
             end_fork(errors[0] if errors else None)
         for failed in errors:
             log.error("on_error failed: key=%(key)s error=%(error)s", {
@@ -4489,6 +4490,7 @@ class Inbox:
 
     def after_fork(self) -> None:
         """In a forked child: let go of the parent's files. This inbox must not be used any more."""
+        self.handling.is_forked = True
         if self._journal:
             self._journal.after_fork()
 
