@@ -3822,7 +3822,7 @@ class Dispatcher:
         self._open = 0  # messages taken and not done
         self._busy = self._spare = 0  # workers that are called or at work, and those that wait for a call
         self._called = False  # whether a worker is called and not yet there
-        self._unflushed = 0  # messages that were settled since the last flush
+        self._unflushed = 0  # messages that were settled since the last flush began
         self._limit = settings.workers  # messages in hand at the same time
         self._suspects = 0  # mailboxes that are served alone before the others get their turn
         self._short = False  # whether the system refused the last thread
@@ -3974,6 +3974,11 @@ class Dispatcher:
             job.is_settled = True
             self._unflushed += 1
             return True
+
+    def note_flush(self) -> None:
+        """The caller is about to flush what is settled."""
+        with self._lock:
+            self._unflushed = 0
 
     def join(self, seconds: Optional[float] = None) -> bool:
         """Wait until nothing is left to do, ``seconds`` at most; whether that was reached. When no thread can be had,
@@ -4418,6 +4423,7 @@ class Inbox:
         for _ in range(len(taken) - len(ours)):
             self._dispatcher.cancel()
         if self._journal and ours:
+            self._dispatcher.note_flush()  # the marks go with them
             error = attempt(self._journal.add, [(message.key, payload) for message, payload in ours])
             if error:
                 for message, _ in ours:
