@@ -3710,6 +3710,9 @@ class Outbox:
 
 # Seconds that a thread without work is kept.
 KEEP_THREAD = 5.0
+# Seconds after which a worker that has run out of work looks once more before it waits to be called. To call a thread
+# costs more than to handle a message: when one comes after the other, those of a millisecond share a call.
+LOOK_SECONDS = 0.001
 
 
 def call_later(seconds: float, job: Callable[[], None]) -> None:
@@ -3822,6 +3825,7 @@ class Dispatcher:
         self._open = 0  # messages taken and not done
         self._busy = self._spare = 0  # workers that are called or at work, and those that wait for a call
         self._called = False  # whether a worker is called and not yet there
+        self._looking = 0  # spare workers that look for themselves in a moment
         self._unflushed = 0  # messages that were settled since the last flush began
         self._limit = settings.workers  # messages in hand at the same time
         self._suspects = 0  # mailboxes that are served alone before the others get their turn
@@ -3877,7 +3881,7 @@ class Dispatcher:
         """See to it that a worker comes for what is ready, and that one waits for what will be due. One is called at a
         time, and calls the next when it has taken a mailbox: under load it finds many, where a call for each would be a
         change of threads for each."""
-        if self._called or self._busy >= self._limit or self.has_ended:
+        if self._called or self._looking or self._busy >= self._limit or self.has_ended:
             return
         is_ready = self._mailboxes.are_ready()
         if not is_ready and self._mailboxes.next_due() is None:
@@ -3903,12 +3907,18 @@ class Dispatcher:
         return True
 
     def _work(self) -> None:
-        """A worker's life: when it is called, one message of each mailbox that is ready."""
+        """A worker's life: to handle what is ready when it is called, and what has come a moment later."""
         while self._await_call():
-            mailbox = self._take_mailbox(None)
-            while mailbox:
-                guard(self._handle, mailbox[0])
-                mailbox = self._take_mailbox(mailbox)
+            self._handle_ready()
+            while self._look_again():
+                self._handle_ready()
+
+    def _handle_ready(self) -> None:
+        """Have one message of each mailbox that is ready handled."""
+        mailbox = self._take_mailbox(None)
+        while mailbox:
+            guard(self._handle, mailbox[0])
+            mailbox = self._take_mailbox(mailbox)
 
     def _await_call(self) -> bool:
         """Wait to be called; False when the thread may leave, because it was not needed for a while, or because the end
@@ -3916,22 +3926,43 @@ class Dispatcher:
         with self._lock:
             leave_at = self._timer() + KEEP_THREAD
             while not self._called:
+                if self._has_work():
+                    self._called = True
+                    self._busy += 1
+                    break
                 now, due = self._timer(), self._mailboxes.next_due()
                 if self.has_ended or (now >= leave_at and (due is None or self._spare > 1)):
                     self._spare -= 1
                     return False
                 self._wanted.wait(max(0.0, min(each for each in (due, leave_at) if each and each >= now) - now))
-                self._call_worker()
             self._called = False
             self._spare -= 1
             return True
 
+    def _look_again(self) -> bool:
+        """Wait a moment, and see whether something has come, unless another worker is called; if not, flush."""
+        with self._lock:
+            self._looking += 1
+            self._wanted.wait(LOOK_SECONDS)
+            self._looking -= 1
+            if self._has_work() and not self._called:
+                self._busy += 1
+                self._spare -= 1
+                return True
+            must_flush, self._unflushed = self._unflushed > 0, 0
+        if must_flush:
+            guard(self._flush)
+        return False
+
+    def _has_work(self) -> bool:
+        return self._busy < self._limit and not self.has_ended and self._mailboxes.are_ready()
+
     def _take_mailbox(self, served: Optional[Mailbox]) -> Optional[Mailbox]:
         """Put back the mailbox that was served; the one to serve next.
 
-        What is settled is flushed before, unless another worker has been called, which will flush: so messages with
-        quick handlers share a write, and no more messages than there are workers can be in hand, or settled and not
-        flushed.
+        What is settled is flushed before, unless another worker, or this one, will come in a moment and flush: so
+        messages with quick handlers share a write, and no more messages than there are workers can be in hand, or
+        settled and not flushed.
         """
         with self._lock:
             if served:
@@ -3942,7 +3973,8 @@ class Dispatcher:
             else:
                 self._busy -= 1
                 self._spare += 1
-            if self._called and self._busy + self._unflushed < self._limit:
+            somebody_comes = self._called or self._looking or not mailbox
+            if somebody_comes and self._busy + self._unflushed < self._limit:
                 return mailbox
             self._unflushed = 0
         guard(self._flush)
