@@ -115,9 +115,6 @@ try:
 except ImportError:  # Windows has no such limits
     resource = None  # type: ignore[assignment]
 
-# Systems without Unix sockets get a number that no address family has.
-UNIX_FAMILY = getattr(socket, "AF_UNIX", -1)
-
 __version__ = "1.0.0"
 __all__ = ["HandlerRegistry", "Image", "KfServer", "Message", "SendApi", "Settings", "Text"]
 
@@ -3336,7 +3333,10 @@ class SendApi:
         self._token_lock = threading.Lock()  # guards all below; its holder gets a token for all who wait
         self._token, self._attempts = "", 0  # attempts to get a token that have ended
         self._failure: Optional[Tuple[Type[ReplyError], Tuple[str, ...]]] = None  # of the last of them
-        self._source: Optional[Callable[[], str]] = self._fetch_token  # of the next token
+        # Of the next token. The end of a token is not looked at: the API tells when it has expired.
+        self._source: Optional[Callable[[], str]] = functools.partial(self._ask, {
+            "grant_type": "client_credentials", "client_id": settings.app_key, "client_secret": settings.app_secret,
+            "scope": "smartapp_snsapi_base"})
         given: Any = settings.access_token
         if isinstance(given, str) and given.startswith("@"):
             given = functools.partial(read_token, given[1:])
@@ -3383,7 +3383,7 @@ class SendApi:
         with self._lock:
             before, self._failures = self._failures, self._failures + 1 if problem else 0
             self._next_probe = self._timer() + PROBE_SECONDS
-        if before < AWAY_AFTER == self._failures:
+        if problem and before == AWAY_AFTER - 1:
             log.warning("the send API counts as away after %d failures in a row, the last one: %s; replies wait, and "
                         "one at a time is tried", AWAY_AFTER, problem)
         elif before >= AWAY_AFTER and not problem:
@@ -3429,24 +3429,17 @@ class SendApi:
             raise NetworkError(f"no access token: {problem}")
         return str(tokens[0])
 
-    def _fetch_token(self) -> str:
-        """A new token. Its end is not looked at: the platform tells when it has expired."""
-        return self._ask({"grant_type": "client_credentials", "client_id": self._settings.app_key,
-                          "client_secret": self._settings.app_secret, "scope": "smartapp_snsapi_base"})
-
     def _ask(self, form: Mapping[str, object], token: str = "") -> str:
         """Send a reply with the token or, without one, ask for a token, which is returned. By POST: in a URL the secret
         would reach the logs of servers and proxies. Raises as `send` does."""
-        path = TOKEN_PATH
-        if token:
-            path = THIRD_PARTY_SEND_PATH if self._settings.third_party else SEND_PATH
-            path = f"{path}?{urlencode({'access_token': token})}"
+        send_path = THIRD_PARTY_SEND_PATH if self._settings.third_party else SEND_PATH
+        path = f"{send_path}?{urlencode({'access_token': token})}" if token else TOKEN_PATH
         kind: Type[ReplyError] = ReplyError if token else NetworkError
         status, answer, problem = 0, {}, ""
         try:
             status, text = self._client.exchange("POST", path, urlencode(form, errors="replace").encode(),
                                                  "application/x-www-form-urlencoded")
-            answer = parse_fields(text)
+            answer = parse_fields(text if text.lstrip().startswith(b"{") else b"")
         except MalformedPush:
             problem = f"answered no JSON object (status {status})"
         except NoAnswer as error:
@@ -3546,12 +3539,9 @@ class Outbox:
     """
 
     def __init__(self, api: Optional[SendApi], message: Message, count: Callable[[str], object] = len) -> None:
-        self._api = api
+        self._api, self._count, self._left = api, count, QUOTA
         # The message itself is not kept: each would hold the other, until the garbage collector comes by.
-        self._openid = message.from_user_name
-        self._key = message.key
-        self._count = count
-        self._left = QUOTA
+        self._openid, self._key = message.from_user_name, message.key
 
     def __call__(self, answers: Answers) -> None:
         """Send the answers, one after the other, each in one try. Raises as `check` and `send` do."""
@@ -4412,6 +4402,8 @@ MAX_CHUNKS = 4096
 MAX_CHUNK_LINE = 256
 # Bytes asked of the system at a time: a push and its head have about 700, a record of TLS at most 16 KiB.
 RECEIVE = 64 * 1024
+# Systems without Unix sockets get a number that no address family has.
+UNIX_FAMILY = getattr(socket, "AF_UNIX", -1)
 
 # RFC 9110, section 5.6.2 (token) and 5.5 (field values); RFC 9112, sections 3 and 5: no blank before the colon, no line
 # that continues another, no bare CR, LF or NUL.

@@ -158,7 +158,8 @@ def test_read_push_url(text: str, url: object) -> None:
 
 @pytest.mark.parametrize("text", [
     "", "kf", "kf:8080", "ftp://kf/", "http:/kf", "http://", "http:///kf", "http://kf:port/", "http://kf:65536/",
-    "http://[::1/", "http://a b/", "http://kf/\r\nX: y", "http://kf/\u4f60", "http://me:secret@kf/", "http://kf/#there", "unix:"])
+    "http://[::1/", "http://a b/", "http://kf/\r\nX: y", "http://kf/\u4f60", "http://me:secret@kf/", "http://kf/#there",
+    "unix:"])
 def test_read_push_url_refuses(text: str) -> None:
     with pytest.raises(SettingsError, match="push takes a URL like http://127.0.0.1:8080/kf") as told:
         read_push_url(text)
@@ -309,7 +310,8 @@ def _answer_slowly(listener: socket.socket) -> None:
     (b"HTTP/1.1 200 OK\r\nContent-Length: 70000\r\n\r\n" + b"x" * 70000, "not answered: 200 with a wrong body"),
     (b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 20000, "not answered: got more than 100 headers"),
     (b"HTTP/1.1 200 OK\r\nContent-Length: 8\r\n\r\n\x1b[1m\xff\r\nx", "200 \\x1b[1m\\xff\n< 200 x\nnot answered"),
-], ids=["503", "204", "503 success", "Success", "success and a line", "cut off", "hangs up", "not HTTP", "long body", "long head", "controls"])
+], ids=["503", "204", "503 success", "Success", "success and a line", "cut off", "hangs up", "not HTTP", "long body",
+        "long head", "controls"])
 def test_push_sends_again_what_was_not_answered(
         answer: bytes, told: str, capsys: pytest.CaptureFixture[str]) -> None:
     with ScriptedReceiver(answer, SUCCESS) as other:
