@@ -4111,7 +4111,7 @@ class Handling:
         job.failing_since = job.failing_since or now
         if isinstance(error, NetworkError) and now - job.failing_since < RETRY_REPLY_SECONDS:
             job.reply_tries += 1
-            return max(float(self._api.pause()), retry_delay(job.reply_tries))
+            return float(self._api.pause()) + retry_delay(job.reply_tries)  # not all in the moment of the probe
         self.metrics.count("replies_failed")
         self._give_up(job, error)
         return None
