@@ -3161,17 +3161,21 @@ class NoAnswer(OSError):
     """A request was sent in full, and no answer came, or a broken one: the server may have done what it asks."""
 
 
-def attempt_within(seconds: float, function: Callable[[], object]) -> Optional[BaseException]:
-    """Call what cannot be interrupted, like the look-up of a name, on a thread of its own: the error that it raised, or
-    None. After ``seconds`` that is a TimeoutError, and the function may still be running."""
-    ended: List[Optional[BaseException]] = []
+def run_within(seconds: float, function: Callable[[], object]) -> None:
+    """Call what cannot be interrupted, like the look-up of a name, on a thread of its own. Raises what it raises, and
+    TimeoutError after ``seconds``: the function may then still be running."""
+    ended: List[Any] = []
     thread = threading.Thread(target=lambda: ended.append(attempt(function)), name="kfserver-wait", daemon=True)
     try:
         thread.start()
     except RuntimeError:  # there are no more threads; Python 3.12 and later start none at exit
-        return attempt(function)
-    thread.join(seconds)
-    return ended.pop() if ended else TimeoutError("no answer in time")
+        ended.append(attempt(function))
+    else:
+        thread.join(seconds)
+    if not ended:
+        raise TimeoutError("no answer in time")
+    if ended[0]:
+        raise ended.pop()  # nothing here keeps it: it refers to these frames, and would keep itself alive
 
 
 class HttpClient:
@@ -3198,6 +3202,7 @@ class HttpClient:
             answer = connection.ask(method, self._server.path.rstrip("/") + path, body,
                                     {"Content-Type": kind} if body else {})
         except BaseException:
+            connection.ends = 0.0
             connection.close()
             raise
         if connection.sock:
@@ -3246,10 +3251,7 @@ class _Connection(http.client.HTTPConnection):
 
     def connect(self) -> None:
         """Connect, through the proxy and with TLS if need be. Raises OSError or ValueError."""
-        error = attempt_within(self._left(), self._connect)
-        if error:
-            self.ends = 0.0
-            raise error
+        run_within(self._left(), self._connect)
 
     def _connect(self) -> None:
         try:
@@ -3423,7 +3425,7 @@ class SendApi:
 
     def _call_for_token(self, function: Callable[[], str]) -> str:
         tokens: List[object] = []
-        error = attempt_within(self._client.timeout, lambda: tokens.append(function()))
+        error = attempt(run_within, self._client.timeout, lambda: tokens.append(function()))
         if error or not (isinstance(tokens[0], str) and tokens[0]):
             problem = describe_error(error) if error else "Settings(access_token=function) returned no text"
             raise NetworkError(f"no access token: {problem}")
@@ -5373,18 +5375,17 @@ def draft_pushes(arguments: argparse.Namespace, settings: Settings) -> Iterator[
     All but events have a MsgId of 63 bits too.
     """
     given = {kind: getattr(arguments, kind) for kind in (*_MAIN_FIELDS, "file", "handshake")}
-    kind = next((kind for kind, content in given.items() if content is not None), "text")
+    kind, content = next(((kind, text) for kind, text in given.items() if text is not None), ("text", "hello"))
     if arguments.field and kind not in _MAIN_FIELDS:
         raise SettingsError(f"--field goes into a message that push writes itself: leave out --field, or --{kind}")
     platform, encode = Platform(settings, time.time, os.urandom), encode_json if arguments.json else encode_xml
-    message = read_packet(arguments.file) if kind == "file" else b""
+    message = read_packet(content) if kind == "file" else b""
     # Another start for each run, high enough that a receiver which reads ids as floating point shows it.
     first_id, first_second = 2 ** 62 + random.getrandbits(61), int(time.time()) - arguments.count + 1
     for number in range(arguments.count):
         if kind in _MAIN_FIELDS:
             fields = {"ToUserName": settings.app_id.split(",")[0] or "app", "FromUserName": "user",
-                      "CreateTime": first_second + number, "MsgType": kind,
-                      _MAIN_FIELDS[kind]: "hello" if given[kind] is None else given[kind]}
+                      "CreateTime": first_second + number, "MsgType": kind, _MAIN_FIELDS[kind]: content}
             if kind != "event":
                 fields["MsgId"] = first_id + number
             message = encode({**fields, **dict(field.partition("=")[::2] for field in arguments.field)})
@@ -5439,19 +5440,15 @@ def build_push_parser() -> argparse.ArgumentParser:
 
 
 class PushRun:
-    """Pushes messages one after the other to ``target``, and prints each step if ``is_shown``.
+    """Pushes messages one after the other to ``target``. ``show`` is called with each step, in words.
 
     ``counts`` says how many tries were sent, how many messages were answered and how many repeated and, by the reason,
     how many tries were not answered.
     """
 
-    def __init__(self, client: HttpClient, target: str, pause_seconds: float, is_shown: bool) -> None:
-        self._client, self._target, self._pause_seconds, self._is_shown = client, target, pause_seconds, is_shown
+    def __init__(self, client: HttpClient, target: str, pause_seconds: float, show: Callable[[str], object]) -> None:
+        self._client, self._target, self._pause_seconds, self._show = client, target, pause_seconds, show
         self.counts: Counter[str] = Counter(sent=0, answered=0, repeated=0)
-
-    def _show(self, text: str) -> None:
-        if self._is_shown:
-            print(text, flush=True)
 
     def push(self, message: bytes, query: Mapping[str, str], body: bytes, is_lost: bool) -> None:
         """Send one message until it is answered, at most as often as the platform does; if its answer ``is_lost``, once
@@ -5520,7 +5517,7 @@ class PushRun:
             advice = "--insecure takes any" if "CERTIFICATE" in reason else "start the receiver, or correct the URL"
             raise SettingsError(f"cannot reach {self._client.base}: {reason}; {advice}")
         if reason in _PUSH_ADVICE:
-            print(f"{reason}: {_PUSH_ADVICE[reason]}", flush=True)
+            print(f"{reason}: {_PUSH_ADVICE[reason]}")
 
 
 def push(arguments: argparse.Namespace, answer_seconds: float = ANSWER_SECONDS,
@@ -5536,7 +5533,8 @@ def push(arguments: argparse.Namespace, answer_seconds: float = ANSWER_SECONDS,
                for name in ("token", "aes_key", "app_id")}
     drafts = draft_pushes(arguments, Settings(**secrets))  # type: ignore[arg-type]
     client = HttpClient(base, answer_seconds, ssl._create_unverified_context() if arguments.insecure else None)
-    run, started = PushRun(client, target, pause_seconds, arguments.count == 1), time.monotonic()
+    show: Callable[[str], object] = print if arguments.count == 1 else len
+    run, started = PushRun(client, target, pause_seconds, show), time.monotonic()
     try:
         for number, draft in enumerate(drafts):
             run.push(*draft, is_lost(number, arguments.repeat))
@@ -5544,7 +5542,7 @@ def push(arguments: argparse.Namespace, answer_seconds: float = ANSWER_SECONDS,
         client.close()
         if arguments.count > 1:
             sums = [f"{what}: {number}" for what, number in run.counts.items()]
-            print(", ".join([*sums, f"{time.monotonic() - started:.2f} s"]), flush=True)
+            print(", ".join([*sums, f"{time.monotonic() - started:.2f} s"]))
     return 0 if run.counts["answered"] == arguments.count else 1
 
 
