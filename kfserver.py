@@ -5446,8 +5446,9 @@ class PushRun:
     how many tries were not answered.
     """
 
-    def __init__(self, client: HttpClient, target: str, pause_seconds: float, show: Callable[[str], object]) -> None:
-        self._client, self._target, self._pause_seconds, self._show = client, target, pause_seconds, show
+    def __init__(self, client: HttpClient, target: str, pause_seconds: float) -> None:
+        self._client, self._target, self._pause_seconds = client, target, pause_seconds
+        self.show: Callable[[str], object] = len
         self.counts: Counter[str] = Counter(sent=0, answered=0, repeated=0)
 
     def push(self, message: bytes, query: Mapping[str, str], body: bytes, is_lost: bool) -> None:
@@ -5457,13 +5458,13 @@ class PushRun:
         joint = "" if not query else "&" if "?" in self._target else "?"
         target = f"{self._target}{joint}{urlencode(query)}"
         expected = (query["echoStr"].encode(),) if "echoStr" in query else GOOD_ANSWERS
-        self._show(quote_bytes(">", f"POST {target}\n\n".encode() + body))
+        self.show(quote_bytes(">", f"POST {target}\n\n".encode() + body))
         if message not in body:
-            self._show("sealed in it:\n" + quote_bytes("|", message))
+            self.show("sealed in it:\n" + quote_bytes("|", message))
         answered = self._deliver(target, body, expected)
         if answered and is_lost:
             self.counts["repeated"] += 1
-            self._show("sent again, as if that answer had been lost")
+            self.show("sent again, as if that answer had been lost")
             answered = self._deliver(target, body, expected)
         self.counts["answered"] += answered
 
@@ -5476,10 +5477,10 @@ class PushRun:
             if self.counts["sent"] == 1:
                 self._advise(status, reason)
             if 300 <= status < 500:
-                self._show("not sent again: the answer would be the same")
+                self.show("not sent again: the answer would be the same")
                 return False
             if tries <= RETRIES:
-                self._show(f"try {tries + 1} of {RETRIES + 1} in {self._pause_seconds:g} s")
+                self.show(f"try {tries + 1} of {RETRIES + 1} in {self._pause_seconds:g} s")
                 time.sleep(self._pause_seconds)
         return False
 
@@ -5493,14 +5494,14 @@ class PushRun:
             status, answer = self._client.exchange("POST", target, body, kind)
             wrong = "" if answer in expected else "200 with a wrong body"
             reason = wrong if status == 200 else f"refused {status}"
-            self._show(quote_bytes(f"< {status}", answer.strip() or b"(nothing)"))
+            self.show(quote_bytes(f"< {status}", answer.strip() or b"(nothing)"))
         except (OSError, http.client.HTTPException) as error:
             status = 0 if isinstance(error, (NoAnswer, BrokenPipeError, ConnectionResetError)) else -1
             reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         seconds = time.monotonic() - started
         if seconds > self._client.timeout:
             status, reason = 0, f"no answer in {self._client.timeout:g} s"
-        self._show(f"{f'not answered: {reason}' if reason else 'answered'}, after {seconds * 1000:.2f} ms")
+        self.show(f"{f'not answered: {reason}' if reason else 'answered'}, after {seconds * 1000:.2f} ms")
         return status, reason
 
     def _advise(self, status: int, reason: str) -> None:
@@ -5533,8 +5534,9 @@ def push(arguments: argparse.Namespace, answer_seconds: float = ANSWER_SECONDS,
                for name in ("token", "aes_key", "app_id")}
     drafts = draft_pushes(arguments, Settings(**secrets))  # type: ignore[arg-type]
     client = HttpClient(base, answer_seconds, ssl._create_unverified_context() if arguments.insecure else None)
-    show: Callable[[str], object] = print if arguments.count == 1 else len
-    run, started = PushRun(client, target, pause_seconds, show), time.monotonic()
+    run, started = PushRun(client, target, pause_seconds), time.monotonic()
+    if arguments.count == 1:
+        run.show = print
     try:
         for number, draft in enumerate(drafts):
             run.push(*draft, is_lost(number, arguments.repeat))
