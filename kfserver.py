@@ -5495,7 +5495,7 @@ class PushRun:
             wrong = "" if answer in expected else "200 with a wrong body"
             reason = wrong if status == 200 else f"refused {status}"
             self.show(quote_bytes(f"< {status}", answer.strip() or b"(nothing)"))
-        except (OSError, http.client.HTTPException) as error:
+        except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: a name that cannot be
             status = 0 if isinstance(error, (NoAnswer, BrokenPipeError, ConnectionResetError)) else -1
             reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         seconds = time.monotonic() - started
@@ -5511,7 +5511,7 @@ class PushRun:
         if status in (-1, 0, 400):
             other = "http" if scheme == "https" else "https"
             client = HttpClient(f"{other}://{rest}", self._client.timeout, ssl._create_unverified_context())
-            with contextlib.closing(client), contextlib.suppress(OSError, http.client.HTTPException):
+            with contextlib.closing(client), contextlib.suppress(OSError, http.client.HTTPException, ValueError):
                 if client.exchange("GET", "/")[0] != 400:  # with this, nginx answers http on its port for https
                     raise SettingsError(f"the receiver speaks {other} at this port, not {scheme}: push to {other}://…")
         if status < 0:

@@ -425,7 +425,7 @@ def test_push_sends_a_file_as_it_is(kf: Receiver, tmp_path: pathlib.Path) -> Non
 
 
 @pytest.mark.parametrize("url", [
-    "http://127.0.0.1:{port}/", "http://no.such.host.invalid/", "https://127.0.0.1:{port}/"])
+    "http://127.0.0.1:{port}/", "http://no.such.host.invalid/", "http://a..b/", "https://127.0.0.1:{port}/"])
 def test_push_says_that_it_reaches_nobody(url: str, capsys: pytest.CaptureFixture[str]) -> None:
     with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))
