@@ -97,7 +97,7 @@ from pathlib import PurePath
 from socketserver import TCPServer
 from types import MappingProxyType, ModuleType, TracebackType
 from typing import (TYPE_CHECKING, Any, Callable, Collection, Deque, Dict, Generator, Iterable, Iterator, List, Mapping,
-                    NamedTuple, NoReturn, Optional, Sequence, Set, TextIO, Tuple, Type, TypeVar, Union)
+                    NamedTuple, NoReturn, Optional, Sequence, Set, Tuple, Type, TypeVar, Union)
 from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlencode, urlsplit
 from xml.parsers.expat import ErrorString, ExpatError, ParserCreate
 
@@ -3123,24 +3123,17 @@ RETRY_REPLY_SECONDS = 600.0
 RETRY_REPLY_DELAYS = (0.5, 2.0, 8.0, 30.0)
 # Failures in a row after which the send API counts as away.
 AWAY_AFTER = 3
-# Seconds before an API that is away is tried a first, a second, … time; the last one also stands for all later tries.
-PROBE_DELAYS = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
-# Seconds that an idle connection is kept: servers close theirs after 5 s or more, and a request must not meet that.
-KEEP_SECONDS = 4.0
-# Seconds before its end at which a token is not used any more.
-TOKEN_MARGIN = 60.0
+# Seconds between two tries while it is away: no less than one exchange, so mostly one reply at a time is tried.
+PROBE_SECONDS = 5.0
 # Bytes of an answer that are read: real ones have about 300.
 MAX_ANSWER = 64 * 1024
-# Brackets in an answer: real ones have two, and the JSON parser of the library recurses with each.
-MAX_BRACKETS = 100
-# Systems without Unix sockets get a number that no address family has.
-UNIX_FAMILY = getattr(socket, "AF_UNIX", -1)
-ResultT = TypeVar("ResultT")
 
 TOKEN_PATH = "/oauth/2.0/token"
 SEND_PATH = "/rest/2.0/smartapp/message/custom/send"
 THIRD_PARTY_SEND_PATH = "/rest/2.0/smartapp/message/custom/sendbytp"
 
+# Where an answer has the number of an error, and words for it: of the token's page, of the gateway, of the send API.
+_ERROR_FIELDS = (("error", "error_description"), ("error_code", "error_msg"), ("errno", "msg"))
 # The gateway's numbers for a token that is invalid or expired: the same request succeeds with a new one.
 _TOKEN_ERRORS = ("110", "111")
 # Busy, try again later: 5000 is the API's; 2 (unavailable), 4 and 18 (too many requests at a time) are the gateway's.
@@ -3168,114 +3161,90 @@ class ApiError(ReplyError):
         return f"the send API answered {self.number} ({self.args[1]}): {advice}"
 
 
-def _refusal(number: str, words: str) -> ReplyError:
-    """The error for a number of the API or of its gateway."""
-    if number in _BUSY_ERRORS:
-        return NetworkError(f"the send API is busy: it answered {number} ({words})")
-    return ApiError(number, words)
-
-
 class NoAnswer(OSError):
     """A request was sent in full, and no answer came, or a broken one: the server may have done what it asks."""
 
 
-def run_within(seconds: float, function: Callable[[], ResultT]) -> ResultT:
-    """The result of a function that cannot be interrupted, like the look-up of a name: it runs on a thread of its own.
-
-    Raises what the function raises, and TimeoutError after ``seconds``: the function may then still be running.
-    """
-    results: List[ResultT] = []
-    errors: List[BaseException] = []
-    done = threading.Event()
-
-    def run() -> None:
-        errors.extend(filter(None, [attempt(lambda: results.append(function()))]))
-        done.set()
+def run_within(seconds: float, function: Callable[[], object]) -> None:
+    """Call what cannot be interrupted, like the look-up of a name, on a thread of its own. Raises what it raises, and
+    TimeoutError after ``seconds``: the function may then still be running."""
+    ended: List[Any] = []
+    thread = threading.Thread(target=lambda: ended.append(attempt(function)), name="kfserver-wait", daemon=True)
     try:
-        threading.Thread(target=run, name="kfserver-wait", daemon=True).start()
+        thread.start()
     except RuntimeError:  # there are no more threads; Python 3.12 and later start none at exit
-        run()
-    if not done.wait(seconds):
+        ended.append(attempt(function))
+    else:
+        thread.join(seconds)
+    if not ended:
         raise TimeoutError("no answer in time")
-    if errors:
-        raise errors.pop()  # nothing here keeps it: it refers to these frames, and would keep itself alive
-    return results[0]
+    if ended[0]:
+        raise ended.pop()  # nothing here keeps it: it refers to these frames, and would keep itself alive
 
 
 class HttpClient:
     """HTTP with the one server at ``base``, on connections that are kept: as many as requests are under way at once.
 
-    ``base`` is http://… or https://…, perhaps with a path, or unix:PATH. ``timeout`` is the seconds for one exchange,
-    from the look-up of the name to the last byte. ``tls`` is for https, instead of the default. ``proxy`` is what
-    `find_proxy` gives.
+    ``base`` is http://… or https://…, perhaps with a path. ``timeout`` is the seconds for one exchange, from the
+    look-up of the name to the last byte. ``tls`` is for https, instead of the default. ``proxy`` is what `find_proxy`
+    gives.
     """
 
     def __init__(self, base: str, timeout: float, tls: Optional[ssl.SSLContext] = None, proxy: str = "") -> None:
-        self._base, self.timeout, self._proxy = urlsplit(base), timeout, urlsplit(proxy)
-        self._tls = (tls or ssl.create_default_context()) if self._base.scheme == "https" else None
-        self._prefix = "" if self._base.scheme == "unix" else self._base.path.rstrip("/")
-        self._headers: Dict[str, str] = {}
-        if proxy and not self._tls:
-            self._prefix = f"http://{self._base.netloc}{self._prefix}"  # RFC 9112, section 3.2.2: a proxy wants it all
-            self._headers = _proxy_login(self._proxy)
-        self._kept: List[Tuple[_Connection, float]] = []  # and since when each is idle
+        self.base, self.timeout = base, timeout
+        self._server, self._proxy = urlsplit(base), urlsplit(proxy)
+        self._tls = (tls or ssl.create_default_context()) if self._server.scheme == "https" else None
+        self._kept: List[_Connection] = []
         self._closed = False
 
     def exchange(self, method: str, path: str, body: bytes = b"", kind: str = "") -> Tuple[int, bytes]:
         """One request, with a body of that Content-Type or without, and its answer: the status and the body, cut at
         MAX_ANSWER. Raises `NoAnswer` if the server may have the request, else OSError, HTTPException or ValueError."""
-        headers = {**self._headers, "Content-Type": kind} if body else self._headers
-        with self._connection() as connection:
-            return connection.ask(method, self._prefix + path, body, headers)
-
-    def probe(self) -> None:
-        """Connect, and keep the connection for the next request. Raises OSError when nobody listens."""
-        with self._connection() as connection:
-            connection.connect()
-
-    @contextlib.contextmanager
-    def _connection(self) -> Iterator[_Connection]:
-        """A kept or a new connection for one exchange. It is kept if all goes well."""
-        connection = self._take_kept() or _Connection(self._base, self._tls, self._proxy)
+        connection = self._take_kept() or _Connection(self._server, self._tls, self._proxy)
         connection.ends = time.monotonic() + self.timeout
         try:
-            yield connection
+            answer = connection.ask(method, self._server.path.rstrip("/") + path, body,
+                                    {"Content-Type": kind} if body else {})
         except BaseException:
+            connection.ends = 0.0
             connection.close()
             raise
         if connection.sock:
-            self._kept.append((connection, time.monotonic()))
+            self._kept.append(connection)
         if self._closed:
             self.close()
+        return answer
 
     def _take_kept(self) -> Optional[_Connection]:
-        """A kept connection that the server has not closed; anything that it sends unasked means that it closes."""
-        while True:
-            try:
-                connection, idle_since = self._kept.pop()
-            except IndexError:
-                return None
-            if time.monotonic() - idle_since < KEEP_SECONDS and not _is_readable(connection.sock):
-                return connection
-            connection.close()
+        """A kept connection, until its last exchange should have ended: servers close theirs after 5 s or more, and a
+        request must not meet that. Anything that the server sends unasked means that it closes."""
+        with contextlib.suppress(IndexError):
+            while True:
+                connection = self._kept.pop()
+                if time.monotonic() < connection.ends and not _is_readable(connection.sock):
+                    return connection
+                connection.close()
+        return None
 
     def close(self) -> None:
         """Close the connections that are kept, and those in use when they are free."""
         self._closed = True
         with contextlib.suppress(IndexError):  # two threads may be here
             while True:
-                self._kept.pop()[0].close()
+                self._kept.pop().close()
 
 
 class _Connection(http.client.HTTPConnection):
     """A connection whose exchange has an end: ``ends``, of time.monotonic. What waits longer raises TimeoutError."""
 
     def __init__(self, base: SplitResult, tls: Optional[ssl.SSLContext], proxy: SplitResult) -> None:
-        self._base, self._tls, self._proxy = base, tls, proxy
+        self._tls, self._name, self.ends = tls, base.hostname, 0.0
         self.default_port = 443 if tls else 80  # which the Host header need not name
-        super().__init__(base.hostname or "localhost", base.port or self.default_port)
-        self._address = (proxy.hostname, proxy.port or 80) if proxy.hostname else (self.host, self.port)
-        self.ends = 0.0
+        super().__init__((proxy.netloc or base.netloc).rpartition("@")[2])
+        if proxy.netloc:
+            login = f"{unquote(proxy.username or '')}:{unquote(proxy.password or '')}".encode()  # RFC 7617
+            self.set_tunnel(base.netloc, headers={
+                "Proxy-Authorization": "Basic " + base64.b64encode(login).decode()} if proxy.username else {})
 
     def _left(self) -> float:
         """Seconds until the end. Raises TimeoutError."""
@@ -3286,39 +3255,18 @@ class _Connection(http.client.HTTPConnection):
 
     def connect(self) -> None:
         """Connect, through the proxy and with TLS if need be. Raises OSError or ValueError."""
-        try:
-            run_within(self._left(), self._connect)
-        except TimeoutError:
-            self.ends = 0.0
-            raise
+        run_within(self._left(), self._connect)
 
     def _connect(self) -> None:
         try:
-            if self._base.scheme == "unix":
-                self.sock = socket.socket(UNIX_FAMILY)
-                self.sock.settimeout(self._left())
-                self.sock.connect(self._base.path)
-            else:
-                self.sock = socket.create_connection(self._address, self._left())
-                self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self.timeout = self._left()
+            super().connect()
             if self._tls:
-                if self._proxy.hostname:
-                    self._open_tunnel()
                 self.sock.settimeout(self._left())  # the library takes this for the handshake as a whole
-                self.sock = self._tls.wrap_socket(self.sock, server_hostname=self._base.hostname)
+                self.sock = self._tls.wrap_socket(self.sock, server_hostname=self._name)
         finally:
             if not self.ends:  # too late: nobody waits for it any more
                 self.close()
-
-    def _open_tunnel(self) -> None:
-        """Have the proxy connect us to the server: RFC 9110, section 9.3.6."""
-        server = f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
-        login = "".join(f"{name}: {value}\r\n" for name, value in _proxy_login(self._proxy).items())
-        self.send(f"CONNECT {server} HTTP/1.1\r\nHost: {server}\r\n{login}\r\n".encode())
-        with self.response_class(self.sock, method="CONNECT") as response:
-            response.begin()
-            if response.status != 200:
-                raise OSError(f"the proxy answered {response.status}")
 
     def ask(self, method: str, path: str, body: bytes, headers: Mapping[str, str]) -> Tuple[int, bytes]:
         """One request and its answer. Closes the connection if it cannot be used again. Raises as `exchange` does."""
@@ -3354,11 +3302,6 @@ class _Connection(http.client.HTTPConnection):
         return sock.recv_into(buffer)
 
 
-def _explain(error: Optional[BaseException]) -> str:
-    """The error's kind, and its text unless that may quote what a server wrote."""
-    return type(error).__name__ + (f": {error}" if isinstance(error, OSError) else "")
-
-
 def _is_readable(connection: socket.socket) -> bool:
     with selectors.DefaultSelector() as selector:
         selector.register(connection, selectors.EVENT_READ)
@@ -3366,105 +3309,40 @@ def _is_readable(connection: socket.socket) -> bool:
 
 
 def find_proxy(base: str) -> str:
-    """The address of the proxy to a server, as the standard library finds it: HTTPS_PROXY, HTTP_PROXY, NO_PROXY or the
+    """The address of the proxy to an https server, as the standard library finds it: HTTPS_PROXY, NO_PROXY or the
     system's own; empty for none. Raises `SettingsError`, without the address, which can hold a password."""
     from urllib.request import getproxies, proxy_bypass  # costs 0.2 MiB, so only who sends imports it
-    parts = urlsplit(base)
-    proxy = getproxies().get(parts.scheme, "")
-    if not proxy or proxy_bypass(parts.netloc):
+    parts, proxy = urlsplit(base), getproxies().get("https", "")
+    if not proxy or parts.scheme != "https" or proxy_bypass(parts.netloc):
         return ""
     proxy = proxy if "://" in proxy else f"http://{proxy}"
     if not _is_base(re.sub("//[^/?#@]*@", "//", proxy)):
-        raise SettingsError(f"{parts.scheme.upper()}_PROXY takes the address of an HTTP proxy, as http://proxy:3128")
+        raise SettingsError("HTTPS_PROXY takes the address of an HTTP proxy, as http://proxy:3128")
     return proxy
-
-
-def _proxy_login(proxy: SplitResult) -> Dict[str, str]:
-    """The header that names us to the proxy, if its address has a user: RFC 7617."""
-    if not proxy.username:
-        return {}
-    words = f"{unquote(proxy.username)}:{unquote(proxy.password or '')}"
-    return {"Proxy-Authorization": "Basic " + base64.b64encode(words.encode()).decode()}
-
-
-def _json_or_none(text: bytes) -> Any:
-    if text.count(b"[") + text.count(b"{") > MAX_BRACKETS:
-        return None
-    try:
-        return json.loads(text.decode("utf-8"))
-    except ValueError:
-        return None
-
-
-class CircuitBreaker:
-    """Whether the send API is worth a try: after AWAY_AFTER failures in a row it counts as away, and then one thread at
-    a time may probe it, with growing pauses. ``timer`` gives seconds."""
-
-    def __init__(self, timer: Callable[[], float]) -> None:
-        self._timer = timer
-        self._lock = threading.Lock()  # guards all below
-        self._failures = 0  # in a row; while the API is away, of probes alone
-        self._next_probe = 0.0  # infinite while there is one
-
-    def pause(self) -> float:
-        """Seconds until `begin` may succeed; 0 for now."""
-        with self._lock:
-            seconds = self._next_probe - self._timer() if self._failures >= AWAY_AFTER else 0.0
-        return PROBE_DELAYS[0] if seconds == float("inf") else max(0.0, seconds)
-
-    def is_away(self) -> bool:
-        """Whether there were too many failures in a row."""
-        return self._failures >= AWAY_AFTER
-
-    def begin(self) -> bool:
-        """Begin a try, which `end` ends; whether it is a probe. Raises `NetworkError` if it must not be made."""
-        with self._lock:
-            is_away = self._failures >= AWAY_AFTER
-            if is_away and self._timer() < self._next_probe:
-                raise NetworkError("the send API counts as away, and another reply is tried first")
-            self._next_probe = float("inf")
-            return is_away
-
-    def end(self, is_probe: bool, problem: str) -> None:
-        """A try has ended: well if ``problem`` is empty, else because of that."""
-        with self._lock:
-            before = self._failures
-            if not problem:
-                self._failures = 0
-            elif is_probe or before < AWAY_AFTER:
-                self._failures += 1
-                probes = max(0, self._failures - AWAY_AFTER)
-                self._next_probe = self._timer() + PROBE_DELAYS[min(probes, len(PROBE_DELAYS) - 1)]
-        if problem and before == AWAY_AFTER - 1:
-            log.warning("the send API counts as away after %d failures in a row, the last one: %s; replies wait, and "
-                        "one at a time is tried", AWAY_AFTER, problem)
-        elif before >= AWAY_AFTER and not problem:
-            log.warning("the send API is back")
 
 
 class SendApi:
     """The platform's send API. Safe to use from any thread. A call takes one exchange and, at times, one or two more
-    for a new token, each within ``timeout`` seconds; it never sleeps.
-
-    ``clock`` gives Unix seconds, ``timer`` seconds that never jump. Raises `SettingsError` for a file of the access
-    token that cannot be read, or a proxy that cannot be used.
+    for a new token, each within ``timeout`` seconds; it never sleeps. ``timer`` gives seconds that never jump.
 
     What the sending methods raise says what can be done next. `ApiError`: the platform refuses, and would again.
     `NetworkError`: the user does not have the reply, and it can be sent again later. Another `ReplyError`: the user may
-    have it.
+    have it. Raises `SettingsError` for a file of the access token that cannot be read, or a proxy that cannot be used.
     """
 
-    def __init__(self, settings: Settings, clock: Callable[[], float] = time.time,
-                 timer: Callable[[], float] = time.monotonic, timeout: float = SEND_TIMEOUT) -> None:
-        self._settings = settings
+    def __init__(self, settings: Settings, timer: Callable[[], float] = time.monotonic,
+                 timeout: float = SEND_TIMEOUT) -> None:
+        self._settings, self._timer = settings, timer
         self._client = HttpClient(settings.api_base, timeout, proxy=find_proxy(settings.api_base))
-        self._breaker = CircuitBreaker(timer)
-        self._clock, self._timeout = clock, timeout
-        self._lock = threading.Lock()  # guards all below; its holder gets a token for all who wait
-        self._token, self._expires = "", float("inf")
-        self._attempts = 0  # to get a token, that have ended
+        self._lock = threading.Lock()  # guards the two below
+        self._failures, self._next_probe = 0, 0.0  # failures in a row; when an API that is away may be tried
+        self._token_lock = threading.Lock()  # guards all below; its holder gets a token for all who wait
+        self._token, self._attempts = "", 0  # attempts to get a token that have ended
         self._failure: Optional[Tuple[Type[ReplyError], Tuple[str, ...]]] = None  # of the last of them
-        self._source: Optional[Callable[[], str]] = None  # of the next token
+        # Of the next token. The end of a token is not looked at: the API tells when it has expired.
+        self._source: Optional[Callable[[], str]] = functools.partial(self._ask, {
+            "grant_type": "client_credentials", "client_id": settings.app_key, "client_secret": settings.app_secret,
+            "scope": "smartapp_snsapi_base"})
         given: Any = settings.access_token
         if isinstance(given, str) and given.startswith("@"):
             given = functools.partial(read_token, given[1:])
@@ -3472,21 +3350,19 @@ class SendApi:
         if callable(given):
             self._source = functools.partial(self._call_for_token, given)
         elif given:
-            self._token = given
-        else:
-            self._source = self._fetch_token
+            self._token, self._source = given, None
 
     def send(self, open_id: str, answer: Answer) -> None:
         """Send what a handler returns to the user."""
-        is_probe, problem = self._breaker.begin(), "an error inside kfserver"
-        try:
-            self._send(open_id, Text(answer) if isinstance(answer, str) else answer)
-            problem = ""
-        except ReplyError as error:
-            problem = "" if isinstance(error, ApiError) else str(error)  # the API is there, and refuses
-            raise
-        finally:
-            self._breaker.end(is_probe, problem)
+        with self._lock:
+            if self.pause():
+                raise NetworkError("the send API counts as away, and another reply is tried first")
+            self._next_probe = self._timer() + PROBE_SECONDS
+        error = attempt(self._send, open_id, Text(answer) if isinstance(answer, str) else answer)
+        # With an ApiError the API is there, and refuses.
+        self._note("" if error is None or isinstance(error, ApiError) else describe_error(error))
+        if error:
+            raise error
 
     def send_text(self, open_id: str, text: str, user_type: int = 0) -> None:
         """Send a text to the user. ``user_type`` is 1 or 2; 0 means that of the settings."""
@@ -3498,110 +3374,107 @@ class SendApi:
 
     def pause(self) -> float:
         """Seconds until a reply may be tried, because the API counts as away; 0 for now."""
-        return self._breaker.pause()
+        return max(0.0, self._next_probe - self._timer()) if self.is_away() else 0.0
 
     def is_away(self) -> bool:
-        """Whether the API counts as away."""
-        return self._breaker.is_away()
+        """Whether the API counts as away, after too many failures in a row."""
+        return self._failures >= AWAY_AFTER
 
     def close(self) -> None:
         """Close the connections that are kept."""
         self._client.close()
+
+    def _note(self, problem: str) -> None:
+        """A try has ended: well if ``problem`` is empty, else because of that."""
+        with self._lock:
+            before, self._failures = self._failures, self._failures + 1 if problem else 0
+            self._next_probe = self._timer() + PROBE_SECONDS
+        if problem and before == AWAY_AFTER - 1:
+            log.warning("the send API counts as away after %d failures in a row, the last one: %s; replies wait, and "
+                        "one at a time is tried", AWAY_AFTER, problem)
+        elif before >= AWAY_AFTER and not problem:
+            log.warning("the send API is back")
 
     def _send(self, open_id: str, answer: Union[Text, Image]) -> None:
         kind, text, url = ("image", "", answer.url) if isinstance(answer, Image) else ("text", answer.content, "")
         form = {"user_type": answer.user_type or self._settings.user_type, "open_id": open_id, "msg_type": kind,
                 "content": text, "pic_url": url}
         token = self._get_token("")
-        number, words = self._post(token, form)
-        if number in _TOKEN_ERRORS and self._source:
-            refused, token = token, self._get_token(token)
-            if token == refused:
-                raise NetworkError(f"the send API answered {number} ({words}): the access token has expired, and there "
-                                   "is no other one yet")
-            number, words = self._post(token, form)
-        if number != "0":
-            raise _refusal(number, words)
-
-    def _post(self, token: str, form: Mapping[str, object]) -> Tuple[str, str]:
-        """The platform's number and words for one reply. The number is 0 only if every number of the answer is."""
-        path = THIRD_PARTY_SEND_PATH if self._settings.third_party else SEND_PATH
-        status, answer = self._ask(f"{path}?{urlencode({'access_token': token})}", form, ReplyError)
-        for number, words in (("error_code", "error_msg"), ("errno", "msg")):
-            if answer.get(number) is False or answer.get(number) not in (None, "", 0, "0"):
-                return self._clean(answer[number], token), self._clean(answer.get(words) or "", token)
-        if status >= 400:
-            return f"status {status}", ""
-        return ("0" if answer.get("errno") in (0, "0") else "no errno"), ""
+        try:
+            self._ask(form, token)
+            return
+        except ApiError as error:
+            if error.number not in _TOKEN_ERRORS or not self._source:
+                raise
+        newer = self._get_token(token)
+        if newer == token:
+            raise NetworkError("the access token has expired, and there is no other one yet")
+        self._ask(form, newer)
 
     def _get_token(self, refused: str) -> str:
-        """A token that has time left, and is not the refused one if there is another. Threads that come while a thread
-        gets one share what comes of it, a failure too."""
+        """A token that is not the refused one, if there is another. Threads that come while a thread gets one share
+        what comes of it, a failure too."""
         seen = self._attempts
-        with self._lock:
-            shared = self._attempts != seen
-            if self._token and self._token != refused and (shared or self._clock() < self._expires):
-                return self._token
-            if shared and self._failure:
-                kind, arguments = self._failure
-                raise kind(*arguments)
-            self._failure = None
-            try:
-                if self._source:
+        with self._token_lock:
+            if self._token == refused and self._source and self._attempts == seen:
+                self._failure = None
+                try:
                     self._token = self._source()
-            except ReplyError as error:
-                self._failure = type(error), error.args
-                raise
-            finally:
+                except ReplyError as error:
+                    self._failure = type(error), error.args
                 self._attempts += 1
+            if self._failure and self._token == refused:
+                raise self._failure[0](*self._failure[1])  # each thread gets an error of its own
             return self._token
 
     def _call_for_token(self, function: Callable[[], str]) -> str:
         tokens: List[object] = []
-        error = attempt(lambda: tokens.append(run_within(self._timeout, function)))
+        error = attempt(run_within, self._client.timeout, lambda: tokens.append(function()))
         if error or not (isinstance(tokens[0], str) and tokens[0]):
             problem = describe_error(error) if error else "Settings(access_token=function) returned no text"
             raise NetworkError(f"no access token: {problem}")
         return str(tokens[0])
 
-    def _fetch_token(self) -> str:
-        """A new token, asked for by POST: in a URL the secret would reach the logs of servers and proxies."""
-        _, answer = self._ask(TOKEN_PATH, {
-            "grant_type": "client_credentials", "client_id": self._settings.app_key,
-            "client_secret": self._settings.app_secret, "scope": "smartapp_snsapi_base"}, NetworkError)
-        token = answer.get("access_token")
-        if not (isinstance(token, str) and token):
-            number = answer.get("error") or answer.get("error_code") or answer.get("errno") or "no access_token"
-            words = answer.get("error_description") or answer.get("error_msg") or answer.get("msg") or ""
-            raise _refusal(self._clean(number), self._clean(words))
+    def _ask(self, form: Mapping[str, object], token: str = "") -> str:
+        """Send a reply with the token or, without one, ask for a token, which is returned. By POST: in a URL the secret
+        would reach the logs of servers and proxies. Raises as `send` does."""
+        send_path = THIRD_PARTY_SEND_PATH if self._settings.third_party else SEND_PATH
+        path = f"{send_path}?{urlencode({'access_token': token})}" if token else TOKEN_PATH
+        kind: Type[ReplyError] = ReplyError if token else NetworkError
+        status, answer, problem = 0, {}, ""
         try:
-            self._expires = self._clock() + float(answer["expires_in"]) - TOKEN_MARGIN
-        except (KeyError, TypeError, ValueError, OverflowError):
-            self._expires = 0.0  # unknown: it is used once
-        return token
-
-    def _ask(self, path: str, form: Mapping[str, object], unsure: Type[ReplyError]) -> Tuple[int, Dict[str, Any]]:
-        """The status and the JSON object that the platform answers to a form. Raises `NetworkError` if it surely has
-        not done what the form asks, ``unsure`` if it may have."""
-        body = urlencode(form, errors="replace").encode()
-        status, answer, kind = 0, None, unsure
-        try:
-            status, text = self._client.exchange("POST", path, body, "application/x-www-form-urlencoded")
-            answer, problem = _json_or_none(text), f"answered no JSON object (status {status})"
+            status, text = self._client.exchange("POST", path, urlencode(form, errors="replace").encode(),
+                                                 "application/x-www-form-urlencoded")
+            answer = parse_fields(text if text.lstrip().startswith(b"{") else b"")
+        except MalformedPush:
+            problem = f"answered no JSON object (status {status})"
         except NoAnswer as error:
             problem = f"did not answer ({_explain(error.__cause__)})"
         except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: a name that cannot be encoded
             problem, kind = f"cannot be reached ({self._clean(_explain(error))})", NetworkError
-        if 300 <= status < 400:
-            problem, kind = f"redirects (status {status}), which is not followed: correct --api-base", NetworkError
-        elif status >= 500 or status == 429:
+        if status >= 500 or status == 429:
             problem, kind = f"is out of order (status {status})", NetworkError
-        elif isinstance(answer, dict):
-            return status, answer
         elif status >= 400:
-            raise ApiError(f"status {status}", "and no JSON object")
-        advice = "" if kind is NetworkError else "; the reply may have arrived, so it is not sent again"
-        raise kind(f"the send API {problem}{advice}")
+            problem = ""  # its number says more
+        elif status >= 300:
+            problem, kind = f"redirects (status {status}), which is not followed: correct --api-base", NetworkError
+        if problem:
+            advice = "" if kind is NetworkError else "; the reply may have arrived, so it is not sent again"
+            raise kind(f"the send API {problem}{advice}")
+        return self._judge(status, answer, token)
+
+    def _judge(self, status: int, answer: Mapping[str, Any], token: str) -> str:
+        """What the platform's answer brings: a token, or for a reply the 0 that says that it was taken."""
+        for field, words in _ERROR_FIELDS:
+            number, text = self._clean(answer.get(field) or "", token), self._clean(answer.get(words) or "", token)
+            if number in _BUSY_ERRORS:
+                raise NetworkError(f"the send API is busy: it answered {number} ({text})")
+            if number not in ("", "0"):
+                raise ApiError(number, text)
+        name = "errno" if token else "access_token"
+        if status >= 400 or not answer.get(name):
+            raise ApiError(f"status {status}" if status >= 400 else f"no {name}", "")
+        return str(answer[name])
 
     def _clean(self, words: object, token: str = "") -> str:
         """Words of the platform, fit for a log: without secrets, short, and in one line."""
@@ -3611,24 +3484,27 @@ class SendApi:
         return printable(" ".join(text[:200].split()))
 
 
+def _explain(error: Optional[BaseException]) -> str:
+    """The error's kind, and its text unless that may quote what a server wrote."""
+    return type(error).__name__ + (f": {error}" if isinstance(error, OSError) else "")
+
+
 def read_token(path: str) -> str:
     """The access token that a file holds. Raises `SettingsError`."""
+    problem: Optional[str] = "it must hold one word"
     try:
-        with open(path, encoding="utf-8-sig") as file:
+        with open(path, encoding="utf-8-sig", errors="replace") as file:
             token = file.read(MAX_ANSWER).strip()
-        problem = "" if re.fullmatch("[!-~]+", token) else "it must hold one word"
-    except (OSError, ValueError) as error:
-        problem = getattr(error, "strerror", None) or "it is not a text"
-    if problem:
-        raise SettingsError(f"{setting_names('access_token')} cannot use its file: {problem}")
-    return token
+        if re.fullmatch("[!-~]+", token):
+            return token
+    except OSError as error:
+        problem = error.strerror
+    raise SettingsError(f"{setting_names('access_token')} cannot use its file: {problem}")
 
 
 def list_answers(answers: Answers) -> List[Answer]:
     """What a handler returned, as a list without empty texts. Raises `HandlerError` for what cannot be sent."""
-    given: Any = answers
-    if not isinstance(answers, (list, tuple)) or isinstance(answers, (Text, Image)):
-        given = [answers]
+    given: Any = answers if type(answers) in (list, tuple) else (answers,)
     listed: List[Answer] = []
     for answer in given:
         if isinstance(answer, (Text, Image)) and isinstance(answer[0], str):
@@ -3669,12 +3545,9 @@ class Outbox:
     """
 
     def __init__(self, api: Optional[SendApi], message: Message, count: Callable[[str], object] = len) -> None:
-        self._api = api
+        self._api, self._count, self._left = api, count, QUOTA
         # The message itself is not kept: each would hold the other, until the garbage collector comes by.
-        self._openid = message.from_user_name
-        self._key = message.key
-        self._count = count
-        self._left = QUOTA
+        self._openid, self._key = message.from_user_name, message.key
 
     def __call__(self, answers: Answers) -> None:
         """Send the answers, one after the other, each in one try. Raises as `check` and `send` do."""
@@ -4283,7 +4156,7 @@ class Handling:
         job.failing_since = job.failing_since or now
         if isinstance(error, NetworkError) and now - job.failing_since < RETRY_REPLY_SECONDS:
             job.reply_tries += 1
-            job.pause = max(float(self._api.pause()), retry_delay(job.reply_tries))
+            job.pause = float(self._api.pause()) + retry_delay(job.reply_tries)  # not all in the moment of the probe
         else:
             self.metrics.count("replies_failed")
             self._give_up(job, error)
@@ -4570,6 +4443,8 @@ MAX_CHUNKS = 4096
 MAX_CHUNK_LINE = 256
 # Bytes asked of the system at a time: a push and its head have about 700, a record of TLS at most 16 KiB.
 RECEIVE = 64 * 1024
+# Systems without Unix sockets get a number that no address family has.
+UNIX_FAMILY = getattr(socket, "AF_UNIX", -1)
 
 # RFC 9110, section 5.6.2 (token) and 5.5 (field values); RFC 9112, sections 3 and 5: no blank before the colon, no line
 # that continues another, no bare CR, LF or NUL.
@@ -5509,102 +5384,60 @@ def read_wsgi_body(environ: Mapping[str, Any], limit: int) -> bytes:
 
 # Bodies that the platform takes for an answer, with status 200 (its page on customer-service messages).
 GOOD_ANSWERS = (b"success", b"")
-# Seconds for the answer to a request that only asks whether the other scheme is spoken.
-SCHEME_SECONDS = 1.0
 # Characters of a request or an answer that are shown.
 MAX_SHOWN = 4000
-# Of the client's errors (RFC 9110, section 15.5; RFC 8470; RFC 6585) these alone can go away by themselves. The others
-# cannot, nor can a redirection: the same push would get the same answer again.
-TEMPORARY_ERRORS = (408, 425, 429)
 # Seconds that the platform waits for an answer, and how often it sends again what was not answered (its page on coupon
 # events). How soon it does so is not documented; a receiver that is busy asks for one second.
 ANSWER_SECONDS, RETRIES, RETRY_SECONDS = 2.0, 3, 1.0
-
-
-def read_push_url(text: str) -> Tuple[str, str]:
-    """The base and the target of a URL: http://, https://, unix:PATH or, with a path for HTTP, unix:PATH:/kf as in
-    nginx. Raises `SettingsError`, without the text, which can hold a password."""
-    local = re.fullmatch(r"(unix:.+?)(?::(/[!-~]*))?", text)
-    if local and UNIX_FAMILY >= 0:
-        return local.group(1), local.group(2) or "/"
-    found = re.fullmatch(r"(?i:(https?))://([^/?#@\s]+)(/[!-~]*|\?[!-~]*)?", text)
-    base = f"{found.group(1).lower()}://{found.group(2)}" if found else ""
-    if not found or not _is_base(base):
-        raise SettingsError("push takes a URL like http://127.0.0.1:8080/kf, https://… or unix:/run/kf.sock")
-    target = (found.group(3) or "/").partition("#")[0]
-    return base, target if target.startswith("/") else "/" + target
-
-
-class Draft(NamedTuple):
-    """A push before it is sent: the plain message, the values of the query, the body, and the bodies that answer it."""
-
-    message: bytes
-    query: Mapping[str, str]
-    body: bytes
-    expected: Sequence[bytes] = GOOD_ANSWERS
-
-
+# What can be done about an answer that does not count, by the reason.
+_PUSH_ADVICE: Mapping[str, str] = MappingProxyType({
+    "200 with a wrong body": "the body must be exactly success or empty; for a handshake, exactly its echoStr",
+    "refused 403": "push with the receiver's own --token, and with its --aes-key and --app-id if it has them",
+    "refused 404": "the receiver takes pushes at another path, its --path: put that into the URL"})
 # The types of message that this section writes, and the main field of each.
 _MAIN_FIELDS: Mapping[str, str] = MappingProxyType({"text": "Content", "image": "PicUrl", "event": "Event"})
 
 
-def draft_pushes(arguments: argparse.Namespace, settings: Settings) -> Iterator[Draft]:
-    """The pushes that the arguments ask for. Raises `SettingsError` at once for options that do not go together."""
-    kind, in_body = _chosen_kind(arguments), arguments.in_body
-    if in_body and not (settings.aes_key or kind == "handshake"):
-        raise SettingsError("--in-body is for encrypted pushes and handshakes: add --aes-key, --app-id, or --handshake")
-    platform = Platform(settings, time.time, os.urandom)
-    encode = encode_json if arguments.form == "json" else encode_xml
-    if kind == "handshake":
-        return (_draft_handshake(*platform.handshake(in_body)) for _ in range(arguments.count))
-    if kind == "file":
-        messages: Iterable[bytes] = itertools.repeat(read_packet(arguments.file), arguments.count)
-    else:
-        messages = map(encode, _write_messages(arguments, kind, settings.app_id.split(",")[0] or "app"))
-    return (Draft(message, *platform.push(message, encode, in_body)) for message in messages)
+def read_push_url(text: str) -> Tuple[str, str]:
+    """The base and the target of a URL. Raises `SettingsError`, without the text, which can hold a password."""
+    found = re.fullmatch(r"(https?://[^/?#@\s]+)(/[!-\"$-~]*)?", text)
+    if not found or not _is_base(found.group(1)):
+        raise SettingsError("push takes a URL like http://127.0.0.1:8080/kf or https://…")
+    return found.group(1), found.group(2) or "/"
 
 
-def _draft_handshake(query: Mapping[str, str], body: bytes) -> Draft:
-    echo = query.get("echoStr") or dict(parse_qsl(body.decode()))["echoStr"]
-    return Draft(b"", query, body, (echo.encode(),))
+def draft_pushes(arguments: argparse.Namespace, settings: Settings) -> Iterator[Tuple[bytes, Dict[str, str], bytes]]:
+    """The pushes that the arguments ask for: of each the plain message, the values of the query, and the body. Raises
+    `SettingsError` before the first, for what cannot be pushed.
 
-
-def _write_messages(arguments: argparse.Namespace, kind: str, app: str) -> Iterator[Fields]:
-    """The fields of each message. A receiver drops repeats, so no two are the same: each has a MsgId of 63 bits. Events
-    have no MsgId and are told apart by their CreateTime: one second lies between two, and the last happens now."""
+    A receiver drops repeats, so no two messages are the same: one second lies between two, and the last happens now.
+    All but events have a MsgId of 63 bits too.
+    """
+    given = {kind: getattr(arguments, kind) for kind in (*_MAIN_FIELDS, "file", "handshake")}
+    kind, content = next(((kind, text) for kind, text in given.items() if text is not None), ("text", "hello"))
+    if arguments.field and kind not in _MAIN_FIELDS:
+        raise SettingsError(f"--field goes into a message that push writes itself: leave out --field, or --{kind}")
+    platform, encode = Platform(settings, time.time, os.urandom), encode_json if arguments.json else encode_xml
+    message = read_packet(content) if kind == "file" else b""
     # Another start for each run, high enough that a receiver which reads ids as floating point shows it.
-    first_id, content = 2 ** 62 + random.getrandbits(61), getattr(arguments, kind)
+    first_id, first_second = 2 ** 62 + random.getrandbits(61), int(time.time()) - arguments.count + 1
     for number in range(arguments.count):
-        fields: Dict[str, Union[str, int]] = {
-            "ToUserName": arguments.to or app, "FromUserName": arguments.sender, "CreateTime": int(time.time()),
-            "MsgType": kind, _MAIN_FIELDS[kind]: "hello" if content is None else content, "MsgId": first_id + number}
-        if kind == "event":
-            fields["CreateTime"] = int(time.time()) - (arguments.count - 1 - number)
-            del fields["MsgId"]
-        yield {**fields, **dict(arguments.field)}
-
-
-def _chosen_kind(arguments: argparse.Namespace) -> str:
-    """What is to be pushed; a text, unless something else is asked for."""
-    kinds = ("text", "image", "event", "file", "handshake")
-    chosen = [kind for kind in kinds if getattr(arguments, kind) not in (None, False)] or ["text"]
-    if len(chosen) > 1:
-        raise SettingsError(f"--{chosen[0]} and --{chosen[1]} are different pushes: choose one")
-    if arguments.field and chosen[0] not in _MAIN_FIELDS:
-        raise SettingsError(f"--field goes into a message that push writes itself: leave out --field, or --{chosen[0]}")
-    return chosen[0]
+        if kind in _MAIN_FIELDS:
+            fields = {"ToUserName": settings.app_id.split(",")[0] or "app", "FromUserName": "user",
+                      "CreateTime": first_second + number, "MsgType": kind, _MAIN_FIELDS[kind]: content}
+            if kind != "event":
+                fields["MsgId"] = first_id + number
+            message = encode({**fields, **dict(field.partition("=")[::2] for field in arguments.field)})
+        yield (message, *(platform.handshake() if kind == "handshake" else platform.push(message, encode)))
 
 
 def read_packet(path: str) -> bytes:
-    """The bytes of a file, or of the standard input for ``-``. Raises `SettingsError`."""
-    if path == "-":
-        return sys.stdin.buffer.read()
+    """The bytes of a file. Raises `SettingsError`."""
     try:
         with open(path, "rb") as file:
             return file.read()
     except OSError as error:
-        raise SettingsError(f"cannot read {path}: {error.strerror}; --file names a packet, or - for the standard input"
-                            ) from None
+        raise SettingsError(f"cannot read {path}: {error.strerror}") from None
 
 
 def is_lost(number: int, percent: int) -> bool:
@@ -5613,137 +5446,76 @@ def is_lost(number: int, percent: int) -> bool:
     return (number + 1) * percent // 100 > number * percent // 100
 
 
-def _content_type(body: bytes) -> str:
-    """By the first byte of the body; the platform documents none."""
-    first = body.lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
-    return {b"<": "text/xml", b"{": "application/json"}.get(first, "application/x-www-form-urlencoded")
-
-
-def judge(status: int, body: bytes, expected: Sequence[bytes]) -> str:
-    """Why the platform would not take this for an answer; empty if it would."""
-    if status != 200:
-        return f"refused {status}"
-    return "" if body in expected else "200 with a wrong body"
-
-
-def _explain_failure(error: Exception) -> str:
-    """Why no answer came, and what can be done about it."""
-    if isinstance(error, ssl.SSLCertVerificationError):
-        return f"certificate refused: {error.verify_message} (--insecure takes any)"
-    if isinstance(error, ssl.SSLError):
-        return f"TLS failed: {error.reason or error}"
-    return getattr(error, "strerror", None) or str(error) or type(error).__name__
-
-
-_NOT_FOR_SCREENS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-# What can be done about an answer that does not count, by the reason of `judge`.
-_PUSH_ADVICE: Mapping[str, str] = MappingProxyType({
-    "200 with a wrong body": "the body must be exactly success or empty; for a handshake, exactly its echoStr",
-    "refused 403": "push with the receiver's own --token, and with its --aes-key and --app-id if it has them",
-    "refused 404": "the receiver takes pushes at another path, its --path: put that into the URL",
-    "refused 503": "the receiver cannot take messages now: its log says why"})
-
-
 def quote_bytes(mark: str, data: bytes) -> str:
     """The bytes as lines, each after ``mark``. Broken UTF-8 and control characters are escaped: a terminal reads this.
     """
     text = data.decode("utf-8", "backslashreplace").replace("\r\n", "\n")
-    text = _NOT_FOR_SCREENS.sub(lambda found: f"\\x{ord(found.group()):02x}", text)
     shown = text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}… ({len(text) - MAX_SHOWN} more)"
-    return "\n".join(f"{mark} {line}".rstrip() for line in shown.split("\n"))
-
-
-def _say(out: TextIO, text: str, end: str = "\n") -> None:
-    """Print the text; characters that the screen does not know are printed as escapes."""
-    encoding = out.encoding or "utf-8"
-    print(text.encode(encoding, "backslashreplace").decode(encoding), end=end, file=out, flush=True)
-
-
-def _whole_number(option: str, low: int, high: int, text: str) -> int:
-    if not (re.fullmatch("[0-9]{1,9}", text) and low <= int(text) <= high):
-        raise SettingsError(f"{option} takes a whole number from {low} to {high}, not {text!r}")
-    return int(text)
-
-
-def _field_option(text: str) -> Tuple[str, str]:
-    name, equals, value = text.partition("=")
-    if not equals or not re.fullmatch(r"[A-Za-z_][\w.-]*", name, re.ASCII):
-        raise SettingsError(f"--field takes NAME=VALUE, as in CouponId=7, not {text!r}")
-    return name, value
+    return "\n".join(f"{mark} {printable(line)}".rstrip() for line in shown.split("\n"))
 
 
 def build_push_parser() -> argparse.ArgumentParser:
-    """The parser of the push command. It reads numbers and fields; a bad one raises `SettingsError`."""
+    """The parser of the push command."""
     parser = argparse.ArgumentParser(
         prog="kfserver.py push", allow_abbrev=False, usage="kfserver.py push [options] URL",
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=28, width=79),
-        description="Plays the platform: pushes messages to a receiver, one after the other, and judges its answers.",
-        epilog="URL: http://host:port/path, https://…, unix:/path/of/socket or unix:/socket:/path.")
-    add = parser.add_argument
-    add("url", metavar="URL", help="where the receiver is")
-    add("--text", metavar="T", help="a text message (hello)")
-    add("--image", metavar="URL", help="a message with the picture at URL")
-    add("--event", metavar="NAME", help="an event, as user_get_coupon")
-    add("--field", metavar="K=V", action="append", type=_field_option, default=[],
-        help="one more field, or another value; repeatable")
-    add("--file", metavar="PACKET", help="a packet, sent as it is; - for the standard input")
-    add("--handshake", action="store_true", help="the handshake of saving the URL in the console")
-    add("--to", metavar="APP", help="the app it is for (--app-id, or app)")
-    add("--sender", metavar="ID", default="user", help="the openid it is from (user)")
-    add("--xml", dest="form", action="store_const", const="xml", default="xml", help="in XML (default)")
-    add("--json", dest="form", action="store_const", const="json", help="in JSON")
+        description="Plays the platform: pushes messages to a receiver, one after the other, and judges its answers.")
+    add, what = parser.add_argument, parser.add_mutually_exclusive_group().add_argument
+    add("url", metavar="URL", help="where the receiver is: http://host:port/path or https://…")
+    what("--text", metavar="T", help="a text message (hello)")
+    what("--image", metavar="URL", help="a message with the picture at URL")
+    what("--event", metavar="NAME", help="an event, as user_get_coupon")
+    what("--file", metavar="PACKET", help="a packet, sent as it is")
+    what("--handshake", action="store_const", const="", help="the handshake of saving the URL in the console")
+    add("--field", metavar="K=V", action="append", default=[], help="one more field, or another value; repeatable")
+    add("--json", action="store_true", help="in JSON instead of XML")
     add("--token", metavar="T", help="sign with this Token (KF_TOKEN)")
     add("--aes-key", metavar="KEY", help="encrypt with this EncodingAESKey (KF_AES_KEY)")
     add("--app-id", metavar="APP", help="the app that is sealed in (KF_APP_ID)")
-    add("--in-body", action="store_true", help="signature in the body instead of the query")
     add("--insecure", action="store_true", help="accept any certificate")
-    add("--count", metavar="N", type=functools.partial(_whole_number, "--count", 1, 10 ** 6), default=1,
-        help="messages to push (1); more are summed up, not shown")
-    add("--repeat", metavar="P", type=functools.partial(_whole_number, "--repeat", 0, 100), default=0,
-        help="of 100, send P again as after a lost answer (0)")
+    add("--count", metavar="N", type=int, default=1, help="messages to push (1); more are summed up, not shown")
+    add("--repeat", metavar="P", type=int, default=0, help="of 100, send P again as after a lost answer (0)")
     return parser
 
 
 class PushRun:
-    """Pushes messages one after the other to ``target`` on the receiver at ``base``.
+    """Pushes messages one after the other to ``target``. ``show`` is called with each step, in words.
 
-    ``counts`` says what became of them: messages answered; tries sent and repeated. ``failures`` counts the tries that
-    were not answered, by their reason. ``show`` is called with each step, in words.
+    ``counts`` says how many tries were sent, how many messages were answered and how many repeated and, by the reason,
+    how many tries were not answered.
     """
 
-    def __init__(self, client: HttpClient, base: str, target: str, pause_seconds: float) -> None:
-        self._client, self._base, self._target, self._pause_seconds = client, base, target, pause_seconds
-        self.counts: Counter[str] = Counter()
-        self.failures: Counter[str] = Counter()
-        self.show: Callable[[str], None] = lambda text: None
+    def __init__(self, client: HttpClient, target: str, pause_seconds: float) -> None:
+        self._client, self._target, self._pause_seconds = client, target, pause_seconds
+        self.show: Callable[[str], object] = len
+        self.counts: Counter[str] = Counter(sent=0, answered=0, repeated=0)
 
-    def push(self, draft: Draft, is_lost: bool) -> None:
+    def push(self, message: bytes, query: Mapping[str, str], body: bytes, is_lost: bool) -> None:
         """Send one message until it is answered, at most as often as the platform does; if its answer ``is_lost``, once
-        more. Each time the same bytes are sent: by them the receiver knows it again."""
-        joint = "" if not draft.query else "&" if "?" in self._target else "?"
-        target = f"{self._target}{joint}{urlencode(draft.query)}"
-        self.show(quote_bytes(">", f"POST {target}\n\n".encode() + draft.body))
-        if draft.message not in draft.body:
-            self.show("sealed in it:\n" + quote_bytes("|", draft.message))
-        answered = self._deliver(target, draft)
+        more. Each time the same bytes are sent: by them the receiver knows it again. Raises `SettingsError` if the
+        first of all cannot reach the receiver."""
+        joint = "" if not query else "&" if "?" in self._target else "?"
+        target = f"{self._target}{joint}{urlencode(query)}"
+        expected = (query["echoStr"].encode(),) if "echoStr" in query else GOOD_ANSWERS
+        self.show(quote_bytes(">", f"POST {target}\n\n".encode() + body))
+        if message not in body:
+            self.show("sealed in it:\n" + quote_bytes("|", message))
+        answered = self._deliver(target, body, expected)
         if answered and is_lost:
             self.counts["repeated"] += 1
             self.show("sent again, as if that answer had been lost")
-            answered = self._deliver(target, draft)
+            answered = self._deliver(target, body, expected)
         self.counts["answered"] += answered
 
-    def _deliver(self, target: str, draft: Draft) -> bool:
+    def _deliver(self, target: str, body: bytes, expected: Sequence[bytes]) -> bool:
         for tries in range(1, RETRIES + 2):
-            status, reason = self._try(target, draft)
+            status, reason = self._try(target, body, expected)
             if not reason:
                 return True
-            self.failures[reason] += 1
+            self.counts[reason] += 1
             if self.counts["sent"] == 1:
-                if status in (0, 400):
-                    check_scheme(self._base)
-                if reason in _PUSH_ADVICE:
-                    _say(sys.stdout, f"{reason}: {_PUSH_ADVICE[reason]}")
-            if 300 <= status < 500 and status not in TEMPORARY_ERRORS:
+                self._advise(status, reason)
+            if 300 <= status < 500:
                 self.show("not sent again: the answer would be the same")
                 return False
             if tries <= RETRIES:
@@ -5751,88 +5523,68 @@ class PushRun:
                 time.sleep(self._pause_seconds)
         return False
 
-    def _try(self, target: str, draft: Draft) -> Tuple[int, str]:
-        """Send it once: the status of the answer, 0 if there was none, and why it does not count, empty if it does."""
-        started, status = time.monotonic(), 0
+    def _try(self, target: str, body: bytes, expected: Sequence[bytes]) -> Tuple[int, str]:
+        """Send it once: the status of the answer, 0 if there was none, -1 if nobody was reached; and why the platform
+        would not take it for an answer, empty if it would."""
+        started = time.monotonic()
         self.counts["sent"] += 1
         try:
-            status, body = self._client.exchange("POST", target, draft.body, _content_type(draft.body))
-            reason = judge(status, body, draft.expected)
-            self.show(quote_bytes(f"< {status}", body.strip() or b"(nothing)"))
-        except (OSError, http.client.HTTPException) as error:
-            reason = _explain_failure(error)
+            kind = "application/json" if body.lstrip().startswith(b"{") else "text/xml"
+            status, answer = self._client.exchange("POST", target, body, kind)
+            wrong = "" if answer in expected else "200 with a wrong body"
+            reason = wrong if status == 200 else f"refused {status}"
+            self.show(quote_bytes(f"< {status}", answer.strip() or b"(nothing)"))
+        except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: a name that cannot be
+            status = 0 if isinstance(error, (NoAnswer, BrokenPipeError, ConnectionResetError)) else -1
+            reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         seconds = time.monotonic() - started
         if seconds > self._client.timeout:
             status, reason = 0, f"no answer in {self._client.timeout:g} s"
         self.show(f"{f'not answered: {reason}' if reason else 'answered'}, after {seconds * 1000:.2f} ms")
         return status, reason
 
-    def sums(self, seconds: float) -> str:
-        """What became of all messages, in a line."""
-        figures = [f"{name} {self.counts[name]}" for name in ("sent", "answered", "repeated")]
-        figures += [f"{reason}: {number}" for reason, number in sorted(self.failures.items())]
-        return ", ".join([*figures, f"{seconds:.2f} s"])
-
-
-def check_scheme(base: str) -> None:
-    """Raise `SettingsError` if the receiver at ``base``, where a request failed, answers the other scheme: http on a
-    port for https, or the reverse. It is asked."""
-    scheme, _, rest = base.partition("://")
-    other = {"http": "https", "https": "http"}.get(scheme)
-    if not other:
-        return
-    client = HttpClient(f"{other}://{rest}", SCHEME_SECONDS, _any_certificate())
-    with contextlib.closing(client), contextlib.suppress(OSError, http.client.HTTPException):
-        if client.exchange("GET", "/")[0] != 400:  # with this, nginx answers http on its port for https
-            raise SettingsError(f"the receiver speaks {other} at this port, not {scheme}: push to {other}://…")
-
-
-def _any_certificate() -> ssl.SSLContext:
-    context = ssl.create_default_context()
-    context.check_hostname = False
-    context.verify_mode = ssl.CERT_NONE
-    return context
+    def _advise(self, status: int, reason: str) -> None:
+        """Say what can be done about the first try of all. Raises `SettingsError` if nobody was reached, or one who
+        answers the other scheme, http on a port for https or the reverse: that is asked."""
+        scheme, _, rest = self._client.base.partition("://")
+        if status in (-1, 0, 400):
+            other = "http" if scheme == "https" else "https"
+            client = HttpClient(f"{other}://{rest}", self._client.timeout, ssl._create_unverified_context())
+            with contextlib.closing(client), contextlib.suppress(OSError, http.client.HTTPException, ValueError):
+                if client.exchange("GET", "/")[0] != 400:  # with this, nginx answers http on its port for https
+                    raise SettingsError(f"the receiver speaks {other} at this port, not {scheme}: push to {other}://…")
+        if status < 0:
+            advice = "--insecure takes any" if "CERTIFICATE" in reason else "start the receiver, or correct the URL"
+            raise SettingsError(f"cannot reach {self._client.base}: {reason}; {advice}")
+        if reason in _PUSH_ADVICE:
+            print(f"{reason}: {_PUSH_ADVICE[reason]}")
 
 
 def push(arguments: argparse.Namespace, answer_seconds: float = ANSWER_SECONDS,
          pause_seconds: float = RETRY_SECONDS) -> int:
     """Push as the arguments of `build_push_parser` ask, and show what comes of it: one message in full, more in sums.
 
-    Returns 0 if all was answered, 1 if not. Raises `SettingsError` before anything is sent, or for the wrong scheme.
+    Returns 0 if all was answered, 1 if not. Raises `SettingsError` for what cannot be pushed, or reaches nobody.
     """
     base, target = read_push_url(arguments.url)
+    if arguments.count < 1 or not 0 <= arguments.repeat <= 100:
+        raise SettingsError("--count takes a whole number from 1, and --repeat one from 0 to 100")
     secrets = {name: getattr(arguments, name) or os.environ.get(f"KF_{name.upper()}", "")
                for name in ("token", "aes_key", "app_id")}
     drafts = draft_pushes(arguments, Settings(**secrets))  # type: ignore[arg-type]
-    client = HttpClient(base, answer_seconds, _any_certificate() if arguments.insecure else None)
-    run = PushRun(client, base, target, pause_seconds)
-    with contextlib.closing(client):
-        if not _find_receiver(client, base):
-            return 1
-        if arguments.count == 1:
-            run.show = functools.partial(_say, sys.stdout)
-        started = time.monotonic()
-        try:
-            for number, draft in enumerate(drafts):
-                run.push(draft, is_lost(number, arguments.repeat))
-        finally:  # after Ctrl-C too
-            if arguments.count > 1:
-                _say(sys.stdout, run.sums(time.monotonic() - started))
-    return 0 if run.counts["answered"] == arguments.count else 1
-
-
-def _find_receiver(client: HttpClient, base: str) -> bool:
-    """Whether somebody listens at ``base``; if not, or if TLS fails there, say so."""
+    client = HttpClient(base, answer_seconds, ssl._create_unverified_context() if arguments.insecure else None)
+    run, started = PushRun(client, target, pause_seconds), time.monotonic()
+    if arguments.count == 1:
+        run.show = print
     try:
-        client.probe()
-        return True
-    except OSError as error:
-        if base.startswith("https:") and not isinstance(error, ssl.SSLCertVerificationError):
-            check_scheme(base)
-        problem = (_explain_failure(error) if isinstance(error, ssl.SSLError) else
-                   f"nobody listens at {base}: {error.strerror or error}; start the receiver, or correct the URL")
-    _say(sys.stderr, problem)
-    return False
+        for number, draft in enumerate(drafts):
+            run.push(*draft, is_lost(number, arguments.repeat))
+    finally:  # after Ctrl-C too
+        client.close()
+        if arguments.count > 1:
+            sums = [f"{what}: {number}" for what, number in run.counts.items()]
+            print(", ".join([*sums, f"{time.monotonic() - started:.2f} s"]))
+    return 0 if run.counts["answered"] == arguments.count else 1
 
 
 # ---- 18 Handlers file -----------------------------------------------------------------------------------------------
@@ -6277,7 +6029,7 @@ def journal_command(arguments: argparse.Namespace) -> int:
         if "not a database" in str(error):
             raise SettingsError(f"{arguments.journal} is not a journal of kfserver") from error
         raise SettingsError(f"cannot use the journal {arguments.journal}: {error}") from error
-    _say(sys.stdout, json.dumps(report, indent=2) if arguments.json else _format_report(report))
+    print(json.dumps(report, indent=2) if arguments.json else _format_report(report))
     return 0
 
 

@@ -10,7 +10,6 @@ As a program it prints its address, serves until its input ends, and prints what
 from __future__ import annotations
 
 import contextlib
-import http.client
 import json
 import pathlib
 import socket
@@ -285,22 +284,6 @@ class Passage(BaseHTTPRequestHandler):
                 relay(self.connection, platform)
                 back.join()
         self.close_connection = True
-
-    def do_POST(self) -> None:
-        """A request that names the platform in its first line."""
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        if self._may_pass():
-            parts = urlsplit(self.path)
-            platform = http.client.HTTPConnection(parts.netloc, timeout=ENDURANCE)
-            with contextlib.closing(platform):
-                kind = {"Host": self.headers["Host"], "Content-Type": self.headers["Content-Type"]}
-                platform.request("POST", f"{parts.path}?{parts.query}" if parts.query else parts.path, body, kind)
-                with platform.getresponse() as response:
-                    answer = response.read()
-            self.send_response(response.status)
-            self.send_header("Content-Length", str(len(answer)))
-            self.end_headers()
-            self.wfile.write(answer)
 
     def _may_pass(self) -> bool:
         self.server.asked.append((self.command, self.path, self.headers["Proxy-Authorization"] or ""))

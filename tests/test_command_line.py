@@ -900,7 +900,7 @@ def test_program_runs_though_its_streams_are_closed(closed: str, command: str) -
     script = f'exec "{sys.executable}" "{ROOT / "kfserver.py"}" {command} {closed}'
     run = subprocess.run(["sh", "-c", script], env=environment(), stdin=subprocess.DEVNULL, capture_output=True,
                          timeout=PATIENCE)
-    assert run.returncode == (1 if command.startswith("push") else 0)
+    assert run.returncode == (2 if command.startswith("push") else 0)
     assert b"Traceback" not in run.stdout + run.stderr
 
 

@@ -193,6 +193,7 @@ class Bot:
 
 
 def test_inbox_keeps_no_worker_for_a_reply_that_must_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kfserver, "PROBE_SECONDS", 0.5)
     with SendApiServer() as api:
         api.send_troubles.extend([busy] * 1000)
         with Bot(api, workers=2) as bot:
