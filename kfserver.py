@@ -3624,10 +3624,12 @@ Mailbox = Deque[Job]  # the messages of one sender, the first of them next or in
 
 class Mailboxes:
     """The messages that are not done, by sender. A mailbox is ready, taken, or waits until it is due; an empty one is
-    dropped. ``timer`` gives seconds from anywhere. Not safe to use from several threads."""
+    dropped. ``limit`` is how many may be taken at a time: one while there are suspects, which come first, else
+    ``workers``. ``timer`` gives seconds from anywhere. Not safe to use from several threads."""
 
-    def __init__(self, timer: Callable[[], float]) -> None:
-        self._timer = timer
+    def __init__(self, workers: int, timer: Callable[[], float]) -> None:
+        self.limit, self._workers, self._timer = workers, workers, timer
+        self._suspects = 0  # mailboxes that begin with one
         self._all: Dict[Tuple[str, str], Mailbox] = {}
         self._ready: Deque[Mailbox] = deque()
         self._due: List[Tuple[float, int, Mailbox]] = []  # a heap; the number keeps the order of equal times
@@ -3649,10 +3651,11 @@ class Mailboxes:
             mailbox = self._all[job.sender] = deque((job,))
             self._ready.append(mailbox)
 
-    def put_suspects_first(self) -> int:
-        """Sort the ready mailboxes: first those that begin with a suspect; how many these are."""
+    def put_suspects_first(self) -> None:
+        """Sort the ready mailboxes: first those that begin with a suspect."""
         self._ready = deque(sorted(self._ready, key=lambda mailbox: not mailbox[0].is_suspect))
-        return sum(mailbox[0].is_suspect for mailbox in self._ready)
+        self._suspects = sum(mailbox[0].is_suspect for mailbox in self._ready)
+        self.limit = 1 if self._suspects else self._workers
 
     def are_ready(self) -> bool:
         """Whether there is a mailbox to take: one that was ready, or one that is due by now."""
@@ -3668,17 +3671,22 @@ class Mailboxes:
         """The mailbox that has been ready for longest."""
         return self._ready.popleft()
 
-    def park(self, mailbox: Mailbox, seconds: float) -> None:
-        """Let a mailbox that was taken wait."""
-        heapq.heappush(self._due, (self._timer() + seconds, next(self._count), mailbox))
-
-    def advance(self, mailbox: Mailbox) -> None:
-        """The first message of a mailbox that was taken is done."""
-        sender = mailbox.popleft().sender
+    def put_back(self, mailbox: Mailbox) -> bool:
+        """A mailbox that was taken waits if its first message has a ``pause``, else that is done; whether it is."""
+        job = mailbox[0]
+        if self._suspects:
+            self._suspects -= 1
+            self.limit = 1 if self._suspects else self._workers
+        if job.pause is not None:
+            heapq.heappush(self._due, (self._timer() + job.pause, next(self._count), mailbox))
+            job.pause = None
+            return False
+        mailbox.popleft()
         if mailbox:
             self._ready.append(mailbox)
         else:
-            del self._all[sender]
+            del self._all[job.sender]
+        return True
 
 
 class Dispatcher:
@@ -3694,14 +3702,12 @@ class Dispatcher:
         self._lock = threading.Lock()  # guards all below
         self._wanted = threading.Condition(self._lock)  # tells spare workers of a call, or of what will be due
         self._changed = threading.Condition(self._lock)  # tells that nothing is left to do, or that threads are short
-        self._mailboxes = Mailboxes(timer)
+        self._mailboxes = Mailboxes(settings.workers, timer)
         self._open = 0  # messages taken and not done
         self._busy = self._spare = 0  # workers that are called or at work, and those that wait for a call
         self._called = False  # whether a worker is called and not yet there
         self._looking = 0  # spare workers that look for themselves in a moment
         self._unflushed = 0  # messages that were settled since the last flush began
-        self._limit = settings.workers  # messages in hand at the same time
-        self._suspects = 0  # mailboxes that are served alone before the others get their turn
         self._short = False  # whether the system refused the last thread
         self._closed = False  # whether nothing more is taken
         self.has_ended = False  # whether nothing more is begun; read without the lock
@@ -3729,24 +3735,16 @@ class Dispatcher:
             self._call_worker()
 
     def restore(self, jobs: Sequence[Job]) -> None:
-        """Take what was accepted before a restart, oldest first, also when the queue is full; `begin` begins it. If a
-        sender's first message is a suspect, it is handled alone, and before all others."""
+        """Take what was accepted before a restart, oldest first, also when the queue is full; `wake` begins it.
+        Suspects that are their sender's first message are handled alone, and before all others."""
         with self._lock:
             self._open += len(jobs)
             for job in jobs:
                 self._mailboxes.add(job)
-            self._suspects = self._mailboxes.put_suspects_first()
-            self._limit = 1 if self._suspects else self._settings.workers
-
-    def begin(self) -> None:
-        """Start the first worker, which the first message then need not wait for, and begin what was restored."""
-        with self._lock:
-            if not self._spare and not self._busy:
-                self._start_thread()
-            self._call_worker()
+            self._mailboxes.put_suspects_first()
 
     def wake(self) -> None:
-        """Call a worker if there is something to do, as after a time when threads were short."""
+        """Call a worker if there is something to do: what was restored, or what waited when threads were short."""
         with self._lock:
             self._call_worker()
 
@@ -3754,7 +3752,7 @@ class Dispatcher:
         """See to it that a worker comes for what is ready, and that one waits for what will be due. One is called at a
         time, and calls the next when it has taken a mailbox: under load it finds many, where a call for each would be a
         change of threads for each."""
-        if self._called or self._looking or self._busy >= self._limit or self.has_ended:
+        if self._called or self._looking or self._busy >= self._mailboxes.limit or self.has_ended:
             return
         is_ready = self._mailboxes.are_ready()
         if not is_ready and self._mailboxes.next_due() is None:
@@ -3828,7 +3826,7 @@ class Dispatcher:
         return False
 
     def _has_work(self) -> bool:
-        return self._busy < self._limit and not self.has_ended and self._mailboxes.are_ready()
+        return self._busy < self._mailboxes.limit and not self.has_ended and self._mailboxes.are_ready()
 
     def _take_mailbox(self, served: Optional[Mailbox]) -> Optional[Mailbox]:
         """Put back the mailbox that was served; the one to serve next.
@@ -3847,24 +3845,16 @@ class Dispatcher:
                 self._busy -= 1
                 self._spare += 1
             somebody_comes = self._called or self._looking or not mailbox
-            if somebody_comes and self._busy + self._unflushed < self._limit:
+            if somebody_comes and self._busy + self._unflushed < self._mailboxes.limit:
                 return mailbox
             self._unflushed = 0
         guard(self._flush)
         return mailbox
 
     def _put_back(self, mailbox: Mailbox) -> None:
-        """Let a mailbox that was served be ready for the next message, or wait until it is due."""
-        job = mailbox[0]
-        if self._suspects:
-            self._suspects -= 1
-            self._limit = 1 if self._suspects else self._settings.workers
-        if job.pause is not None:
-            self._mailboxes.park(mailbox, job.pause)
-            job.pause = None
+        if not self._mailboxes.put_back(mailbox):
             self._wanted.notify()  # a spare worker may have to wait less long now
             return
-        self._mailboxes.advance(mailbox)
         self._open -= 1
         if not self._mailboxes:
             self._changed.notify_all()
@@ -3895,7 +3885,7 @@ class Dispatcher:
                 left = deadline - time.monotonic()
                 if not self._mailboxes or left <= 0:
                     return not self._mailboxes
-                is_needed = self._short and self._busy < self._limit and self._mailboxes.are_ready()
+                is_needed = self._short and self._has_work()
                 if is_needed:
                     self._busy += 1
                     mailbox = self._mailboxes.take()
@@ -4249,7 +4239,7 @@ class Inbox:
                 self._recover(self._journal)
             self._claims.open()
             self._is_open, self._problem = True, ""
-        self._dispatcher.begin()
+        self._dispatcher.wake()
 
     def begin(self) -> None:
         """Open at the first call, in the process that serves. Raises `Busy` while the journal cannot be used, which is

@@ -78,7 +78,7 @@ class Office:
     def restore(self, *jobs: Job) -> None:
         """Bring back what the last run left."""
         self.dispatcher.restore(jobs)
-        self.dispatcher.begin()
+        self.dispatcher.wake()
 
     def pass_time(self, seconds: float) -> None:
         """Move the clock."""
