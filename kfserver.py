@@ -96,7 +96,7 @@ from importlib.machinery import EXTENSION_SUFFIXES, ModuleSpec, PathFinder, Sour
 from pathlib import PurePath
 from socketserver import TCPServer
 from types import MappingProxyType, ModuleType, TracebackType
-from typing import (TYPE_CHECKING, Any, Callable, Collection, Deque, Dict, Generator, Iterable, Iterator, List, Mapping,
+from typing import (TYPE_CHECKING, Any, Callable, Deque, Dict, Generator, Iterable, Iterator, List, Mapping,
                     NamedTuple, NoReturn, Optional, Sequence, Set, TextIO, Tuple, Type, TypeVar, Union)
 from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlencode, urlsplit
 from xml.parsers.expat import ErrorString, ExpatError, ParserCreate
@@ -2354,6 +2354,9 @@ _LAYOUTS = (
      "CREATE TABLE sessions (sender TEXT PRIMARY KEY, value TEXT NOT NULL, touched REAL NOT NULL)",
      "CREATE TABLE unreadable (id INTEGER PRIMARY KEY, received REAL NOT NULL, reason TEXT NOT NULL, payload BLOB)"))
 
+# Succeeds only if no other process has the file open. The last statement reads, which frees the exclusive lock.
+_BE_ALONE = ("PRAGMA locking_mode = EXCLUSIVE", "BEGIN EXCLUSIVE", "COMMIT", "PRAGMA locking_mode = NORMAL",
+             "PRAGMA user_version")
 _ADD = "INSERT OR REPLACE INTO messages (key, state, tries, received, payload) VALUES (?, 0, 0, ?, ?)"
 _FINISH = "UPDATE messages SET state = 1, begun = 0, payload = NULL, replies = NULL, done = ? WHERE key = ?"
 # For a file that was opened anew.
@@ -2366,7 +2369,6 @@ _TRIM_SESSIONS = """DELETE FROM sessions WHERE touched < ? OR sender IN
 _TRIM_UNREADABLE = "DELETE FROM unreadable WHERE id <= (SELECT MAX(id) FROM unreadable) - ?"
 
 # What tells a file from all others, whatever its name: its device and inode.
-Identity = Tuple[int, int]
 _IDENTITY = operator.attrgetter("st_dev", "st_ino")
 # A statement and its values.
 Change = Tuple[str, Sequence[Any]]
@@ -2400,6 +2402,45 @@ class Row(NamedTuple):
     replies: str
 
 
+def read_rows(db: sqlite3.Connection, state: int) -> List[Row]:
+    """The messages in one state, oldest first."""
+    found = db.execute("""SELECT key, tries, begun, received, coalesce(payload, x''), coalesce(error, ''),
+        coalesce(replies, '') FROM messages WHERE state = ? ORDER BY id""", (state,))
+    return [Row(key, tries, bool(begun), *rest) for key, tries, begun, *rest in found]
+
+
+def connect_journal(path: str, mode: str) -> Tuple[sqlite3.Connection, int]:
+    """A connection to a journal, and the version of its layout, which is 0 for an empty file.
+
+    ``mode`` is that of an SQLite address, and makes no file. Raises `SettingsError` for one that is not ours. Only
+    SQLite opens it: who closes another descriptor of the file frees the locks that this process has on it.
+    """
+    import sqlite3
+    foreign = f"{path} is not a journal of kfserver, and was left as it is: name another --journal"
+    db = sqlite3.connect(f"file:{quote(os.fsencode(path))}?mode={mode}", uri=True, timeout=LOCK_SECONDS,
+                         isolation_level=None, check_same_thread=False)
+    try:
+        mark, version, pages = [int(db.execute(f"PRAGMA {name}").fetchone()[0])
+                                for name in ("application_id", "user_version", "page_count")]
+        if pages and mark != JOURNAL_ID:
+            raise SettingsError(foreign)
+        if version > JOURNAL_VERSION:
+            raise SettingsError(f"the journal {path} was written by a newer kfserver, and was left as it is: use that "
+                                "one")
+    except (sqlite3.Error, SettingsError) as error:
+        db.close()
+        if "not a database" in str(error):
+            raise SettingsError(foreign) from error
+        raise
+    return db, version
+
+
+def refuse_foreign_file(path: str) -> None:
+    """Raise `SettingsError` for a file that is there and not ours, without touching it or what lies beside it."""
+    if os.path.exists(path):
+        connect_journal(path, "ro&immutable=1")[0].close()
+
+
 class JournalFile:
     """The SQLite file at ``path``, its companions and its lock, which one process has at a time. Not thread-safe.
 
@@ -2411,11 +2452,10 @@ class JournalFile:
         import sqlite3
         self.path, self._sync = os.path.realpath(path), sync  # handlers may change the current folder
         self.errors = (sqlite3.Error, OSError, SettingsError)
-        self._connect = functools.partial(sqlite3.connect, isolation_level=None, check_same_thread=False)
         self._names = [self.path + suffix for suffix in ("-lock", "", "-wal", "-shm")]
-        self._opened: Dict[str, Identity] = {}  # the files by their names, as they were opened
+        self._opened: Dict[str, Tuple[int, int]] = {}  # the files by their names, as they were opened
         self._lock: Optional[int] = None  # the descriptor of the lock's file
-        self.db = self._connect(":memory:")
+        self.db = sqlite3.connect(":memory:")
         self.db.close()  # whoever uses it before it is opened gets one of the errors
 
     def open(self) -> None:
@@ -2428,72 +2468,52 @@ class JournalFile:
             if not is_ours:
                 self._release()
                 self._take_lock()
-            _refuse_foreign_file(self.path)
-            self._make_private()
-            self.db = self._connect(self.path, timeout=LOCK_SECONDS)
-            version = _read_version(self.db, self.path)
-            if not is_ours:
-                _refuse_company(self.db, self.path)
-            self._lay_out(version)
-        except self.errors:
+            refuse_foreign_file(self.path)
+            os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))  # SQLite gives its companions the same mode
+            for name in self._names:
+                with contextlib.suppress(OSError):  # it is not there, or belongs to another user
+                    os.chmod(name, 0o600)
+            self.db, version = connect_journal(self.path, "rw")
+            # The lock's file may have been deleted, and older versions had another lock.
+            for statement in (*(() if is_ours else _BE_ALONE), *_lay_out(version, self._sync)):
+                self.db.execute(statement).fetchall()
+        except self.errors as error:
             self.db.close()
             if not is_ours:
                 self._release()
+                if str(error) == "database is locked":
+                    raise JournalTaken(self.path) from error
             raise
-        found = ((name, _identify(name)) for name in self._names)
-        self._opened = {name: identity for name, identity in found if identity}
+        self._opened = {name: _IDENTITY(os.stat(name)) for name in self._names if os.path.exists(name)}
+
+    def _has_lock(self) -> bool:
+        """Whether the lock was taken, and its file is still in its place."""
+        with contextlib.suppress(OSError):
+            return self._lock is not None and os.path.samestat(os.fstat(self._lock), os.stat(self._names[0]))
+        return False
 
     def _take_lock(self) -> None:
         """Hold the right to write until the process ends, in whatever way: the system frees the lock then."""
         if fcntl is None:  # Windows does not free SQLite's own locks too early
             return
-        self._lock = os.open(self._names[0], os.O_RDWR | os.O_CREAT, 0o600)
+        lock = os.open(self._names[0], os.O_RDWR | os.O_CREAT, 0o600)
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
+            os.close(lock)
             raise JournalTaken(self.path) from None
-        self._opened = {self._names[0]: _IDENTITY(os.fstat(self._lock))}
-        if self.has_moved():  # the process that had it has just removed it
+        self._lock = lock
+        if not self._has_lock():  # the process that had it has just removed its file
             raise JournalTaken(self.path)
-
-    def _has_lock(self) -> bool:
-        """Whether the lock was taken, and its file is still in its place."""
-        name = self._names[0]
-        return name in self._opened and self._opened[name] == _identify(name)
 
     def _release(self) -> None:
         """Free the lock. Its file goes first, if it is still ours."""
-        with contextlib.suppress(OSError):
-            if self._has_lock():
+        if self._has_lock():
+            with contextlib.suppress(OSError):
                 os.unlink(self._names[0])
         if self._lock is not None:
             os.close(self._lock)
-        self._lock, self._opened = None, {}
-
-    def _make_private(self) -> None:
-        """Make the file, for this user alone; SQLite gives its companions the same mode. Closing a descriptor frees
-        SQLite's locks on the file, and there are none yet."""
-        os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
-        for name in self._names:
-            with contextlib.suppress(OSError):  # it is not there, or belongs to another user
-                os.chmod(name, 0o600)
-
-    def _lay_out(self, version: int) -> None:
-        self.db.execute("PRAGMA secure_delete = ON")
-        if version < JOURNAL_VERSION:
-            # Before the switch to WAL: the head of the file itself must say from the first moment that it is ours.
-            steps = itertools.chain.from_iterable(_LAYOUTS[version:])
-            for statement in ("BEGIN IMMEDIATE", *steps, f"PRAGMA application_id = {JOURNAL_ID}",
-                              f"PRAGMA user_version = {JOURNAL_VERSION}", "COMMIT"):
-                self.db.execute(statement)
-        for statement in ("journal_mode = WAL", f"synchronous = {self._sync}", "wal_checkpoint(TRUNCATE)"):
-            self.db.execute(f"PRAGMA {statement}").fetchall()
-
-    def check(self) -> None:
-        """Raise one of ``errors`` for a file that is damaged."""
-        found, = self.db.execute("PRAGMA quick_check(1)").fetchone()
-        if found != "ok":
-            raise OSError(" ".join(found.split()))
+        self._lock = None
 
     def commit(self, changes: Iterable[Change]) -> None:
         """Write all changes, or none and one of ``errors``. What files hold that are not in their places is lost."""
@@ -2506,7 +2526,10 @@ class JournalFile:
 
     def has_moved(self) -> bool:
         """Whether a file that was opened is not in its place any more."""
-        return [*map(_identify, self._opened)] != [*self._opened.values()]
+        try:
+            return [_IDENTITY(os.stat(name)) for name in self._opened] != [*self._opened.values()]
+        except OSError:
+            return True
 
     def rescue(self) -> List[Change]:
         """What writes into another file all that this one still holds; nothing if it cannot be read."""
@@ -2527,19 +2550,37 @@ class JournalFile:
 
     def after_fork(self) -> None:
         """In a forked child: let go of the parent's files. SQLite must not close them here: it would write to them."""
-        _drop_descriptors(self._opened.values())
-        # A frozen cycle is never collected, not even at the end: its connection is never closed.
-        kept: List[object] = [self.db]
-        kept.append(kept)
+        null = os.open(os.devnull, os.O_RDONLY)  # it cannot be locked for writing, so SQLite deletes nothing
+        for number in range(3, 4096):  # more than a process has open when it opens its journal
+            with contextlib.suppress(OSError):
+                if _IDENTITY(os.fstat(number)) in self._opened.values():
+                    os.dup2(null, number, inheritable=False)  # not closed: SQLite keeps their numbers
+        os.close(null)
+        self._kept = self  # a frozen cycle is never collected, not even at the end: its connection is never closed
         gc.freeze()
+
+
+def _lay_out(version: int, sync: str) -> Iterator[str]:
+    """The statements that make an open file ready, from its layout's version on."""
+    yield "PRAGMA secure_delete = ON"
+    if version < JOURNAL_VERSION:
+        # Before the switch to WAL: the head of the file itself must say from the first moment that it is ours.
+        yield "BEGIN IMMEDIATE"
+        yield from itertools.chain.from_iterable(_LAYOUTS[version:])
+        yield f"PRAGMA application_id = {JOURNAL_ID}"
+        yield f"PRAGMA user_version = {JOURNAL_VERSION}"
+        yield "COMMIT"
+    yield "PRAGMA journal_mode = WAL"
+    yield f"PRAGMA synchronous = {sync}"
+    yield "PRAGMA wal_checkpoint(TRUNCATE)"
 
 
 class Journal:
     """The messages that were acknowledged, in the SQLite file ``settings.journal``, which one process has at a time.
 
     Raises `JournalTaken` if another process has it, `SettingsError` for a file that cannot be used. ``clock`` gives
-    Unix seconds. `add` and `begin` write at once. All other changes are marks: the next commit or `flush` writes them,
-    and while the file cannot be written they wait.
+    Unix seconds. `add` and `begin` write at once. All other changes are
+    marks: the next commit or `flush` writes them, and while the file cannot be written they wait.
     """
 
     def __init__(self, settings: Settings, later: Later, clock: Callable[[], float] = time.time) -> None:
@@ -2547,17 +2588,19 @@ class Journal:
         # Gives key, payload and failed tries of every message that is not done, for a file that was opened anew. It is
         # called while the journal is locked, and must not call it.
         self.in_hand: Callable[[], Iterable[Tuple[str, bytes, int]]] = list
-        self._lock = threading.Lock()  # guards all below, and the file; the three lists are appended to without it
+        self._lock = threading.Lock()  # guards all below, and the file; the two lists are appended to without it
         self._marks: List[Change] = []
-        self._unreadable: List[Change] = []
         # Changes that threads wait for; what became of them: nothing yet, None, or the error that prevented them.
         self._waiting: List[Tuple[List[Change], List[Optional[BaseException]]]] = []
         self._changes = 0  # since the last clean-up
+        self._unreadable = 0  # pushes that could not be read, since the last commit
         self._failing = self._closed = False
         self._file = JournalFile(settings.journal, settings.journal_sync)
         try:
             self._file.open()
-            self._file.check()
+            found, = self._file.db.execute("PRAGMA quick_check(1)").fetchone()
+            if found != "ok":
+                raise OSError(" ".join(found.split()))
             last, = self._file.db.execute("SELECT coalesce(MAX(done), 0) FROM messages").fetchone()
         except self._file.errors as error:
             self._file.close()
@@ -2567,131 +2610,7 @@ class Journal:
                                 "this user write there, or move it away, or name another --journal") from error
         self._numbers = itertools.count(last + 1)  # the order in which messages are done
 
-    def add(self, messages: Iterable[Tuple[str, bytes]]) -> None:
-        """Write down messages, each its key and its bytes, in one commit: all of them, or none and `JournalError`."""
-        now = self._clock()
-        self._write_now([(_ADD, (key, now, payload)) for key, payload in messages])
-
-    def begin(self, key: str, tries: int) -> None:
-        """Write down that try number ``tries`` of a message of an earlier process begins. Raises `JournalError`."""
-        self._write_now([("UPDATE messages SET tries = ?, begun = 1 WHERE key = ?", (tries - 1, key))])
-
-    def tried(self, key: str, tries: int) -> None:
-        """Try number ``tries`` of the message has failed, and another will follow."""
-        self._mark("UPDATE messages SET tries = ?, begun = 0 WHERE key = ?", tries, key)
-
-    def answered(self, key: str, replies: str, session: Optional[Session] = None) -> None:
-        """The message's handler is done; ``replies``, which may be any text but an empty one, wait to be sent."""
-        self._keep_session(session)
-        self._mark("UPDATE messages SET replies = ?, begun = 0 WHERE key = ?", replies, key)
-
-    def replied(self, key: str, replies: str) -> None:
-        """A reply was sent; ``replies`` are left."""
-        self.answered(key, replies)
-
-    def finish(self, key: str, session: Optional[Session] = None) -> None:
-        """The message is done: its content is forgotten."""
-        self._keep_session(session)
-        self._marks.append((_FINISH, (next(self._numbers), key)))
-
-    def fail(self, key: str, error: str) -> None:
-        """The message's last try has failed; it is kept, with its replies and what is known of the error."""
-        self._mark("UPDATE messages SET state = 2, tries = tries + 1, begun = 0, error = ?, "
-                   "done = CASE WHEN replies != '' THEN ? END WHERE key = ?", error, next(self._numbers), key)
-
-    def _keep_session(self, session: Optional[Session]) -> None:
-        if session and session[1]:
-            self._mark("INSERT OR REPLACE INTO sessions (sender, value, touched) VALUES (?, ?, ?)",
-                       *session, self._clock())
-        elif session:
-            self._mark("DELETE FROM sessions WHERE sender = ?", session[0])
-
-    def _mark(self, sql: str, *values: Any) -> None:
-        """Have a change written with the next commit. SQLite takes no half surrogates, which texts may have."""
-        self._marks.append((sql, [value.encode("utf-8", "replace").decode() if isinstance(value, str) else value
-                                  for value in values]))
-
-    def keep_unreadable(self, payload: bytes, reason: str) -> None:
-        """Keep the beginning of a push that could not be read; written within about a second."""
-        if not self._unreadable:
-            self._later(LOOK_AGAIN_SECONDS, self.flush)
-        self._unreadable.append(("INSERT INTO unreadable (received, reason, payload) VALUES (?, ?, ?)",
-                                 (self._clock(), reason, payload[:MAX_UNREADABLE_BYTES])))
-        del self._unreadable[:-MAX_UNREADABLE]
-
-    def flush(self) -> None:
-        """Write the marks. When the file cannot be written, that is left to the next look at it."""
-        with self._lock:
-            if (self._marks or self._unreadable) and not self._failing:
-                self._write()
-
-    def look(self) -> None:
-        """Notice files that were deleted or replaced; to be called about once a second, for when nothing is written."""
-        with self._lock:
-            if not self._failing and self._file.has_moved():
-                self._write()
-
-    def _write_now(self, changes: List[Change]) -> None:
-        """Write the changes, in one commit with those of other threads that wait for the lock."""
-        outcome: List[Optional[BaseException]] = []
-        self._waiting.append((changes, outcome))
-        with self._lock:
-            if not outcome:  # else the thread that had the lock has written them
-                self._write()
-        if outcome[0]:
-            raise JournalError("the journal cannot be written") from outcome[0]
-
-    def _write(self) -> bool:
-        """Write all that waits, or nothing; whether it is written."""
-        waiting, marks, unreadable = self._waiting[:], self._marks[:], self._unreadable[:]
-        del self._waiting[:len(waiting)]
-        added = itertools.chain.from_iterable(changes for changes, _ in waiting)
-        error = JournalError("closed") if self._closed else attempt(self._commit, [*marks, *unreadable, *added])
-        for _, outcome in waiting:
-            outcome.append(error)
-        if not error:
-            del self._marks[:len(marks)], self._unreadable[:len(unreadable)]
-            if self._failing:
-                self._failing = False
-                log.warning("the journal %s is written again", self._settings.journal)
-        elif not self._closed:
-            self._note_failure(error)
-        return not error
-
-    def _note_failure(self, error: BaseException) -> None:
-        if self._file.has_moved():
-            self._marks[:0] = self._file.rescue()
-        self._file.db.close()
-        if not self._failing:
-            self._failing = True
-            reason = error if isinstance(error, self._file.errors) else describe_error(error)
-            log.error("the journal %s cannot be written: %s; pushes are answered 503 until it can: free the disk, "
-                      "or correct the rights of its file, or move it away", self._settings.journal, reason)
-            self._later(LOOK_AGAIN_SECONDS, self._look_again)
-
-    def _commit(self, changes: List[Change]) -> None:
-        if self._failing:
-            self._file.open()
-            done = ((key, b"", 0) for sql, (*_, key) in changes if sql is _FINISH)
-            now, known = self._clock(), [*self.in_hand(), *done]
-            changes = [*((_RESTORE, (key, tries, now, payload)) for key, payload, tries in known), *changes]
-        self._changes += len(changes)
-        if self._changes >= TRIM_EVERY:
-            self._changes = 0
-            changes = [*changes, (_TRIM, (self._settings.dedup_size,)), (_TRIM_UNREADABLE, (MAX_UNREADABLE,)),
-                       (_TRIM_SESSIONS, (self._clock() - SESSION_SECONDS, self._settings.sessions))]
-        self._file.commit(changes)
-
-    def _look_again(self) -> None:
-        """Write the marks, or nothing, if the file can be written again though no message comes."""
-        with self._lock:
-            if self._failing and not self._closed and not self._write():
-                self._later(LOOK_AGAIN_SECONDS, self._look_again)
-
-    @property
-    def healthy(self) -> bool:
-        """Whether the last change could be written, and the files are where they were."""
-        return not self._failing and not self._file.has_moved()
+    # What is left from the last run
 
     def waiting(self) -> List[Row]:
         """The messages that are not done, oldest first."""
@@ -2710,11 +2629,132 @@ class Journal:
             (self._clock() - SESSION_SECONDS, self._settings.sessions))
         return found.fetchall()[::-1]
 
+    # What becomes of a message
+
+    def add(self, messages: Iterable[Tuple[str, bytes]]) -> None:
+        """Write down messages, each its key and its bytes, in one commit: all of them, or none and `JournalError`."""
+        now = self._clock()
+        self._write_now([(_ADD, (key, now, payload)) for key, payload in messages])
+
+    def begin(self, key: str, tries: int) -> None:
+        """Write down that try number ``tries`` of a message of an earlier process begins. Raises `JournalError`."""
+        self._write_now([("UPDATE messages SET tries = ?, begun = 1 WHERE key = ?", (tries - 1, key))])
+
+    def tried(self, key: str, tries: int) -> None:
+        """Try number ``tries`` of the message has failed, and another will follow."""
+        self._mark("UPDATE messages SET tries = ?, begun = 0 WHERE key = ?", (tries, key))
+
+    def answered(self, key: str, replies: str, session: Optional[Session] = None) -> None:
+        """The message's handler is done; ``replies``, which may be any text but an empty one, wait to be sent."""
+        self._mark("UPDATE messages SET replies = ?, begun = 0 WHERE key = ?", (_storable(replies), key), session)
+
+    def finish(self, key: str, session: Optional[Session] = None) -> None:
+        """The message is done: its content is forgotten."""
+        self._mark(_FINISH, (next(self._numbers), key), session)
+
+    def fail(self, key: str, error: str) -> None:
+        """The message's last try has failed; it is kept, with its replies and what is known of the error."""
+        self._mark("UPDATE messages SET state = 2, tries = tries + 1, begun = 0, error = ?, done = CASE WHEN "
+                   "replies != '' THEN ? END WHERE key = ?", (_storable(error), next(self._numbers), key))
+
+    def _mark(self, sql: str, values: Sequence[Any], session: Optional[Session] = None) -> None:
+        """Have a change written with the next commit, and the session in the same."""
+        marks: List[Change] = [(sql, values)]
+        if session and session[1]:
+            marks.append(("INSERT OR REPLACE INTO sessions (sender, value, touched) VALUES (?, ?, ?)",
+                          (session[0], _storable(session[1]), self._clock())))
+        elif session:
+            marks.append(("DELETE FROM sessions WHERE sender = ?", session[:1]))
+        self._marks.extend(marks)
+
+    def keep_unreadable(self, payload: bytes, reason: str) -> None:
+        """Keep the beginning of a push that could not be read, unless too many wait for the next commit; that is within
+        about a second."""
+        if not self._unreadable:
+            self._later(LOOK_AGAIN_SECONDS, self.flush)
+        self._unreadable += 1
+        if self._unreadable <= MAX_UNREADABLE:
+            self._mark("INSERT INTO unreadable (received, reason, payload) VALUES (?, ?, ?)",
+                       (self._clock(), reason, payload[:MAX_UNREADABLE_BYTES]))
+
+    # Writing
+
+    def flush(self) -> None:
+        """Write the marks, and notice files that were deleted or replaced; to be called about once a second at least.
+        When the file cannot be written, that is left to the next look at it."""
+        with self._lock:
+            if not self._failing and (self._marks or self._file.has_moved()):
+                self._write()
+
+    def _write_now(self, changes: List[Change]) -> None:
+        """Write the changes, in one commit with those of other threads that wait for the lock."""
+        outcome: List[Optional[BaseException]] = []
+        self._waiting.append((changes, outcome))
+        with self._lock:
+            if not outcome:  # else the thread that had the lock has written them
+                self._write()
+        if outcome[0]:
+            raise JournalError("the journal cannot be written") from outcome[0]
+
+    def _write(self) -> None:
+        """Write all that waits, or nothing, and tell the threads that wait what became of it."""
+        waiting, marks = self._waiting[:], self._marks[:]
+        del self._waiting[:len(waiting)]
+        added = [change for changes, _ in waiting for change in changes]
+        error = JournalError("closed") if self._closed else attempt(self._commit, marks + added)
+        for _, outcome in waiting:
+            outcome.append(error)
+        if not error:
+            del self._marks[:len(marks)]
+            self._unreadable = 0
+            if self._failing:
+                self._failing = False
+                log.warning("the journal %s is written again", self._settings.journal)
+        elif not self._closed:
+            self._note_failure(error)
+
+    def _commit(self, changes: List[Change]) -> None:
+        if self._failing:
+            self._file.open()
+            done = ((key, b"", 0) for sql, (*_, key) in changes if sql is _FINISH)
+            now, known = self._clock(), [*self.in_hand(), *done]
+            changes = [*((_RESTORE, (key, tries, now, payload)) for key, payload, tries in known), *changes]
+        self._changes += len(changes)
+        if self._changes >= TRIM_EVERY:
+            self._changes = 0
+            changes = [*changes, (_TRIM, (self._settings.dedup_size,)), (_TRIM_UNREADABLE, (MAX_UNREADABLE,)),
+                       (_TRIM_SESSIONS, (self._clock() - SESSION_SECONDS, self._settings.sessions))]
+        self._file.commit(changes)
+
+    def _note_failure(self, error: BaseException) -> None:
+        if self._file.has_moved():
+            self._marks[:0] = self._file.rescue()
+        self._file.db.close()
+        if not self._failing:
+            self._failing = True
+            reason = error if isinstance(error, self._file.errors) else describe_error(error)
+            log.error("the journal %s cannot be written: %s; pushes are answered 503 until it can: free the disk, "
+                      "or correct the rights of its file, or move it away", self._settings.journal, reason)
+            self._later(LOOK_AGAIN_SECONDS, self._look_again)
+
+    def _look_again(self) -> None:
+        """Write the marks, or nothing, if the file can be written again though no message comes."""
+        with self._lock:
+            if self._failing:
+                self._write()
+            if self._failing and not self._closed:
+                self._later(LOOK_AGAIN_SECONDS, self._look_again)
+
+    @property
+    def healthy(self) -> bool:
+        """Whether the last change could be written, and the files are where they were."""
+        return not self._failing and not self._file.has_moved()
+
     def close(self) -> None:
         """Write the marks, and let go of the file."""
         with self._lock:
             for _ in range(2):  # the second makes anew what was deleted
-                if self._marks or self._unreadable or not self.healthy:
+                if self._marks or not self.healthy:
                     self._write()
             self._closed = True
             self._file.close()
@@ -2722,81 +2762,13 @@ class Journal:
     def after_fork(self) -> None:
         """In a forked child: the journal stays the parent's. Nothing is written from here."""
         self._lock = threading.Lock()  # another thread of the parent may have it
-        self._marks.clear()
         self._closed = True
         self._file.after_fork()
 
 
-def _identify(file: Union[str, int]) -> Optional[Identity]:
-    """The identity of the file with this name or descriptor; None if there is none."""
-    try:
-        return _IDENTITY(os.stat(file))
-    except OSError:
-        return None
-
-
-def _drop_descriptors(identities: Collection[Identity]) -> None:
-    """Let this process's descriptors of some files lead to nothing. They are not closed: SQLite keeps their numbers."""
-    try:
-        numbers = [int(name) for name in os.listdir("/dev/fd")]
-    except OSError:  # there is no /proc
-        numbers = list(range(3, 4096))
-    null = os.open(os.devnull, os.O_RDONLY)  # it cannot be locked for writing, so SQLite deletes nothing
-    for number in numbers:
-        if _identify(number) in identities:
-            os.dup2(null, number, inheritable=False)
-    os.close(null)
-
-
-def read_rows(db: sqlite3.Connection, state: int) -> List[Row]:
-    """The messages in one state, oldest first."""
-    found = db.execute("""SELECT key, tries, begun, received, coalesce(payload, x''), coalesce(error, ''),
-        coalesce(replies, '') FROM messages WHERE state = ? ORDER BY id""", (state,))
-    return [Row(key, tries, bool(begun), *rest) for key, tries, begun, *rest in found]
-
-
-def _read_version(db: sqlite3.Connection, path: str) -> int:
-    """The journal's layout; 0 for an empty file. Raises `SettingsError` for a file that is not ours."""
-    mark, version = [db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version")]
-    if mark or version or db.execute("SELECT 1 FROM sqlite_master").fetchone():
-        _check_marks(mark, version, path)
-    return int(version)
-
-
-def _refuse_company(db: sqlite3.Connection, path: str) -> None:
-    """Raise `JournalTaken` if another process has the file open: the lock's file may have been deleted, and older
-    versions had another lock. SQLite grants its exclusive lock only to a process that is alone."""
-    import sqlite3
-    try:
-        for statement in ("PRAGMA locking_mode = EXCLUSIVE", "BEGIN EXCLUSIVE", "COMMIT"):
-            db.execute(statement).fetchall()
-    except sqlite3.OperationalError as error:
-        if "locked" in str(error):
-            raise JournalTaken(path) from error
-        raise
-    for statement in ("PRAGMA locking_mode = NORMAL", "PRAGMA user_version"):
-        db.execute(statement).fetchall()  # the lock is freed by the next reading
-
-
-def _refuse_foreign_file(path: str) -> None:
-    """Look at the head of the file (SQLite's file format, section 1.3) before SQLite touches it. Only whoever has the
-    lock may do so: closing the file frees SQLite's locks on it."""
-    try:
-        with open(path, "rb") as file:
-            head = file.read(100)
-    except FileNotFoundError:
-        return
-    if head:
-        is_database = head.startswith(b"SQLite format 3\0")
-        _check_marks(is_database and int.from_bytes(head[68:72], "big"), int.from_bytes(head[60:64], "big"), path)
-
-
-def _check_marks(mark: int, version: int, path: str) -> None:
-    """Raise `SettingsError` for marks of another program, or of a kfserver of the future."""
-    if mark != JOURNAL_ID:
-        raise SettingsError(f"{path} is not a journal of kfserver, and was left as it is: name another --journal")
-    if version > JOURNAL_VERSION:
-        raise SettingsError(f"the journal {path} was written by a newer kfserver, and was left as it is: use that one")
+def _storable(text: str) -> str:
+    """The text with a mark in the place of half surrogates, which SQLite does not take."""
+    return text.encode("utf-8", "replace").decode()
 
 
 # ---- 11 Shared claims -----------------------------------------------------------------------------------------------
@@ -4226,7 +4198,7 @@ class Handling:
             job.sent += self._api is not None
             job.replies.popleft()
             if job.replies and self.journal:
-                self.journal.replied(job.message.key, encode_replies(job.replies))
+                self.journal.answered(job.message.key, encode_replies(job.replies))
         return None
 
     def _finish(self, job: Job) -> None:
@@ -4443,8 +4415,7 @@ class Inbox:
     def each_second(self) -> None:
         """Begin what a shortage of threads held up, and notice a journal that was deleted though nothing is written."""
         self._dispatcher.wake()
-        if self._journal:
-            self._journal.look()
+        self.handling.flush()
 
     def trouble(self) -> str:
         """What keeps messages from being taken, in words; empty if nothing does."""
@@ -6243,17 +6214,11 @@ def journal_command(arguments: argparse.Namespace) -> int:
 
 
 def _connect_beside(path: str, mode: str) -> sqlite3.Connection:
-    """A connection that never makes the file. Nothing but SQLite opens it: a server of this process may have locks on
-    it, which the closing of a descriptor would free. Raises `SettingsError` for a file that is not ours."""
-    import sqlite3
-    address = f"file:{quote(os.fsencode(path))}?mode={mode}"
-    db = sqlite3.connect(address, uri=True, timeout=LOCK_SECONDS, isolation_level=None)
-    try:
-        if 0 < _read_version(db, path) < JOURNAL_VERSION:
-            raise SettingsError(f"the journal {path} is of an older kfserver: start the server once, which updates it")
-    except BaseException:
+    """A connection that never makes the file. Raises `SettingsError` for a file that is not ours."""
+    db, version = connect_journal(path, mode)
+    if 0 < version < JOURNAL_VERSION:
         db.close()
-        raise
+        raise SettingsError(f"the journal {path} is of an older kfserver: start the server once, which updates it")
     return db
 
 
@@ -6608,7 +6573,6 @@ def check_parts(settings: Settings, registry: HandlerRegistry) -> None:
 
 def _check_journal_file(path: str) -> None:
     import tempfile
-    _refuse_foreign_file(path)
     try:
         tempfile.TemporaryFile(dir=os.path.dirname(os.path.abspath(path))).close()
         if os.path.exists(path):
@@ -6616,6 +6580,7 @@ def _check_journal_file(path: str) -> None:
     except OSError as error:
         raise SettingsError(f"cannot write the journal {path}: {error.strerror}; make its folder, and let this user "
                             "write there, or name another --journal") from error
+    refuse_foreign_file(path)
 
 
 def _advice(settings: Settings, environment: Mapping[str, str], is_shown: bool) -> Iterator[str]:

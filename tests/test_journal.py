@@ -17,6 +17,7 @@ import tempfile
 import textwrap
 import threading
 from typing import Any, Callable, ContextManager, Dict, Iterator, List, NamedTuple, Optional, Tuple
+from urllib.parse import unquote, urlsplit
 
 import pytest
 from support import PATIENCE, ROOT, Shop, push, wait_until
@@ -68,8 +69,9 @@ class Connections:
 
     def open(self, path: str, **options: Any) -> sqlite3.Connection:
         """Stands in for ``sqlite3.connect``."""
-        connection = self._opened[path] = connect(path, **options)
-        if not path.endswith("-lock") and self._pragma:
+        connection = connect(path, **options)
+        self._opened[unquote(urlsplit(path).path)] = connection
+        if self._pragma:
             connection.execute(self._pragma)
         return connection
 
@@ -448,7 +450,7 @@ def test_journal_marks_are_written_by(path: str, write: Callable[[Journal], None
         journal.tried("a/2", 1)
         journal.fail("a/3", "ValueError")
         journal.answered("a/4", "[]", ("app/user", "{}"))
-        journal.replied("a/5", "[]")
+        journal.answered("a/5", "[]")
         assert stored(path) == before
         write(journal)
         assert [(row.state, row.tries) for row in stored(path)[:4]] == [
@@ -489,7 +491,7 @@ def test_journal_flush_leaves_a_broken_file_to_the_next_look(path: str, monkeypa
     pytest.param(lambda journal: [journal.begin("a/1", 3), journal.tried("a/1", 3)], 3, False, "", id="begun, failed"),
     pytest.param(lambda journal: [journal.begin("a/1", 1), journal.answered("a/1", '["hi"]')], 0, False, '["hi"]',
                  id="begun, answered"),
-    pytest.param(lambda journal: [journal.answered("a/1", '["a", "b"]'), journal.replied("a/1", '["b"]')], 0, False,
+    pytest.param(lambda journal: [journal.answered("a/1", '["a", "b"]'), journal.answered("a/1", '["b"]')], 0, False,
                  '["b"]', id="one reply sent"),
     pytest.param(lambda journal: journal.answered("a/1", "half \ud83d"), 0, False, "half ?", id="half a surrogate"),
 ])
@@ -579,21 +581,37 @@ def test_journal_writes_a_session_in_the_commit_of_its_messages_mark(path: str, 
         heard = connections.listen(path)
         journal.finish("a/1", ("ann", "{}"))
         journal.flush()
-        assert [word.split()[0] for word in heard] == ["BEGIN", "INSERT", "UPDATE", "COMMIT"]
+        assert [word.split()[0] for word in heard] == ["BEGIN", "UPDATE", "INSERT", "COMMIT"]
 
 
-def test_journal_keeps_the_beginnings_of_the_last_pushes_that_could_not_be_read(path: str) -> None:
+def test_journal_keeps_the_beginnings_of_the_last_pushes_that_could_not_be_read(
+        path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kfserver, "TRIM_EVERY", 5)
     due: List[Callable[[], None]] = []
     journal = Journal(Settings(journal=path), lambda seconds, job: due.append(job), lambda: NOW)
     with contextlib.closing(journal):
-        for number in range(150):
-            journal.keep_unreadable(b"%d " % number + b"x" * 100_000, "not XML")
-        flush, = due
-        flush()
-        with contextlib.closing(connect(path)) as db:
-            rows = db.execute("SELECT received, reason, payload FROM unreadable ORDER BY id").fetchall()
+        for first in range(0, 150, 30):
+            for number in range(first, first + 30):
+                journal.keep_unreadable(b"%d " % number + b"x" * 100_000, "not XML")
+            flush, = due
+            due.clear()
+            flush()
+        rows = unreadable(path)
     assert [int(payload.split()[0]) for _, _, payload in rows] == list(range(50, 150))
     assert {(received, reason, len(payload)) for received, reason, payload in rows} == {(NOW, "not XML", 64 * 1024)}
+
+
+def test_journal_lets_few_unreadable_pushes_wait_for_a_commit(path: str) -> None:
+    with opened(path) as journal:
+        for number in range(150):
+            journal.keep_unreadable(b"%d" % number, "not XML")
+    assert [int(payload) for _, _, payload in unreadable(path)] == list(range(100))
+
+
+def unreadable(path: str) -> List[Tuple[float, str, bytes]]:
+    """The pushes in the journal that could not be read: when each came, the reason, and its bytes."""
+    with contextlib.closing(connect(path)) as db:
+        return db.execute("SELECT received, reason, payload FROM unreadable ORDER BY id").fetchall()
 
 
 # ---- Size
@@ -969,16 +987,16 @@ def test_kf_server_loses_nothing_when_its_files_are_deleted_or_replaced(
 
 
 @pytest.mark.parametrize("suffix", ["", "-wal", "-shm", "-lock"])
-def test_journal_look_notices_deleted_files_though_nothing_comes(path: str, suffix: str) -> None:
+def test_journal_flush_notices_deleted_files_though_nothing_comes(path: str, suffix: str) -> None:
     due: List[Callable[[], None]] = []
     journal = Journal(Settings(journal=path), lambda seconds, job: due.append(job), lambda: NOW)
     with contextlib.closing(journal):
         journal.add([("a/1", b"1")])
-        journal.look()
+        journal.flush()
         assert (journal.healthy, due) == (True, [])
         os.unlink(path + suffix)
         assert not journal.healthy
-        journal.look()
+        journal.flush()
         due.pop()()
         assert journal.healthy
         assert [row.key for row in left_by_a_kill(path)] == ["a/1"]
