@@ -2830,61 +2830,48 @@ def connect_redis(url: str) -> Any:
     return client
 
 
-class _Question:
-    """Commands of a caller who waits, and what Redis answers to each: None until it does."""
-
-    __slots__ = ("answers", "commands")
-
-    def __init__(self, commands: Sequence[_Command]) -> None:
-        self.commands = commands
-        self.answers: Optional[List[Any]] = None
-
-
 class RedisLine:
-    """A connection to Redis, and the thread that alone uses it: resolving, connecting and waiting happen there.
+    """A connection to the Redis at ``url``, and the thread that alone uses it: resolving, connecting and waiting happen
+    there.
 
-    All that is owed and then all that is asked goes in one pipeline: a claim never overtakes an older release. ``away``
-    is why Redis is away, if it is: after an error, or when it took longer than REDIS_TIMEOUT. Nobody waits for it then.
+    All that is owed and then all that is asked goes in one pipeline: a claim never overtakes an older release. Redis is
+    away after an error, or when it took longer than REDIS_TIMEOUT: nobody waits for it then.
     """
 
     def __init__(self, url: str) -> None:
         self._client = connect_redis(url)
-        self.away: Optional[BaseException] = None
-        self._changed = threading.Condition()  # guards all here; told when there is work, and when it is done
-        self._questions: List[_Question] = []
+        self._changed = threading.Condition()  # guards all below; told when there is work, and when it is done
+        self._asked: List[Tuple[Sequence[_Command], List[Any]]] = []  # and the lists that the answers go to
         self._owed: OrderedDict[str, _Command] = OrderedDict()
         self._thread: Optional[threading.Thread] = None
         self._begun = 0.0  # when the pipeline in hand was begun, by the monotonic clock
-        self._closed = False
+        self._away = self._closed = False
 
     def open(self) -> None:
-        """See to it that the thread runs, which connects at once."""
+        """Get ready to serve: see to it that the thread runs, which connects at once. Waits for nothing."""
         with self._changed:
             if self._closed or (self._thread and self._thread.is_alive()):
                 return
-            thread = threading.Thread(target=self._work, name="kfserver-redis", daemon=True)
-            try:
-                thread.start()
-                self._thread = thread
-            except RuntimeError as error:  # no thread to spare, or the interpreter ends: the next call tries again
+            self._thread = threading.Thread(target=self._work, name="kfserver-redis", daemon=True)
+            error = attempt(self._thread.start)
+            if error:  # no thread to spare, or the interpreter ends: the next call tries again
                 self._note(error)
 
-    def ask(self, commands: Sequence[_Command], seconds: float) -> Optional[List[Any]]:
-        """What Redis answers to each of the commands within ``seconds``; None if it does not, or is away."""
+    def ask(self, commands: Sequence[_Command], seconds: float) -> List[Any]:
+        """What Redis answers to each of the commands within ``seconds``; nothing if it does not, or is away."""
         self.open()
-        question, started = _Question(commands), time.monotonic()
+        answers: List[Any] = []
+        started = time.monotonic()
         with self._changed:
-            if self.away or self._closed:
-                return None
-            self._questions.append(question)
+            if self._away or self._closed:
+                return []
+            self._asked.append((commands, answers))
             self._changed.notify_all()
-            self._changed.wait_for(lambda: question.answers is not None or self.away, seconds)
-            if question in self._questions:
-                self._questions.remove(question)
+            self._changed.wait_for(lambda: answers or self._away, seconds)
             # A pipeline that was begun later, after another's, may still be in time.
-            if question.answers is None and self._begun < started + REDIS_TIMEOUT / 10:
-                self._note(self.away or TimeoutError())
-        return question.answers
+            if not answers and self._begun < started + REDIS_TIMEOUT / 10:
+                self._note(TimeoutError())
+            return answers[:]
 
     def owe(self, name: str, command: _Command) -> None:
         """Send the command soon, or when Redis is back, and wait for nothing; the last one of a name counts."""
@@ -2899,12 +2886,14 @@ class RedisLine:
 
     def _note(self, error: Optional[BaseException]) -> None:
         """Note whether Redis is away, and tell when that changes."""
-        if error and not self.away:
+        if error and not self._away:
             log.warning("Redis is away (%s): this instance drops only the repeats that it has seen itself; "
                         "check the server that --redis names", type(error).__name__)
-        elif self.away and not error:
+        elif self._away and not error:
             log.warning("Redis is back: instances share their claims again")
-        self.away = error
+        self._away = error is not None
+        if error:
+            self._asked.clear()  # nobody waits for these any more
         self._changed.notify_all()
 
     def _work(self) -> None:
@@ -2914,36 +2903,33 @@ class RedisLine:
             self._begun = time.monotonic()
             error = attempt(self._client.ping) if error else None  # resolves and connects, which may take long
             with self._changed:
-                questions, self._questions, owed = self._questions, [], dict(self._owed)
+                asked, self._asked, owed = self._asked, [], dict(self._owed)
             if self._closed and not owed:
                 break
-            error = error or attempt(self._exchange, questions, owed)
+            error = error or attempt(self._exchange, asked, owed)
             with self._changed:
                 self._note(error)
                 if self._closed and error:
                     break
-                self._pause()
+                took = time.monotonic() - self._begun
+                if error:
+                    self._changed.wait_for(lambda: self._closed, REDIS_PAUSE)
+                    continue
+                self._changed.wait_for(lambda: self._closed or self._asked or self._owed, REDIS_IDLE)
+                # What is owed waits for a question as long as the last pipeline took, to go with it.
+                self._changed.wait_for(lambda: self._closed or self._asked, took)
         attempt(self._client.connection_pool.disconnect)
 
-    def _pause(self) -> None:
-        """Wait for work. What is owed waits for a question as long as the last pipeline took, to go with it."""
-        took = time.monotonic() - self._begun
-        if self.away:
-            self._changed.wait_for(lambda: self._closed, REDIS_PAUSE)
-        else:
-            self._changed.wait_for(lambda: self._closed or self._questions or self._owed, REDIS_IDLE)
-            self._changed.wait_for(lambda: self._closed or self._questions, took)
-
-    def _exchange(self, questions: Sequence[_Question], owed: Mapping[str, _Command]) -> None:
+    def _exchange(self, asked: Sequence[Tuple[Sequence[_Command], List[Any]]], owed: Mapping[str, _Command]) -> None:
         """Send what waits, and hand the answers out. Raises what the package raises, and TimeoutError if it is slow."""
         started, pipeline = time.monotonic(), self._client.pipeline(transaction=False)
-        asked = [command for question in questions for command in question.commands]
-        for command in [*owed.values(), *asked] or [_PROBE]:
+        wanted = [command for commands, _ in asked for command in commands]
+        for command in [*owed.values(), *wanted] or [_PROBE]:
             pipeline.execute_command(*command)
-        answers = iter(pipeline.execute()[len(owed):])
+        found = iter(pipeline.execute()[len(owed):])
         with self._changed:
-            for question in questions:
-                question.answers = list(itertools.islice(answers, len(question.commands)))
+            for commands, answers in asked:
+                answers.extend(itertools.islice(found, len(commands)))
             for name, command in owed.items():
                 if self._owed.get(name) is command:  # else a newer one has come meanwhile
                     del self._owed[name]
@@ -2955,25 +2941,17 @@ class RedisLine:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-        if self._thread:
+        if self._thread and self._thread.is_alive():
             self._thread.join(REDIS_PATIENCE)
         with self._changed:
             self._owed.clear()
 
-
-def check_redis(settings: Settings) -> None:
-    """Raise `SettingsError` unless the Redis of the settings, if there is one, does what claims need."""
-    if settings.redis:
-        client = connect_redis(settings.redis)
-        error = attempt(client.execute_command, *_PROBE)
-        client.connection_pool.disconnect()
-        if error:
-            raise SettingsError(f"--redis (KF_REDIS): no good answer from there ({type(error).__name__}): check the "
-                                "address and the server; without it, each instance drops only the repeats that it has "
-                                "seen itself")
+    def is_away(self) -> bool:
+        """Whether Redis is away."""
+        return self._away
 
 
-class SharedClaims:
+class SharedClaims(RedisLine):
     """`ClaimCache`'s methods over the Redis at ``url``; ``local`` decides first, and alone while Redis is away.
 
     Redis keeps a claim for 3 s, and for a day once its message is safe; nobody waits until that is written. Keeps
@@ -2981,16 +2959,15 @@ class SharedClaims:
     """
 
     def __init__(self, url: str, local: ClaimCache) -> None:
-        self._local, self._owner = local, os.urandom(8).hex()
+        super().__init__(url)
+        self._local, self._instance = local, os.urandom(8).hex()
         self._known: Set[str] = set()  # keys in hand that Redis may have from us
-        self._line = RedisLine(url)
 
     def __len__(self) -> int:
         return len(self._local)
 
-    def open(self) -> None:
-        """Get ready to serve: connect, and do not wait for it. Otherwise the first message does so."""
-        self._line.open()
+    def _owner(self) -> str:
+        return f"{self._instance}-{os.getpid()}"  # a forked process is another instance
 
     def claim(self, key: str) -> bool:
         """True for exactly one caller in this instance; False for a repeat. Raises `BeingTaken`."""
@@ -3004,12 +2981,12 @@ class SharedClaims:
         """
         self._known.update(keys)
         commands = [command for key in keys for command in (
-            ("SET", _name(key), self._owner, "PX", CLAIM_MS, "NX"), ("GET", _name(key)))]
-        answers = (keys and self._line.ask(commands, REDIS_TIMEOUT)) or [True, None] * len(keys)
+            ("SET", _name(key), self._owner(), "PX", CLAIM_MS, "NX"), ("GET", _name(key)))]
+        answers = (keys and self.ask(commands, REDIS_TIMEOUT)) or [True, None] * len(keys)
         return [self._judge(*each) for each in zip(keys, answers[::2], answers[1::2])]
 
     def _judge(self, key: str, is_set: bool, value: Optional[bytes]) -> Union[bool, PushError]:
-        if is_set or value == self._owner.encode():  # ours: its release was lost
+        if is_set or value == self._owner().encode():  # ours: its release was lost
             return True
         self._known.discard(key)
         self._local.release(key)
@@ -3022,6 +2999,15 @@ class SharedClaims:
         self._local.accept(key)
         self._mark(key)
 
+    def restore(self, key: str) -> None:
+        """The message was accepted before a restart, and is in hand again."""
+        self._local.restore(key)
+        self._mark(key)
+
+    def _mark(self, key: str) -> None:
+        self._known.add(key)
+        self.owe(key, ("SET", _name(key), "+" + self._owner(), "PX", REMEMBER_MS))
+
     def finish(self, key: str) -> None:
         """The message is done."""
         self._local.finish(key)
@@ -3032,16 +3018,7 @@ class SharedClaims:
         self._local.release(key)
         if key in self._known:  # else Redis has nothing, or what was finished long ago
             self._known.discard(key)
-            self._line.owe(key, ("EVAL", _RELEASE, 1, _name(key), self._owner))
-
-    def restore(self, key: str) -> None:
-        """The message was accepted before a restart, and is in hand again."""
-        self._local.restore(key)
-        self._mark(key)
-
-    def _mark(self, key: str) -> None:
-        self._known.add(key)
-        self._line.owe(key, ("SET", _name(key), "+" + self._owner, "PX", REMEMBER_MS))
+            self.owe(key, ("EVAL", _RELEASE, 1, _name(key), self._owner()))
 
     def load_session(self, name: str) -> str:
         """The text that any instance saved last for the conversation; empty if there is none.
@@ -3053,28 +3030,28 @@ class SharedClaims:
 
     def save_session(self, name: str, text: str) -> None:
         """Keep the text for 48 h; an empty one is deleted. Waits and raises as `load_session` does."""
-        if text:
-            self._ask_for_session("SET", name, text, "PX", SESSION_MS)
-        else:
-            self._ask_for_session("DEL", name)
+        self._ask_for_session(*(("SET", name, text, "PX", SESSION_MS) if text else ("DEL", name)))
 
     def _ask_for_session(self, verb: str, name: str, *arguments: Any) -> Any:
-        answers = self._line.ask([(verb, "kfserver-session:" + name, *arguments)], REDIS_PATIENCE)
-        if answers is None:
-            raise SessionUnavailable("Redis is away, and conversations are there")
-        return answers[0]
-
-    def close(self) -> None:
-        """Write what is owed, if Redis is there, for 1 s at most; nothing is written afterwards."""
-        self._line.close()
-
-    def is_away(self) -> bool:
-        """Whether Redis is away."""
-        return self._line.away is not None
+        for answer in self.ask([(verb, "kfserver-session:" + name, *arguments)], REDIS_PATIENCE):
+            return answer
+        raise SessionUnavailable("Redis is away, and conversations are there")
 
 
 def _name(key: str) -> str:
     return "kfserver:" + key
+
+
+def check_redis(settings: Settings) -> None:
+    """Raise `SettingsError` unless the Redis of the settings, if there is one, does what claims need."""
+    if settings.redis:
+        client = connect_redis(settings.redis)
+        error = attempt(client.execute_command, *_PROBE)
+        client.connection_pool.disconnect()
+        if error:
+            raise SettingsError(f"--redis (KF_REDIS): no good answer from there ({type(error).__name__}): check the "
+                                "address and the server; without it, each instance drops only the repeats that it has "
+                                "seen itself")
 
 
 # ---- 12 Replies -----------------------------------------------------------------------------------------------------

@@ -741,6 +741,29 @@ def test_kf_server_of_a_forked_process_claims_for_itself(redis_server: RedisServ
     assert told["child"] == "[False, True]"
 
 
+BEFORE_FIRST_USE = """
+import kfserver, os, sys
+
+kfserver.REDIS_TIMEOUT = float(sys.argv[2])
+claims = kfserver.SharedClaims(sys.argv[1], kfserver.ClaimCache(10))
+child = os.fork()
+if child:
+    os.waitpid(child, 0)
+claims.claim("key")
+print(claims.confirm(["key"]), flush=True)
+os._exit(0)
+"""
+
+
+@needs_package
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_shared_claims_made_before_a_fork_are_not_the_same_instance_in_both(
+        redis_server: RedisServer, store: Any) -> None:
+    result = subprocess.run([sys.executable, "-c", BEFORE_FIRST_USE, redis_server.url, str(PATIENCE)], cwd=str(ROOT),
+                            capture_output=True, timeout=2 * PATIENCE, text=True)
+    assert result.stdout.startswith("[True]\n[BeingTaken("), result.stderr
+
+
 # ---- Settings
 
 
