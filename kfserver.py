@@ -2339,10 +2339,11 @@ SESSION_SECONDS = 48 * 60 * 60.0
 MAX_UNREADABLE = 100
 MAX_UNREADABLE_BYTES = 64 * 1024
 
-WAITING, FINISHED, DEAD = 0, 1, 2
+# The states of rows. A push that could not be read is a row too; its key has a blank, as no message's has.
+WAITING, FINISHED, DEAD, UNREADABLE = 0, 1, 2, 3
 
-# What makes layout 1 of an empty file, layout 2 of layout 1. `done` numbers the messages in the order in which their
-# handlers were done; the index leaves out those that are dead, so a clean-up reads only what it may delete.
+# What makes layout 1 of an empty file, layout 2 of layout 1. `done` numbers the messages in the order in which they were
+# finished, or failed for good.
 _LAYOUTS = (
     ("""CREATE TABLE messages (id INTEGER PRIMARY KEY, key TEXT NOT NULL UNIQUE, state INTEGER NOT NULL,
         tries INTEGER NOT NULL, received REAL NOT NULL, payload BLOB, error TEXT)""",),
@@ -2350,23 +2351,16 @@ _LAYOUTS = (
      "ALTER TABLE messages ADD COLUMN replies TEXT",
      "ALTER TABLE messages ADD COLUMN done INTEGER",
      "UPDATE messages SET done = id WHERE state = 1",
-     "CREATE INDEX messages_done ON messages (done) WHERE state = 1",
-     "CREATE TABLE sessions (sender TEXT PRIMARY KEY, value TEXT NOT NULL, touched REAL NOT NULL)",
-     "CREATE TABLE unreadable (id INTEGER PRIMARY KEY, received REAL NOT NULL, reason TEXT NOT NULL, payload BLOB)"))
+     "CREATE TABLE sessions (sender TEXT PRIMARY KEY, value TEXT NOT NULL, touched REAL NOT NULL)"))
 
-# Succeeds only if no other process has the file open. The last statement reads, which frees the exclusive lock.
-_BE_ALONE = ("PRAGMA locking_mode = EXCLUSIVE", "BEGIN EXCLUSIVE", "COMMIT", "PRAGMA locking_mode = NORMAL",
-             "PRAGMA user_version")
 _ADD = "INSERT OR REPLACE INTO messages (key, state, tries, received, payload) VALUES (?, 0, 0, ?, ?)"
 _FINISH = "UPDATE messages SET state = 1, begun = 0, payload = NULL, replies = NULL, done = ? WHERE key = ?"
-# For a file that was opened anew.
-_RESTORE = "INSERT OR IGNORE INTO messages (key, state, tries, received, payload) VALUES (?, 0, ?, ?, ?)"
+# For a message whose row went with a file that could not be read any more.
+_REMEMBER = "INSERT OR IGNORE INTO messages (done, key, state, tries, received) VALUES (?, ?, 1, 0, 0)"
 # The clean-up.
-_TRIM = """DELETE FROM messages WHERE state = 1 AND done <=
-    (SELECT done FROM messages WHERE state = 1 ORDER BY done DESC LIMIT 1 OFFSET ?)"""
+_FORGET = "DELETE FROM messages WHERE done = ? AND key = ?"
 _TRIM_SESSIONS = """DELETE FROM sessions WHERE touched < ? OR sender IN
     (SELECT sender FROM sessions ORDER BY touched DESC LIMIT -1 OFFSET ?)"""
-_TRIM_UNREADABLE = "DELETE FROM unreadable WHERE id <= (SELECT MAX(id) FROM unreadable) - ?"
 
 # What tells a file from all others, whatever its name: its device and inode.
 _IDENTITY = operator.attrgetter("st_dev", "st_ino")
@@ -2379,11 +2373,7 @@ Session = Tuple[str, str]
 
 
 class JournalTaken(SettingsError):
-    """Another process has the journal at ``path``."""
-
-    def __init__(self, path: str) -> None:
-        super().__init__(f"the journal {path} is in another process's hands: stop that one, or serve from one process "
-                         "with threads, or set --redis instead of --journal for several")
+    """Another process has the journal."""
 
 
 class Row(NamedTuple):
@@ -2409,18 +2399,18 @@ def read_rows(db: sqlite3.Connection, state: int) -> List[Row]:
     return [Row(key, tries, bool(begun), *rest) for key, tries, begun, *rest in found]
 
 
-def connect_journal(path: str, mode: str) -> Tuple[sqlite3.Connection, int]:
-    """A connection to a journal, and the version of its layout, which is 0 for an empty file.
+def connect_journal(path: str, mode: str) -> sqlite3.Connection:
+    """A connection to a journal, in a ``mode`` of SQLite's addresses, and makes no file.
 
-    ``mode`` is that of an SQLite address, and makes no file. Raises `SettingsError` for one that is not ours. Only
-    SQLite opens it: who closes another descriptor of the file frees the locks that this process has on it.
+    Raises `SettingsError` for a file that is not ours. Only SQLite opens it: who closes another descriptor of the file
+    frees the locks that this process has on it.
     """
     import sqlite3
     foreign = f"{path} is not a journal of kfserver, and was left as it is: name another --journal"
     db = sqlite3.connect(f"file:{quote(os.fsencode(path))}?mode={mode}", uri=True, timeout=LOCK_SECONDS,
                          isolation_level=None, check_same_thread=False)
     try:
-        mark, version, pages = [int(db.execute(f"PRAGMA {name}").fetchone()[0])
+        mark, version, pages = [db.execute(f"PRAGMA {name}").fetchone()[0]
                                 for name in ("application_id", "user_version", "page_count")]
         if pages and mark != JOURNAL_ID:
             raise SettingsError(foreign)
@@ -2432,94 +2422,77 @@ def connect_journal(path: str, mode: str) -> Tuple[sqlite3.Connection, int]:
         if "not a database" in str(error):
             raise SettingsError(foreign) from error
         raise
-    return db, version
+    return db
 
 
 def refuse_foreign_file(path: str) -> None:
     """Raise `SettingsError` for a file that is there and not ours, without touching it or what lies beside it."""
     if os.path.exists(path):
-        connect_journal(path, "ro&immutable=1")[0].close()
+        connect_journal(path, "ro&immutable=1").close()
 
 
 class JournalFile:
     """The SQLite file at ``path``, its companions and its lock, which one process has at a time. Not thread-safe.
 
     The lock is a flock(2) on a file of its own. SQLite's locks do not suffice: a process loses them when it closes any
-    descriptor of the file, as a handler does that copies it. ``sync`` is SQLite's ``synchronous``.
+    descriptor of the file, as a handler does that copies it. The lock's file does not suffice: it may be deleted.
+    ``sync`` is SQLite's ``synchronous``.
     """
 
     def __init__(self, path: str, sync: str) -> None:
         import sqlite3
         self.path, self._sync = os.path.realpath(path), sync  # handlers may change the current folder
         self.errors = (sqlite3.Error, OSError, SettingsError)
-        self._names = [self.path + suffix for suffix in ("-lock", "", "-wal", "-shm")]
         self._opened: Dict[str, Tuple[int, int]] = {}  # the files by their names, as they were opened
         self._lock: Optional[int] = None  # the descriptor of the lock's file
         self.db = sqlite3.connect(":memory:")
         self.db.close()  # whoever uses it before it is opened gets one of the errors
 
-    def open(self) -> None:
-        """Take the lock, unless it is ours, and open the file: make it if there is none, update an older layout.
-
-        Raises `JournalTaken`, another `SettingsError` for a file that is not ours, or another of ``errors``.
-        """
-        is_ours = self._has_lock()
-        try:
-            if not is_ours:
-                self._release()
-                self._take_lock()
-            refuse_foreign_file(self.path)
-            os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))  # SQLite gives its companions the same mode
-            for name in self._names:
-                with contextlib.suppress(OSError):  # it is not there, or belongs to another user
-                    os.chmod(name, 0o600)
-            self.db, version = connect_journal(self.path, "rw")
-            # The lock's file may have been deleted, and older versions had another lock.
-            for statement in (*(() if is_ours else _BE_ALONE), *_lay_out(version, self._sync)):
-                self.db.execute(statement).fetchall()
-        except self.errors as error:
-            self.db.close()
-            if not is_ours:
-                self._release()
-                if str(error) == "database is locked":
-                    raise JournalTaken(self.path) from error
-            raise
-        self._opened = {name: _IDENTITY(os.stat(name)) for name in self._names if os.path.exists(name)}
-
-    def _has_lock(self) -> bool:
-        """Whether the lock was taken, and its file is still in its place."""
-        with contextlib.suppress(OSError):
-            return self._lock is not None and os.path.samestat(os.fstat(self._lock), os.stat(self._names[0]))
-        return False
-
-    def _take_lock(self) -> None:
-        """Hold the right to write until the process ends, in whatever way: the system frees the lock then."""
+    def lock(self) -> None:
+        """Hold the right to write until the process ends, in whatever way: the system frees the lock then. Raises
+        BlockingIOError if another process has it."""
         if fcntl is None:  # Windows does not free SQLite's own locks too early
             return
-        lock = os.open(self._names[0], os.O_RDWR | os.O_CREAT, 0o600)
+        lock = os.open(self.path + "-lock", os.O_RDWR | os.O_CREAT, 0o600)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
+        except OSError:
             os.close(lock)
-            raise JournalTaken(self.path) from None
+            raise
         self._lock = lock
-        if not self._has_lock():  # the process that had it has just removed its file
-            raise JournalTaken(self.path)
 
-    def _release(self) -> None:
-        """Free the lock. Its file goes first, if it is still ours."""
-        if self._has_lock():
-            with contextlib.suppress(OSError):
-                os.unlink(self._names[0])
-        if self._lock is not None:
-            os.close(self._lock)
-        self._lock = None
+    def open(self) -> None:
+        """Open the file: make it if there is none, update an older layout.
+
+        Raises `SettingsError` for a file that is not ours, "database is locked" if another process has it open, or
+        another of ``errors``.
+        """
+        refuse_foreign_file(self.path)
+        os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))  # SQLite gives its companions the same mode
+        names = [self.path + suffix for suffix in ("", "-wal", "-shm")]
+        for name in (*names, self.path + "-lock"):
+            with contextlib.suppress(OSError):  # it is not there, or belongs to another user
+                os.chmod(name, 0o600)
+        self.db = connect_journal(self.path, "rw")
+        version, = self.db.execute("PRAGMA user_version").fetchone()
+        for statement in (
+                "PRAGMA secure_delete = ON",
+                # SQLite grants this lock only to who is alone; the next reading after NORMAL frees it.
+                "PRAGMA locking_mode = EXCLUSIVE", "BEGIN EXCLUSIVE",
+                # Before the switch to WAL: the head of the file itself must say from the first moment that it is ours.
+                *itertools.chain.from_iterable(_LAYOUTS[version:]),
+                *((f"PRAGMA application_id = {JOURNAL_ID}", f"PRAGMA user_version = {JOURNAL_VERSION}")
+                  if version < JOURNAL_VERSION else ()),
+                "COMMIT", "PRAGMA locking_mode = NORMAL", "PRAGMA user_version",
+                "PRAGMA journal_mode = WAL", f"PRAGMA synchronous = {self._sync}", "PRAGMA wal_checkpoint(TRUNCATE)"):
+            self.db.execute(statement).fetchall()
+        self._opened = {name: _IDENTITY(os.stat(name)) for name in names if os.path.exists(name)}
 
     def commit(self, changes: Iterable[Change]) -> None:
         """Write all changes, or none and one of ``errors``. What files hold that are not in their places is lost."""
         self.db.execute("BEGIN IMMEDIATE")
-        for sql, values in changes:
-            self.db.execute(sql, values)
+        for sql, group in itertools.groupby(changes, operator.itemgetter(0)):
+            self.db.executemany(sql, [values for _, values in group])
         if self.has_moved():
             raise OSError("one of its files was deleted or replaced")
         self.db.execute("COMMIT")
@@ -2536,7 +2509,7 @@ class JournalFile:
         changes: List[Change] = []
         with contextlib.suppress(*self.errors):
             self.db.rollback()
-            for table in ("messages", "sessions", "unreadable"):
+            for table in ("messages", "sessions"):
                 for row in self.db.execute(f"SELECT * FROM {table}").fetchall():
                     changes.append((f"INSERT OR REPLACE INTO {table} VALUES ({','.join('?' * len(row))})", row))
         return changes
@@ -2545,8 +2518,12 @@ class JournalFile:
         """Leave nothing of what was handled in the files, close them, and free the lock."""
         with contextlib.suppress(*self.errors):
             self.db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
-        self.db.close()
-        self._release()
+        if self._lock is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(self.path + "-lock")
+            os.close(self._lock)
+            self._lock = None
+        self.db.close()  # last: as long as it is open, nobody else can open the file
 
     def after_fork(self) -> None:
         """In a forked child: let go of the parent's files. SQLite must not close them here: it would write to them."""
@@ -2556,23 +2533,11 @@ class JournalFile:
                 if _IDENTITY(os.fstat(number)) in self._opened.values():
                     os.dup2(null, number, inheritable=False)  # not closed: SQLite keeps their numbers
         os.close(null)
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
         self._kept = self  # a frozen cycle is never collected, not even at the end: its connection is never closed
         gc.freeze()
-
-
-def _lay_out(version: int, sync: str) -> Iterator[str]:
-    """The statements that make an open file ready, from its layout's version on."""
-    yield "PRAGMA secure_delete = ON"
-    if version < JOURNAL_VERSION:
-        # Before the switch to WAL: the head of the file itself must say from the first moment that it is ours.
-        yield "BEGIN IMMEDIATE"
-        yield from itertools.chain.from_iterable(_LAYOUTS[version:])
-        yield f"PRAGMA application_id = {JOURNAL_ID}"
-        yield f"PRAGMA user_version = {JOURNAL_VERSION}"
-        yield "COMMIT"
-    yield "PRAGMA journal_mode = WAL"
-    yield f"PRAGMA synchronous = {sync}"
-    yield "PRAGMA wal_checkpoint(TRUNCATE)"
 
 
 class Journal:
@@ -2585,30 +2550,35 @@ class Journal:
 
     def __init__(self, settings: Settings, later: Later, clock: Callable[[], float] = time.time) -> None:
         self._settings, self._later, self._clock = settings, later, clock
-        # Gives key, payload and failed tries of every message that is not done, for a file that was opened anew. It is
-        # called while the journal is locked, and must not call it.
-        self.in_hand: Callable[[], Iterable[Tuple[str, bytes, int]]] = list
         self._lock = threading.Lock()  # guards all below, and the file; the two lists are appended to without it
         self._marks: List[Change] = []
         # Changes that threads wait for; what became of them: nothing yet, None, or the error that prevented them.
         self._waiting: List[Tuple[List[Change], List[Optional[BaseException]]]] = []
         self._changes = 0  # since the last clean-up
-        self._unreadable = 0  # pushes that could not be read, since the last commit
+        self._unreadable = itertools.count()  # pushes that could not be read
         self._failing = self._closed = False
         self._file = JournalFile(settings.journal, settings.journal_sync)
         try:
+            self._file.lock()
             self._file.open()
             found, = self._file.db.execute("PRAGMA quick_check(1)").fetchone()
             if found != "ok":
                 raise OSError(" ".join(found.split()))
+            # The finished messages, with the numbers in whose order they were done: what a clean-up may delete.
+            self._finished: Deque[Tuple[int, str]] = deque(
+                self._file.db.execute("SELECT done, key FROM messages WHERE state = 1 ORDER BY done"))
             last, = self._file.db.execute("SELECT coalesce(MAX(done), 0) FROM messages").fetchone()
         except self._file.errors as error:
             self._file.close()
+            if isinstance(error, BlockingIOError) or str(error) == "database is locked":
+                raise JournalTaken(f"the journal {self._file.path} is in another process's hands: stop that one, or "
+                                   "serve from one process with threads, or set --redis instead of --journal for "
+                                   "several") from error
             if isinstance(error, SettingsError):
                 raise
             raise SettingsError(f"cannot use the journal {settings.journal}: {error}; make its folder and let "
                                 "this user write there, or move it away, or name another --journal") from error
-        self._numbers = itertools.count(last + 1)  # the order in which messages are done
+        self._numbers = itertools.count(last + 1)
 
     # What is left from the last run
 
@@ -2618,8 +2588,8 @@ class Journal:
 
     def finished_keys(self) -> List[str]:
         """The keys of the messages whose handlers were done, oldest first, as many as are remembered."""
-        found = self._file.db.execute("SELECT key FROM messages WHERE done IS NOT NULL ORDER BY done DESC LIMIT ?",
-                                      (self._settings.dedup_size,))
+        found = self._file.db.execute("""SELECT key FROM messages WHERE state = 1 OR state = 2 AND replies != ''
+            ORDER BY done DESC LIMIT ?""", (self._settings.dedup_size,))
         return [key for key, in found][::-1]
 
     def sessions(self) -> List[Tuple[str, str, float]]:
@@ -2650,12 +2620,14 @@ class Journal:
 
     def finish(self, key: str, session: Optional[Session] = None) -> None:
         """The message is done: its content is forgotten."""
-        self._mark(_FINISH, (next(self._numbers), key), session)
+        done = next(self._numbers), key
+        self._finished.append(done)
+        self._mark(_FINISH, done, session)
 
     def fail(self, key: str, error: str) -> None:
         """The message's last try has failed; it is kept, with its replies and what is known of the error."""
-        self._mark("UPDATE messages SET state = 2, tries = tries + 1, begun = 0, error = ?, done = CASE WHEN "
-                   "replies != '' THEN ? END WHERE key = ?", (_storable(error), next(self._numbers), key))
+        self._mark("UPDATE messages SET state = 2, tries = tries + 1, begun = 0, error = ?, done = ? WHERE key = ?",
+                   (_storable(error), next(self._numbers), key))
 
     def _mark(self, sql: str, values: Sequence[Any], session: Optional[Session] = None) -> None:
         """Have a change written with the next commit, and the session in the same."""
@@ -2668,14 +2640,15 @@ class Journal:
         self._marks.extend(marks)
 
     def keep_unreadable(self, payload: bytes, reason: str) -> None:
-        """Keep the beginning of a push that could not be read, unless too many wait for the next commit; that is within
-        about a second."""
-        if not self._unreadable:
-            self._later(LOOK_AGAIN_SECONDS, self.flush)
-        self._unreadable += 1
-        if self._unreadable <= MAX_UNREADABLE:
-            self._mark("INSERT INTO unreadable (received, reason, payload) VALUES (?, ?, ?)",
-                       (self._clock(), reason, payload[:MAX_UNREADABLE_BYTES]))
+        """Keep the beginning of a push that could not be read, in the place of the oldest of many; it is lost while the
+        file cannot be written."""
+        number = next(self._unreadable) % MAX_UNREADABLE
+        if not self._failing:
+            self._mark("INSERT OR REPLACE INTO messages (key, state, tries, received, payload, error) "
+                       "VALUES (?, 3, 0, ?, ?, ?)",
+                       (f"unreadable {number}", self._clock(), payload[:MAX_UNREADABLE_BYTES], reason))
+        if number == 0:  # no more of them wait for a commit than are kept
+            self.flush()
 
     # Writing
 
@@ -2706,7 +2679,6 @@ class Journal:
             outcome.append(error)
         if not error:
             del self._marks[:len(marks)]
-            self._unreadable = 0
             if self._failing:
                 self._failing = False
                 log.warning("the journal %s is written again", self._settings.journal)
@@ -2716,13 +2688,12 @@ class Journal:
     def _commit(self, changes: List[Change]) -> None:
         if self._failing:
             self._file.open()
-            done = ((key, b"", 0) for sql, (*_, key) in changes if sql is _FINISH)
-            now, known = self._clock(), [*self.in_hand(), *done]
-            changes = [*((_RESTORE, (key, tries, now, payload)) for key, payload, tries in known), *changes]
+            changes = [*((_REMEMBER, values) for sql, values in changes if sql is _FINISH), *changes]
         self._changes += len(changes)
         if self._changes >= TRIM_EVERY:
             self._changes = 0
-            changes = [*changes, (_TRIM, (self._settings.dedup_size,)), (_TRIM_UNREADABLE, (MAX_UNREADABLE,)),
+            old = [self._finished.popleft() for _ in range(len(self._finished) - self._settings.dedup_size)]
+            changes = [*changes, *((_FORGET, values) for values in old),
                        (_TRIM_SESSIONS, (self._clock() - SESSION_SECONDS, self._settings.sessions))]
         self._file.commit(changes)
 
@@ -3030,7 +3001,10 @@ class SharedClaims(RedisLine):
 
     def save_session(self, name: str, text: str) -> None:
         """Keep the text for 48 h; an empty one is deleted. Waits and raises as `load_session` does."""
-        self._ask_for_session(*(("SET", name, text, "PX", SESSION_MS) if text else ("DEL", name)))
+        if text:
+            self._ask_for_session("SET", name, text, "PX", SESSION_MS)
+        else:
+            self._ask_for_session("DEL", name)
 
     def _ask_for_session(self, verb: str, name: str, *arguments: Any) -> Any:
         for answer in self.ask([(verb, "kfserver-session:" + name, *arguments)], REDIS_PATIENCE):
@@ -4327,10 +4301,6 @@ class Inbox:
         if left:
             log.info("%d messages are left from the last run", len(left))
         self._dispatcher.restore(left)
-        journal.in_hand = self._list_in_hand
-
-    def _list_in_hand(self) -> List[Tuple[str, bytes, int]]:
-        return [(job.message.key, encode_json(dict(job.message.fields)), job.tries) for job in self._dispatcher.jobs()]
 
     # From a push to the queue, on the thread that answers
 
@@ -6150,7 +6120,7 @@ def _converse(talk: Chat) -> None:
 # words only on request.
 
 Report = Dict[str, Any]
-_REQUEUE = "UPDATE messages SET state = 0, tries = 0, error = NULL, done = NULL WHERE state = 2"
+_REQUEUE = "UPDATE messages SET state = 0, tries = 0, error = NULL WHERE state = 2"
 
 
 def build_journal_parser() -> argparse.ArgumentParser:
@@ -6174,29 +6144,21 @@ def journal_command(arguments: argparse.Namespace) -> int:
     if not os.path.exists(path):
         raise SettingsError(f"there is no journal {arguments.journal}")
     try:
-        with contextlib.closing(_connect_beside(path, "ro")) as db:
+        with contextlib.closing(connect_journal(path, "ro")) as db:
+            if 0 < db.execute("PRAGMA user_version").fetchone()[0] < JOURNAL_VERSION:
+                raise SettingsError(f"the journal {path} is of an older kfserver: start the server once, which updates "
+                                    "it")
             requeued = 0
             if arguments.requeue:
                 # `db`, which can only read, stays open longer: who closes the file last would delete its log, and the
                 # locks that keep the server's log alive may have been lost.
-                with contextlib.closing(_connect_beside(path, "rw")) as writer:
+                with contextlib.closing(connect_journal(path, "rw")) as writer:
                     requeued = writer.execute(_REQUEUE).rowcount
             report = _report_journal(db, requeued, arguments.show)
     except sqlite3.Error as error:
-        if "not a database" in str(error):
-            raise SettingsError(f"{arguments.journal} is not a journal of kfserver") from error
         raise SettingsError(f"cannot use the journal {arguments.journal}: {error}") from error
     _say(sys.stdout, json.dumps(report, indent=2) if arguments.json else _format_report(report))
     return 0
-
-
-def _connect_beside(path: str, mode: str) -> sqlite3.Connection:
-    """A connection that never makes the file. Raises `SettingsError` for a file that is not ours."""
-    db, version = connect_journal(path, mode)
-    if 0 < version < JOURNAL_VERSION:
-        db.close()
-        raise SettingsError(f"the journal {path} is of an older kfserver: start the server once, which updates it")
-    return db
 
 
 def _report_journal(db: sqlite3.Connection, requeued: int, show: bool) -> Report:
@@ -6204,43 +6166,38 @@ def _report_journal(db: sqlite3.Connection, requeued: int, show: bool) -> Report
     def tell(row: Row) -> Report:
         told: Report = {"key": row.key, "received": row.received, "tries": row.tries, "error": row.error,
                         "handled": bool(row.replies)}
-        return {**told, "content": _decode(row.payload), "replies": row.replies} if show else told
+        shown = {"content": row.payload.decode("utf-8", "backslashreplace"), "replies": row.replies}
+        return {**told, **shown} if show else told
     db.execute("BEGIN")  # one moment's view, though a server writes meanwhile
-    waiting, dead = ([tell(row) for row in read_rows(db, state)] for state in (WAITING, DEAD))
+    waiting, dead, unreadable = ([tell(row) for row in read_rows(db, state)] for state in (WAITING, DEAD, UNREADABLE))
     finished, sessions = (db.execute(f"SELECT COUNT(*) FROM {what}").fetchone()[0]
                           for what in (f"messages WHERE state = {FINISHED}", "sessions"))
-    unreadable = db.execute("SELECT received, reason, payload FROM unreadable ORDER BY id").fetchall()
     return {"requeued": requeued, "waiting": len(waiting), "to_send": sum(row["handled"] for row in waiting),
             "finished": finished, "dead": len(dead), "dead_replies": sum(row["handled"] for row in dead),
-            "unreadable": len(unreadable), "sessions": sessions,
-            "oldest_waiting": waiting[0] if waiting else None, "waiting_messages": waiting if show else None,
-            "dead_messages": dead,
-            "unreadable_pushes": [{"received": received, "reason": reason, "content": _decode(payload)}
-                                  for received, reason, payload in unreadable] if show else None}
-
-
-def _decode(payload: bytes) -> str:
-    return payload.decode("utf-8", "backslashreplace")
+            "unreadable": len(unreadable), "sessions": sessions, "oldest_waiting": waiting[0] if waiting else None,
+            "waiting_messages": waiting if show else None, "dead_messages": dead,
+            "unreadable_pushes": unreadable if show else None}
 
 
 def _format_report(report: Report) -> str:
     """The report for people; characters that could steer a terminal are written as escapes."""
     def line(row: Report) -> str:
         received = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(row["received"]))
-        facts = [f"{row.get('key', 'a push')} received {received}", "handled, replies to send" * row.get("handled", 0),
-                 row.get("error"), row.get("reason")]
+        facts = [f"{row['key']} received {received}", "handled, replies to send" * row["handled"], row["error"]]
         texts = [", ".join(filter(None, facts)), row.get("content"), row.get("replies")]
         return "\n    ".join(printable(text) for text in texts if text)
-    put_back = f"{report['requeued']} put back, to be handled when the server starts the next time"
-    lines = [put_back] if report["requeued"] else []
+    lines = []
+    if report["requeued"]:
+        lines.append(f"{report['requeued']} put back, to be handled when the server starts the next time")
     for name, note in (("waiting", "to_send"), ("finished", ""), ("dead", "dead_replies"), ("unreadable", ""),
                        ("sessions", "")):
         count = report.get(note)
         lines.append(f"{name:<10}{report[name]:>6}" + (f", with replies to send: {count}" if count else ""))
     waiting = report["waiting_messages"] or [report["oldest_waiting"]]
     lines += [f"waiting for {time.time() - row['received']:.0f} s: {line(row)}" for row in waiting if row]
-    lines += [f"dead: {line(row)}" for row in report["dead_messages"]]
-    return "\n".join([*lines, *(f"unreadable: {line(row)}" for row in report["unreadable_pushes"] or [])])
+    lines += [f"{name}: {line(row)}" for name, rows in (("dead", report["dead_messages"]),
+              ("unreadable", report["unreadable_pushes"] or [])) for row in rows]
+    return "\n".join(lines)
 
 
 # ---- 21 Command line ------------------------------------------------------------------------------------------------

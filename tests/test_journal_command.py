@@ -147,10 +147,10 @@ def test_journal_command_shows_replies_and_unreadable_pushes_on_request(
         lines = without_times(tell(capsys, "--show", path)).splitlines()
         shown = tell_json(capsys, "--show", path)
     assert lines.count('    ["a secret reply"]') == 2
-    assert lines[-2:] == ["unreadable: a push received <time>, not XML: no element found", "    <xml> a secret"]
+    assert lines[-2:] == ["unreadable: unreadable 0 received <time>, not XML: no element found", "    <xml> a secret"]
     assert shown["dead_messages"][1]["replies"] == '["a secret reply"]'
-    assert shown["unreadable_pushes"] == [
-        {"received": RECEIVED, "reason": "not XML: no element found", "content": "<xml> a secret"}]
+    assert [(push["received"], push["error"], push["content"]) for push in shown["unreadable_pushes"]] == [
+        (RECEIVED, "not XML: no element found", "<xml> a secret")]
 
 
 def test_journal_command_tells_it_as_json(journal: str, capsys: pytest.CaptureFixture[str]) -> None:
