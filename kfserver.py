@@ -2342,8 +2342,7 @@ MAX_UNREADABLE_BYTES = 64 * 1024
 # The states of rows. A push that could not be read is a row too; its key has a blank, as no message's has.
 WAITING, FINISHED, DEAD, UNREADABLE = 0, 1, 2, 3
 
-# What makes layout 1 of an empty file, layout 2 of layout 1. `done` numbers the messages in the order in which they were
-# finished, or failed for good.
+# What makes layout 1 of an empty file, layout 2 of layout 1. `done` numbers what is finished or dead, in that order.
 _LAYOUTS = (
     ("""CREATE TABLE messages (id INTEGER PRIMARY KEY, key TEXT NOT NULL UNIQUE, state INTEGER NOT NULL,
         tries INTEGER NOT NULL, received REAL NOT NULL, payload BLOB, error TEXT)""",),
@@ -2478,13 +2477,13 @@ class JournalFile:
         for statement in (
                 "PRAGMA secure_delete = ON",
                 # SQLite grants this lock only to who is alone; the next reading after NORMAL frees it.
-                "PRAGMA locking_mode = EXCLUSIVE", "BEGIN EXCLUSIVE",
+                "PRAGMA busy_timeout = 100", "PRAGMA locking_mode = EXCLUSIVE", "BEGIN EXCLUSIVE",
                 # Before the switch to WAL: the head of the file itself must say from the first moment that it is ours.
                 *itertools.chain.from_iterable(_LAYOUTS[version:]),
                 *((f"PRAGMA application_id = {JOURNAL_ID}", f"PRAGMA user_version = {JOURNAL_VERSION}")
                   if version < JOURNAL_VERSION else ()),
-                "COMMIT", "PRAGMA locking_mode = NORMAL", "PRAGMA user_version",
-                "PRAGMA journal_mode = WAL", f"PRAGMA synchronous = {self._sync}", "PRAGMA wal_checkpoint(TRUNCATE)"):
+                "COMMIT", "PRAGMA locking_mode = NORMAL", f"PRAGMA busy_timeout = {LOCK_SECONDS * 1000:.0f}",
+                "PRAGMA user_version", "PRAGMA journal_mode = WAL", f"PRAGMA synchronous = {self._sync}", "PRAGMA wal_checkpoint(TRUNCATE)"):
             self.db.execute(statement).fetchall()
         self._opened = {name: _IDENTITY(os.stat(name)) for name in names if os.path.exists(name)}
 
