@@ -2356,10 +2356,11 @@ _ADD = "INSERT OR REPLACE INTO messages (key, state, tries, received, payload) V
 _FINISH = "UPDATE messages SET state = 1, begun = 0, payload = NULL, replies = NULL, done = ? WHERE key = ?"
 # For a message whose row went with a file that could not be read any more.
 _REMEMBER = "INSERT OR IGNORE INTO messages (done, key, state, tries, received) VALUES (?, ?, 1, 0, 0)"
+_KEEP_SESSION = "INSERT OR REPLACE INTO sessions (sender, value, touched) VALUES (?, ?, ?)"
 # The clean-up.
 _FORGET = "DELETE FROM messages WHERE done = ? AND key = ?"
 _TRIM_SESSIONS = """DELETE FROM sessions WHERE touched < ? OR sender IN
-    (SELECT sender FROM sessions ORDER BY touched DESC LIMIT -1 OFFSET ?)"""
+    (SELECT sender FROM sessions ORDER BY value = '', touched DESC LIMIT -1 OFFSET ?)"""
 
 # What tells a file from all others, whatever its name: its device and inode.
 _IDENTITY = operator.attrgetter("st_dev", "st_ino")
@@ -2369,10 +2370,6 @@ Change = Tuple[str, Sequence[Any]]
 Later = Callable[[float, Callable[[], None]], None]
 # A sender's name and the JSON text of the session; an empty text: there is none.
 Session = Tuple[str, str]
-
-
-class JournalTaken(SettingsError):
-    """Another process has the journal."""
 
 
 class Row(NamedTuple):
@@ -2483,7 +2480,8 @@ class JournalFile:
                 *((f"PRAGMA application_id = {JOURNAL_ID}", f"PRAGMA user_version = {JOURNAL_VERSION}")
                   if version < JOURNAL_VERSION else ()),
                 "COMMIT", "PRAGMA locking_mode = NORMAL", f"PRAGMA busy_timeout = {LOCK_SECONDS * 1000:.0f}",
-                "PRAGMA user_version", "PRAGMA journal_mode = WAL", f"PRAGMA synchronous = {self._sync}", "PRAGMA wal_checkpoint(TRUNCATE)"):
+                "PRAGMA user_version", "PRAGMA journal_mode = WAL", f"PRAGMA synchronous = {self._sync}",
+                "PRAGMA wal_checkpoint(TRUNCATE)"):
             self.db.execute(statement).fetchall()
         self._opened = {name: _IDENTITY(os.stat(name)) for name in names if os.path.exists(name)}
 
@@ -2542,9 +2540,9 @@ class JournalFile:
 class Journal:
     """The messages that were acknowledged, in the SQLite file ``settings.journal``, which one process has at a time.
 
-    Raises `JournalTaken` if another process has it, `SettingsError` for a file that cannot be used. ``clock`` gives
-    Unix seconds. `add` and `begin` write at once. All other changes are
-    marks: the next commit or `flush` writes them, and while the file cannot be written they wait.
+    Raises `SettingsError` if another process has it, and for a file that cannot be used. ``clock`` gives Unix seconds.
+    `add` and `begin` write at once. All other changes are marks: the next commit or `flush` writes them, and while the
+    file cannot be written they wait.
     """
 
     def __init__(self, settings: Settings, later: Later, clock: Callable[[], float] = time.time) -> None:
@@ -2570,9 +2568,9 @@ class Journal:
         except self._file.errors as error:
             self._file.close()
             if isinstance(error, BlockingIOError) or str(error) == "database is locked":
-                raise JournalTaken(f"the journal {self._file.path} is in another process's hands: stop that one, or "
-                                   "serve from one process with threads, or set --redis instead of --journal for "
-                                   "several") from error
+                raise SettingsError(f"the journal {self._file.path} is in another process's hands: stop that one, or "
+                                    "serve from one process with threads, or set --redis instead of --journal for "
+                                    "several") from error
             if isinstance(error, SettingsError):
                 raise
             raise SettingsError(f"cannot use the journal {settings.journal}: {error}; make its folder and let "
@@ -2593,9 +2591,8 @@ class Journal:
 
     def sessions(self) -> List[Tuple[str, str, float]]:
         """The sessions, each with its sender, its text and when it was touched, in Unix seconds; the newest last."""
-        found = self._file.db.execute(
-            "SELECT sender, value, touched FROM sessions WHERE touched > ? ORDER BY touched DESC LIMIT ?",
-            (self._clock() - SESSION_SECONDS, self._settings.sessions))
+        found = self._file.db.execute("""SELECT sender, value, touched FROM sessions WHERE touched > ? AND value != ''
+            ORDER BY touched DESC LIMIT ?""", (self._clock() - SESSION_SECONDS, self._settings.sessions))
         return found.fetchall()[::-1]
 
     # What becomes of a message
@@ -2631,11 +2628,8 @@ class Journal:
     def _mark(self, sql: str, values: Sequence[Any], session: Optional[Session] = None) -> None:
         """Have a change written with the next commit, and the session in the same."""
         marks: List[Change] = [(sql, values)]
-        if session and session[1]:
-            marks.append(("INSERT OR REPLACE INTO sessions (sender, value, touched) VALUES (?, ?, ?)",
-                          (session[0], _storable(session[1]), self._clock())))
-        elif session:
-            marks.append(("DELETE FROM sessions WHERE sender = ?", session[:1]))
+        if session:
+            marks.append((_KEEP_SESSION, (session[0], _storable(session[1]), self._clock())))
         self._marks.extend(marks)
 
     def keep_unreadable(self, payload: bytes, reason: str) -> None:
@@ -2766,12 +2760,10 @@ if value == ARGV[1] or value == '+' .. ARGV[1] then redis.call('del', KEYS[1]) e
 return 1"""
 
 _Command = Tuple[Any, ...]
+# Commands that go together, and what Redis answers to each: nothing until it does.
+_Job = Tuple[Sequence[_Command], List[Any]]
 # Whether Redis answers, runs scripts and can be written to, which a replica cannot.
 _PROBE: _Command = ("EVAL", "redis.call('set', KEYS[1], '', 'px', 1) return 1", 1, "kfserver-probe")
-
-
-class SessionUnavailable(ConnectionError):
-    """A conversation cannot be read or written, since Redis is away: the try fails, and can be repeated."""
 
 
 def connect_redis(url: str) -> Any:
@@ -2804,15 +2796,14 @@ class RedisLine:
     """A connection to the Redis at ``url``, and the thread that alone uses it: resolving, connecting and waiting happen
     there.
 
-    All that is owed and then all that is asked goes in one pipeline: a claim never overtakes an older release. Redis is
-    away after an error, or when it took longer than REDIS_TIMEOUT: nobody waits for it then.
+    All that waits goes in one pipeline, in order: a claim never overtakes an older release. Redis is away after an
+    error, or when it took longer than REDIS_TIMEOUT: nobody waits for it then, and what is owed is kept.
     """
 
     def __init__(self, url: str) -> None:
         self._client = connect_redis(url)
         self._changed = threading.Condition()  # guards all below; told when there is work, and when it is done
-        self._asked: List[Tuple[Sequence[_Command], List[Any]]] = []  # and the lists that the answers go to
-        self._owed: OrderedDict[str, _Command] = OrderedDict()
+        self._jobs: OrderedDict[Union[str, int], _Job] = OrderedDict()  # by a number if somebody waits for the answers
         self._thread: Optional[threading.Thread] = None
         self._begun = 0.0  # when the pipeline in hand was begun, by the monotonic clock
         self._away = self._closed = False
@@ -2835,9 +2826,10 @@ class RedisLine:
         with self._changed:
             if self._away or self._closed:
                 return []
-            self._asked.append((commands, answers))
+            self._jobs[id(answers)] = commands, answers
             self._changed.notify_all()
             self._changed.wait_for(lambda: answers or self._away, seconds)
+            self._jobs.pop(id(answers), None)
             # A pipeline that was begun later, after another's, may still be in time.
             if not answers and self._begun < started + REDIS_TIMEOUT / 10:
                 self._note(TimeoutError())
@@ -2847,12 +2839,11 @@ class RedisLine:
         """Send the command soon, or when Redis is back, and wait for nothing; the last one of a name counts."""
         self.open()
         with self._changed:
-            if not self._closed:
-                self._owed[name] = command
-                self._owed.move_to_end(name)
-                if len(self._owed) > MAX_OWED:
-                    self._owed.popitem(last=False)
-                self._changed.notify_all()
+            self._jobs[name] = (command,), []
+            self._jobs.move_to_end(name)
+            if len(self._jobs) > MAX_OWED:
+                self._jobs.popitem(last=False)
+            self._changed.notify_all()
 
     def _note(self, error: Optional[BaseException]) -> None:
         """Note whether Redis is away, and tell when that changes."""
@@ -2862,8 +2853,6 @@ class RedisLine:
         elif self._away and not error:
             log.warning("Redis is back: instances share their claims again")
         self._away = error is not None
-        if error:
-            self._asked.clear()  # nobody waits for these any more
         self._changed.notify_all()
 
     def _work(self) -> None:
@@ -2873,36 +2862,32 @@ class RedisLine:
             self._begun = time.monotonic()
             error = attempt(self._client.ping) if error else None  # resolves and connects, which may take long
             with self._changed:
-                asked, self._asked, owed = self._asked, [], dict(self._owed)
-            if self._closed and not owed:
+                jobs = dict(self._jobs)
+            if self._closed and not jobs:
                 break
-            error = error or attempt(self._exchange, asked, owed)
+            error = error or attempt(self._exchange, jobs)
             with self._changed:
                 self._note(error)
                 if self._closed and error:
                     break
-                took = time.monotonic() - self._begun
-                if error:
-                    self._changed.wait_for(lambda: self._closed, REDIS_PAUSE)
-                    continue
-                self._changed.wait_for(lambda: self._closed or self._asked or self._owed, REDIS_IDLE)
+                took = 0.0 if error else time.monotonic() - self._begun
+                self._changed.wait_for(lambda: self._closed or (self._jobs and not self._away),
+                                       REDIS_PAUSE if error else REDIS_IDLE)
                 # What is owed waits for a question as long as the last pipeline took, to go with it.
-                self._changed.wait_for(lambda: self._closed or self._asked, took)
+                self._changed.wait_for(lambda: self._closed or any(isinstance(name, int) for name in self._jobs), took)
         attempt(self._client.connection_pool.disconnect)
 
-    def _exchange(self, asked: Sequence[Tuple[Sequence[_Command], List[Any]]], owed: Mapping[str, _Command]) -> None:
+    def _exchange(self, jobs: Mapping[Union[str, int], _Job]) -> None:
         """Send what waits, and hand the answers out. Raises what the package raises, and TimeoutError if it is slow."""
         started, pipeline = time.monotonic(), self._client.pipeline(transaction=False)
-        wanted = [command for commands, _ in asked for command in commands]
-        for command in [*owed.values(), *wanted] or [_PROBE]:
+        for command in [command for commands, _ in jobs.values() for command in commands] or [_PROBE]:
             pipeline.execute_command(*command)
-        found = iter(pipeline.execute()[len(owed):])
+        found = iter(pipeline.execute())
         with self._changed:
-            for commands, answers in asked:
-                answers.extend(itertools.islice(found, len(commands)))
-            for name, command in owed.items():
-                if self._owed.get(name) is command:  # else a newer one has come meanwhile
-                    del self._owed[name]
+            for name, job in jobs.items():
+                job[1].extend(itertools.islice(found, len(job[0])))
+                if self._jobs.get(name) is job:  # else a newer one has come meanwhile
+                    del self._jobs[name]
         if time.monotonic() - started > REDIS_TIMEOUT:
             raise TimeoutError
 
@@ -2914,7 +2899,7 @@ class RedisLine:
         if self._thread and self._thread.is_alive():
             self._thread.join(REDIS_PATIENCE)
         with self._changed:
-            self._owed.clear()
+            self._jobs.clear()
 
     def is_away(self) -> bool:
         """Whether Redis is away."""
@@ -2953,16 +2938,16 @@ class SharedClaims(RedisLine):
         commands = [command for key in keys for command in (
             ("SET", _name(key), self._owner(), "PX", CLAIM_MS, "NX"), ("GET", _name(key)))]
         answers = (keys and self.ask(commands, REDIS_TIMEOUT)) or [True, None] * len(keys)
-        return [self._judge(*each) for each in zip(keys, answers[::2], answers[1::2])]
-
-    def _judge(self, key: str, is_set: bool, value: Optional[bytes]) -> Union[bool, PushError]:
-        if is_set or value == self._owner().encode():  # ours: its release was lost
-            return True
-        self._known.discard(key)
-        self._local.release(key)
-        if value and value.startswith(b"+"):
-            return False
-        return BeingTaken("another instance is just taking the same message")
+        outcomes: List[Union[bool, PushError]] = []
+        for key, is_set, value in zip(keys, answers[::2], answers[1::2]):
+            if is_set or value == self._owner().encode():  # ours: its release was lost
+                outcomes.append(True)
+                continue
+            self._known.discard(key)
+            self._local.release(key)
+            is_safe = bool(value) and value.startswith(b"+")
+            outcomes.append(False if is_safe else BeingTaken("another instance is just taking the same message"))
+        return outcomes
 
     def accept(self, key: str) -> None:
         """The claimed message is safe: repeats are dropped by all instances for a day."""
@@ -2993,7 +2978,7 @@ class SharedClaims(RedisLine):
     def load_session(self, name: str) -> str:
         """The text that any instance saved last for the conversation; empty if there is none.
 
-        Waits 1 s at most. Raises `SessionUnavailable` when Redis is away.
+        Waits 1 s at most. Raises ConnectionError when Redis is away: the try fails, and can be repeated.
         """
         text: bytes = self._ask_for_session("GET", name) or b""
         return text.decode("utf-8", "surrogatepass")
@@ -3008,7 +2993,7 @@ class SharedClaims(RedisLine):
     def _ask_for_session(self, verb: str, name: str, *arguments: Any) -> Any:
         for answer in self.ask([(verb, "kfserver-session:" + name, *arguments)], REDIS_PATIENCE):
             return answer
-        raise SessionUnavailable("Redis is away, and conversations are there")
+        raise ConnectionError("Redis is away, and conversations are there")
 
 
 def _name(key: str) -> str:
@@ -4028,7 +4013,7 @@ class Conversations:
         self._texts: OrderedDict[str, Tuple[str, float]] = OrderedDict()  # and when each was touched; oldest first
 
     def load(self, sender: Tuple[str, str]) -> Dict[str, Any]:
-        """The session of an app's sender: a new dict. Raises `SessionUnavailable`."""
+        """The session of an app's sender: a new dict. Raises ConnectionError."""
         name = json.dumps(sender)
         if self._shared is not None:
             text = self._shared.load_session(name)
@@ -4040,7 +4025,7 @@ class Conversations:
 
     def save(self, sender: Tuple[str, str], session: Dict[str, Any]) -> Optional[Session]:
         """Keep a session; what a journal must write of it. Raises `HandlerError` for what JSON has not, and
-        `SessionUnavailable`."""
+        ConnectionError."""
         name, text = json.dumps(sender), encode_session(session)
         if self._shared is not None:
             self._shared.save_session(name, text)
@@ -6170,9 +6155,8 @@ def _report_journal(db: sqlite3.Connection, requeued: int, show: bool) -> Report
     db.execute("BEGIN")  # one moment's view, though a server writes meanwhile
     waiting, dead, unreadable = ([tell(row) for row in read_rows(db, state)] for state in (WAITING, DEAD, UNREADABLE))
     finished, sessions = (db.execute(f"SELECT COUNT(*) FROM {what}").fetchone()[0]
-                          for what in (f"messages WHERE state = {FINISHED}", "sessions"))
-    return {"requeued": requeued, "waiting": len(waiting), "to_send": sum(row["handled"] for row in waiting),
-            "finished": finished, "dead": len(dead), "dead_replies": sum(row["handled"] for row in dead),
+                          for what in (f"messages WHERE state = {FINISHED}", "sessions WHERE value != ''"))
+    return {"requeued": requeued, "waiting": len(waiting), "finished": finished, "dead": len(dead),
             "unreadable": len(unreadable), "sessions": sessions, "oldest_waiting": waiting[0] if waiting else None,
             "waiting_messages": waiting if show else None, "dead_messages": dead,
             "unreadable_pushes": unreadable if show else None}
@@ -6180,23 +6164,18 @@ def _report_journal(db: sqlite3.Connection, requeued: int, show: bool) -> Report
 
 def _format_report(report: Report) -> str:
     """The report for people; characters that could steer a terminal are written as escapes."""
-    def line(row: Report) -> str:
+    def line(what: str, row: Report) -> str:
         received = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(row["received"]))
-        facts = [f"{row['key']} received {received}", "handled, replies to send" * row["handled"], row["error"]]
+        facts = [f"{what}: {row['key']} received {received}", "handled, replies to send" * row["handled"], row["error"]]
         texts = [", ".join(filter(None, facts)), row.get("content"), row.get("replies")]
         return "\n    ".join(printable(text) for text in texts if text)
-    lines = []
+    lines = [f"{name:<10}{report[name]:>6}" for name in ("waiting", "finished", "dead", "unreadable", "sessions")]
     if report["requeued"]:
-        lines.append(f"{report['requeued']} put back, to be handled when the server starts the next time")
-    for name, note in (("waiting", "to_send"), ("finished", ""), ("dead", "dead_replies"), ("unreadable", ""),
-                       ("sessions", "")):
-        count = report.get(note)
-        lines.append(f"{name:<10}{report[name]:>6}" + (f", with replies to send: {count}" if count else ""))
+        lines.insert(0, f"{report['requeued']} put back, to be handled when the server starts the next time")
     waiting = report["waiting_messages"] or [report["oldest_waiting"]]
-    lines += [f"waiting for {time.time() - row['received']:.0f} s: {line(row)}" for row in waiting if row]
-    lines += [f"{name}: {line(row)}" for name, rows in (("dead", report["dead_messages"]),
-              ("unreadable", report["unreadable_pushes"] or [])) for row in rows]
-    return "\n".join(lines)
+    lines += [line(f"waiting for {time.time() - row['received']:.0f} s", row) for row in waiting if row]
+    lines += [line("dead", row) for row in report["dead_messages"]]
+    return "\n".join([*lines, *(line("unreadable", row) for row in report["unreadable_pushes"] or [])])
 
 
 # ---- 21 Command line ------------------------------------------------------------------------------------------------

@@ -30,7 +30,6 @@ from kfserver import (
     HandlerRegistry,
     Journal,
     JournalError,
-    JournalTaken,
     KfServer,
     Message,
     Request,
@@ -1067,7 +1066,7 @@ def copy_files(path: str) -> None:
 
 def try_a_second(path: str) -> None:
     """A second server in the same process."""
-    with pytest.raises(JournalTaken):
+    with pytest.raises(SettingsError, match="in another process's hands"):
         opened(path)
 
 
@@ -1082,7 +1081,7 @@ def test_journal_stays_the_only_one_after(path: str, loosen: Callable[[str], Non
     with opened(path) as journal:
         journal.add([("a/1", b"1")])
         loosen(path)
-        assert attempt_elsewhere(path).startswith(f"JournalTaken the journal {path} is in another process's hands: ")
+        assert attempt_elsewhere(path).startswith(f"SettingsError the journal {path} is in another process's hands: ")
         if os.path.exists(path + "-lock"):
             journal.add([("a/2", b"2")])
     assert attempt_elsewhere(path) == ""
@@ -1098,7 +1097,7 @@ def test_journal_can_be_had_where_there_is_no_flock(path: str, monkeypatch: pyte
     monkeypatch.setattr(kfserver, "fcntl", None)
     for _ in range(2):
         with opened(path) as journal:
-            with pytest.raises(JournalTaken):
+            with pytest.raises(SettingsError, match="in another process's hands"):
                 opened(path)
             journal.add([("a/1", b"")])
             assert journal.healthy
@@ -1136,7 +1135,7 @@ FORKS = textwrap.dedent("""
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
 def test_journal_after_fork_stays_the_parents(path: str) -> None:
     told = subprocess.run([sys.executable, "-c", FORKS, path], cwd=str(ROOT), capture_output=True, timeout=PATIENCE)
-    assert (told.stdout.decode(), told.stderr) == ("4 JournalTaken True ['a/1', 'a/3']\n", b"")
+    assert (told.stdout.decode(), told.stderr) == ("4 SettingsError True ['a/1', 'a/3']\n", b"")
 
 
 
