@@ -2906,27 +2906,21 @@ class RedisLine:
         return self._away
 
 
-class SharedClaims(RedisLine):
-    """`ClaimCache`'s methods over the Redis at ``url``; ``local`` decides first, and alone while Redis is away.
+class SharedClaims(RedisLine, ClaimCache):
+    """A `ClaimCache` that asks the Redis at ``url`` too; the memory decides first, and alone while Redis is away.
 
     Redis keeps a claim for 3 s, and for a day once its message is safe; nobody waits until that is written. Keeps
     conversations too. Raises `SettingsError` without the package, or for a bad address.
     """
 
-    def __init__(self, url: str, local: ClaimCache) -> None:
-        super().__init__(url)
-        self._local, self._instance = local, os.urandom(8).hex()
+    def __init__(self, url: str, size: int) -> None:
+        RedisLine.__init__(self, url)
+        ClaimCache.__init__(self, size)
+        self._instance = os.urandom(8).hex()
         self._known: Set[str] = set()  # keys in hand that Redis may have from us
-
-    def __len__(self) -> int:
-        return len(self._local)
 
     def _owner(self) -> str:
         return f"{self._instance}-{os.getpid()}"  # a forked process is another instance
-
-    def claim(self, key: str) -> bool:
-        """True for exactly one caller in this instance; False for a repeat. Raises `BeingTaken`."""
-        return self._local.claim(key)
 
     def confirm(self, keys: Sequence[str]) -> List[Union[bool, PushError]]:
         """Whether the claims of a round hold on all instances, one each: True it is ours, False another instance has
@@ -2944,19 +2938,19 @@ class SharedClaims(RedisLine):
                 outcomes.append(True)
                 continue
             self._known.discard(key)
-            self._local.release(key)
+            self.release(key)
             is_safe = bool(value) and value.startswith(b"+")
             outcomes.append(False if is_safe else BeingTaken("another instance is just taking the same message"))
         return outcomes
 
     def accept(self, key: str) -> None:
         """The claimed message is safe: repeats are dropped by all instances for a day."""
-        self._local.accept(key)
+        super().accept(key)
         self._mark(key)
 
     def restore(self, key: str) -> None:
         """The message was accepted before a restart, and is in hand again."""
-        self._local.restore(key)
+        super().restore(key)
         self._mark(key)
 
     def _mark(self, key: str) -> None:
@@ -2965,12 +2959,12 @@ class SharedClaims(RedisLine):
 
     def finish(self, key: str) -> None:
         """The message is done."""
-        self._local.finish(key)
+        super().finish(key)
         self._known.discard(key)
 
     def release(self, key: str) -> None:
         """The message was refused, or failed for good: the same push may come again, to any instance."""
-        self._local.release(key)
+        super().release(key)
         if key in self._known:  # else Redis has nothing, or what was finished long ago
             self._known.discard(key)
             self.owe(key, ("EVAL", _RELEASE, 1, _name(key), self._owner()))
@@ -4049,7 +4043,7 @@ class Handling:
     one; None: what handlers return is not sent.
     """
 
-    def __init__(self, registry: HandlerRegistry, settings: Settings, claims: Union[ClaimCache, SharedClaims],
+    def __init__(self, registry: HandlerRegistry, settings: Settings, claims: ClaimCache,
                  api: Any) -> None:
         self.registry, self.metrics = registry, Metrics()
         self.journal: Optional[Journal] = None
@@ -4223,9 +4217,8 @@ class Inbox:
                  api: Any = None) -> None:
         self.is_draining = False  # whether the end has begun, for monitors
         self._settings, self._key_of, self._api = settings, key_of, api
-        self._local = ClaimCache(settings.dedup_size)
-        self._claims: Union[ClaimCache, SharedClaims] = (
-            SharedClaims(settings.redis, self._local) if settings.redis else self._local)
+        self._claims = (SharedClaims(settings.redis, settings.dedup_size) if settings.redis
+                        else ClaimCache(settings.dedup_size))
         self.handling = Handling(registry, settings, self._claims, api)
         self._dispatcher = self.handling.dispatcher
         self._journal: Optional[Journal] = None
@@ -4270,7 +4263,7 @@ class Inbox:
     def _recover(self, journal: Journal) -> None:
         """Go on where the last process ended: remember what was finished, and queue what was not."""
         for key in journal.finished_keys():
-            self._local.finish(key)
+            self._claims.finish(key)
         for session in journal.sessions():
             self.handling.conversations.restore(*session)
         left: List[Job] = []
