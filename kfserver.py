@@ -2547,10 +2547,9 @@ class Journal:
 
     def __init__(self, settings: Settings, later: Later, clock: Callable[[], float] = time.time) -> None:
         self._settings, self._later, self._clock = settings, later, clock
-        self._lock = threading.Lock()  # guards all below, and the file; the two lists are appended to without it
-        self._marks: List[Change] = []
-        # Changes that threads wait for; what became of them: nothing yet, None, or the error that prevented them.
-        self._waiting: List[Tuple[List[Change], List[Optional[BaseException]]]] = []
+        self._lock = threading.Lock()  # guards all below, and the file; the list is appended to without it
+        # What is to be written. If a thread waits for it, the second list gets what became of it, None or an error.
+        self._pending: List[Tuple[List[Change], Optional[List[Optional[BaseException]]]]] = []
         self._changes = 0  # since the last clean-up
         self._unreadable = itertools.count()  # pushes that could not be read
         self._failing = self._closed = False
@@ -2627,10 +2626,10 @@ class Journal:
 
     def _mark(self, sql: str, values: Sequence[Any], session: Optional[Session] = None) -> None:
         """Have a change written with the next commit, and the session in the same."""
-        marks: List[Change] = [(sql, values)]
+        changes: List[Change] = [(sql, values)]
         if session:
-            marks.append((_KEEP_SESSION, (session[0], _storable(session[1]), self._clock())))
-        self._marks.extend(marks)
+            changes.append((_KEEP_SESSION, (session[0], _storable(session[1]), self._clock())))
+        self._pending.append((changes, None))
 
     def keep_unreadable(self, payload: bytes, reason: str) -> None:
         """Keep the beginning of a push that could not be read, in the place of the oldest of many; it is lost while the
@@ -2649,13 +2648,13 @@ class Journal:
         """Write the marks, and notice files that were deleted or replaced; to be called about once a second at least.
         When the file cannot be written, that is left to the next look at it."""
         with self._lock:
-            if not self._failing and (self._marks or self._file.has_moved()):
+            if not self._failing and (self._pending or self._file.has_moved()):
                 self._write()
 
     def _write_now(self, changes: List[Change]) -> None:
         """Write the changes, in one commit with those of other threads that wait for the lock."""
         outcome: List[Optional[BaseException]] = []
-        self._waiting.append((changes, outcome))
+        self._pending.append((changes, outcome))
         with self._lock:
             if not outcome:  # else the thread that had the lock has written them
                 self._write()
@@ -2663,20 +2662,19 @@ class Journal:
             raise JournalError("the journal cannot be written") from outcome[0]
 
     def _write(self) -> None:
-        """Write all that waits, or nothing, and tell the threads that wait what became of it."""
-        waiting, marks = self._waiting[:], self._marks[:]
-        del self._waiting[:len(waiting)]
-        added = [change for changes, _ in waiting for change in changes]
-        error = JournalError("closed") if self._closed else attempt(self._commit, marks + added)
-        for _, outcome in waiting:
-            outcome.append(error)
-        if not error:
-            del self._marks[:len(marks)]
-            if self._failing:
-                self._failing = False
-                log.warning("the journal %s is written again", self._settings.journal)
-        elif not self._closed:
+        """Write all that is pending, or nothing: then marks stay pending, and the threads that wait are told."""
+        pending = self._pending[:]
+        changes = [change for each, _ in pending for change in each]
+        error = JournalError("closed") if self._closed else attempt(self._commit, changes)
+        self._pending[:len(pending)] = [each for each in pending if error and each[1] is None]
+        for _, outcome in pending:
+            if outcome is not None:
+                outcome.append(error)
+        if error and not self._closed:
             self._note_failure(error)
+        elif self._failing and not error:
+            self._failing = False
+            log.warning("the journal %s is written again", self._settings.journal)
 
     def _commit(self, changes: List[Change]) -> None:
         if self._failing:
@@ -2692,7 +2690,7 @@ class Journal:
 
     def _note_failure(self, error: BaseException) -> None:
         if self._file.has_moved():
-            self._marks[:0] = self._file.rescue()
+            self._pending.insert(0, (self._file.rescue(), None))
         self._file.db.close()
         if not self._failing:
             self._failing = True
@@ -2718,7 +2716,7 @@ class Journal:
         """Write the marks, and let go of the file."""
         with self._lock:
             for _ in range(2):  # the second makes anew what was deleted
-                if self._marks or not self.healthy:
+                if self._pending or not self.healthy:
                     self._write()
             self._closed = True
             self._file.close()
