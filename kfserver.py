@@ -2928,14 +2928,14 @@ class SharedClaims(RedisLine, ClaimCache):
         """
         self._known.update(keys)
         commands = [command for key in keys for command in (
-            ("SET", _name(key), self._owner(), "PX", CLAIM_MS, "NX"), ("GET", _name(key)))]
+            ("SET", "kfserver:" + key, self._owner(), "PX", CLAIM_MS, "NX"), ("GET", "kfserver:" + key))]
         answers = (keys and self.ask(commands, REDIS_TIMEOUT)) or [True, None] * len(keys)
         outcomes: List[Union[bool, PushError]] = []
         for key, is_set, value in zip(keys, answers[::2], answers[1::2]):
             if is_set or value == self._owner().encode():  # ours: its release was lost
                 outcomes.append(True)
                 continue
-            self._known.discard(key)
+            self._known.discard(key)  # nothing there is to be released
             self.release(key)
             is_safe = bool(value) and value.startswith(b"+")
             outcomes.append(False if is_safe else BeingTaken("another instance is just taking the same message"))
@@ -2944,16 +2944,13 @@ class SharedClaims(RedisLine, ClaimCache):
     def accept(self, key: str) -> None:
         """The claimed message is safe: repeats are dropped by all instances for a day."""
         super().accept(key)
-        self._mark(key)
+        self._known.add(key)
+        self.owe(key, ("SET", "kfserver:" + key, "+" + self._owner(), "PX", REMEMBER_MS))
 
     def restore(self, key: str) -> None:
         """The message was accepted before a restart, and is in hand again."""
         super().restore(key)
-        self._mark(key)
-
-    def _mark(self, key: str) -> None:
-        self._known.add(key)
-        self.owe(key, ("SET", _name(key), "+" + self._owner(), "PX", REMEMBER_MS))
+        self.accept(key)
 
     def finish(self, key: str) -> None:
         """The message is done."""
@@ -2965,7 +2962,7 @@ class SharedClaims(RedisLine, ClaimCache):
         super().release(key)
         if key in self._known:  # else Redis has nothing, or what was finished long ago
             self._known.discard(key)
-            self.owe(key, ("EVAL", _RELEASE, 1, _name(key), self._owner()))
+            self.owe(key, ("EVAL", _RELEASE, 1, "kfserver:" + key, self._owner()))
 
     def load_session(self, name: str) -> str:
         """The text that any instance saved last for the conversation; empty if there is none.
@@ -2986,10 +2983,6 @@ class SharedClaims(RedisLine, ClaimCache):
         for answer in self.ask([(verb, "kfserver-session:" + name, *arguments)], REDIS_PATIENCE):
             return answer
         raise ConnectionError("Redis is away, and conversations are there")
-
-
-def _name(key: str) -> str:
-    return "kfserver:" + key
 
 
 def check_redis(settings: Settings) -> None:
