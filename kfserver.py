@@ -2339,7 +2339,7 @@ SESSION_SECONDS = 48 * 60 * 60.0
 MAX_UNREADABLE = 100
 MAX_UNREADABLE_BYTES = 64 * 1024
 
-# The states of rows. A push that could not be read is a row too; its key has a blank, as no message's has.
+# The states of rows. A push that could not be read is a row too; its key has a blank, which no message's key has.
 WAITING, FINISHED, DEAD, UNREADABLE = 0, 1, 2, 3
 
 # What makes layout 1 of an empty file, layout 2 of layout 1. `done` numbers what is finished or dead, in that order.
@@ -2396,7 +2396,7 @@ def read_rows(db: sqlite3.Connection, state: int) -> List[Row]:
 
 
 def connect_journal(path: str, mode: str) -> sqlite3.Connection:
-    """A connection to a journal, in a ``mode`` of SQLite's addresses, and makes no file.
+    """A connection to the journal at ``path``, which must exist; ``mode`` as in an SQLite address.
 
     Raises `SettingsError` for a file that is not ours. Only SQLite opens it: who closes another descriptor of the file
     frees the locks that this process has on it.
@@ -2638,7 +2638,8 @@ class Journal:
         if not self._failing:
             self._mark("INSERT OR REPLACE INTO messages (key, state, tries, received, payload, error) "
                        "VALUES (?, 3, 0, ?, ?, ?)",
-                       (f"unreadable {number}", self._clock(), payload[:MAX_UNREADABLE_BYTES], reason))
+                       (f"unreadable {number}", self._clock(), payload[:MAX_UNREADABLE_BYTES],
+                        _storable(reason)))
         if number == 0:  # no more of them wait for a commit than are kept
             self.flush()
 
