@@ -96,7 +96,7 @@ from importlib.machinery import EXTENSION_SUFFIXES, ModuleSpec, PathFinder, Sour
 from pathlib import PurePath
 from socketserver import TCPServer
 from types import MappingProxyType, ModuleType, TracebackType
-from typing import (TYPE_CHECKING, Any, Callable, Collection, Deque, Dict, Generator, Iterable, Iterator, List, Mapping,
+from typing import (TYPE_CHECKING, Any, Callable, Deque, Dict, Generator, Iterable, Iterator, List, Mapping,
                     NamedTuple, NoReturn, Optional, Sequence, Set, Tuple, Type, TypeVar, Union)
 from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlencode, urlsplit
 from xml.parsers.expat import ErrorString, ExpatError, ParserCreate
@@ -1174,7 +1174,7 @@ class ClaimCache:
         """Whether the claims of a round hold everywhere. There is nowhere else: they do."""
         return [True] * len(keys)
 
-    def accept(self, keys: Iterable[str]) -> None:
+    def accept(self, keys: Sequence[str]) -> None:
         """The claimed messages are safe: from now on their repeats are answered ``success``."""
         with self._lock:
             for key in keys:
@@ -2342,10 +2342,10 @@ SESSION_SECONDS = 48 * 60 * 60.0
 MAX_UNREADABLE = 100
 MAX_UNREADABLE_BYTES = 64 * 1024
 
-WAITING, FINISHED, DEAD = 0, 1, 2
+# The states of rows. A push that could not be read is a row too; its key has a blank, which no message's key has.
+WAITING, FINISHED, DEAD, UNREADABLE = 0, 1, 2, 3
 
-# What makes layout 1 of an empty file, layout 2 of layout 1. `done` numbers the messages in the order in which their
-# handlers were done; the index leaves out those that are dead, so a clean-up reads only what it may delete.
+# What makes layout 1 of an empty file, layout 2 of layout 1. `done` numbers what is finished or dead, in that order.
 _LAYOUTS = (
     ("""CREATE TABLE messages (id INTEGER PRIMARY KEY, key TEXT NOT NULL UNIQUE, state INTEGER NOT NULL,
         tries INTEGER NOT NULL, received REAL NOT NULL, payload BLOB, error TEXT)""",),
@@ -2353,23 +2353,19 @@ _LAYOUTS = (
      "ALTER TABLE messages ADD COLUMN replies TEXT",
      "ALTER TABLE messages ADD COLUMN done INTEGER",
      "UPDATE messages SET done = id WHERE state = 1",
-     "CREATE INDEX messages_done ON messages (done) WHERE state = 1",
-     "CREATE TABLE sessions (sender TEXT PRIMARY KEY, value TEXT NOT NULL, touched REAL NOT NULL)",
-     "CREATE TABLE unreadable (id INTEGER PRIMARY KEY, received REAL NOT NULL, reason TEXT NOT NULL, payload BLOB)"))
+     "CREATE TABLE sessions (sender TEXT PRIMARY KEY, value TEXT NOT NULL, touched REAL NOT NULL)"))
 
 _ADD = "INSERT OR REPLACE INTO messages (key, state, tries, received, payload) VALUES (?, 0, 0, ?, ?)"
 _FINISH = "UPDATE messages SET state = 1, begun = 0, payload = NULL, replies = NULL, done = ? WHERE key = ?"
-# For a file that was opened anew.
-_RESTORE = "INSERT OR IGNORE INTO messages (key, state, tries, received, payload) VALUES (?, 0, ?, ?, ?)"
+# For a message whose row went with a file that could not be read any more.
+_REMEMBER = "INSERT OR IGNORE INTO messages (done, key, state, tries, received) VALUES (?, ?, 1, 0, 0)"
+_KEEP_SESSION = "INSERT OR REPLACE INTO sessions (sender, value, touched) VALUES (?, ?, ?)"
 # The clean-up.
-_TRIM = """DELETE FROM messages WHERE state = 1 AND done <=
-    (SELECT done FROM messages WHERE state = 1 ORDER BY done DESC LIMIT 1 OFFSET ?)"""
+_FORGET = "DELETE FROM messages WHERE done = ? AND key = ?"
 _TRIM_SESSIONS = """DELETE FROM sessions WHERE touched < ? OR sender IN
-    (SELECT sender FROM sessions ORDER BY touched DESC LIMIT -1 OFFSET ?)"""
-_TRIM_UNREADABLE = "DELETE FROM unreadable WHERE id <= (SELECT MAX(id) FROM unreadable) - ?"
+    (SELECT sender FROM sessions ORDER BY value = '', touched DESC LIMIT -1 OFFSET ?)"""
 
 # What tells a file from all others, whatever its name: its device and inode.
-Identity = Tuple[int, int]
 _IDENTITY = operator.attrgetter("st_dev", "st_ino")
 # A statement and its values.
 Change = Tuple[str, Sequence[Any]]
@@ -2377,14 +2373,6 @@ Change = Tuple[str, Sequence[Any]]
 Later = Callable[[float, Callable[[], None]], None]
 # A sender's name and the JSON text of the session; an empty text: there is none.
 Session = Tuple[str, str]
-
-
-class JournalTaken(SettingsError):
-    """Another process has the journal at ``path``."""
-
-    def __init__(self, path: str) -> None:
-        super().__init__(f"the journal {path} is in another process's hands: stop that one, or serve from one process "
-                         "with threads, or set --redis instead of --journal for several")
 
 
 class Row(NamedTuple):
@@ -2403,120 +2391,125 @@ class Row(NamedTuple):
     replies: str
 
 
+def read_rows(db: sqlite3.Connection, state: int) -> List[Row]:
+    """The messages in one state, oldest first."""
+    found = db.execute("""SELECT key, tries, begun, received, coalesce(payload, x''), coalesce(error, ''),
+        coalesce(replies, '') FROM messages WHERE state = ? ORDER BY id""", (state,))
+    return [Row(key, tries, bool(begun), *rest) for key, tries, begun, *rest in found]
+
+
+def connect_journal(path: str, mode: str) -> sqlite3.Connection:
+    """A connection to the journal at ``path``, which must exist; ``mode`` as in an SQLite address.
+
+    Raises `SettingsError` for a file that is not ours. Only SQLite opens it: who closes another descriptor of the file
+    frees the locks that this process has on it.
+    """
+    import sqlite3
+    foreign = f"{path} is not a journal of kfserver, and was left as it is: name another --journal"
+    db = sqlite3.connect(f"file:{quote(os.fsencode(path))}?mode={mode}", uri=True, timeout=LOCK_SECONDS,
+                         isolation_level=None, check_same_thread=False)
+    try:
+        mark, version, pages = [db.execute(f"PRAGMA {name}").fetchone()[0]
+                                for name in ("application_id", "user_version", "page_count")]
+        if pages and mark != JOURNAL_ID:
+            raise SettingsError(foreign)
+        if version > JOURNAL_VERSION:
+            raise SettingsError(f"the journal {path} was written by a newer kfserver, and was left as it is: use that "
+                                "one")
+    except (sqlite3.Error, SettingsError) as error:
+        db.close()
+        if "not a database" in str(error):
+            raise SettingsError(foreign) from error
+        raise
+    return db
+
+
+def refuse_foreign_file(path: str) -> None:
+    """Raise `SettingsError` for a file that is there and not ours, without touching it or what lies beside it."""
+    if os.path.exists(path):
+        connect_journal(path, "ro&immutable=1").close()
+
+
 class JournalFile:
     """The SQLite file at ``path``, its companions and its lock, which one process has at a time. Not thread-safe.
 
     The lock is a flock(2) on a file of its own. SQLite's locks do not suffice: a process loses them when it closes any
-    descriptor of the file, as a handler does that copies it. ``sync`` is SQLite's ``synchronous``.
+    descriptor of the file, as a handler does that copies it. The lock's file does not suffice: it may be deleted.
+    ``sync`` is SQLite's ``synchronous``.
     """
 
     def __init__(self, path: str, sync: str) -> None:
         import sqlite3
         self.path, self._sync = os.path.realpath(path), sync  # handlers may change the current folder
         self.errors = (sqlite3.Error, OSError, SettingsError)
-        self._connect = functools.partial(sqlite3.connect, isolation_level=None, check_same_thread=False)
-        self._names = [self.path + suffix for suffix in ("-lock", "", "-wal", "-shm")]
-        self._opened: Dict[str, Identity] = {}  # the files by their names, as they were opened
+        self._opened: Dict[str, Tuple[int, int]] = {}  # the files by their names, as they were opened
         self._lock: Optional[int] = None  # the descriptor of the lock's file
-        self.db = self._connect(":memory:")
+        self.db = sqlite3.connect(":memory:")
         self.db.close()  # whoever uses it before it is opened gets one of the errors
 
-    def open(self) -> None:
-        """Take the lock, unless it is ours, and open the file: make it if there is none, update an older layout.
-
-        Raises `JournalTaken`, another `SettingsError` for a file that is not ours, or another of ``errors``.
-        """
-        is_ours = self._has_lock()
-        try:
-            if not is_ours:
-                self._release()
-                self._take_lock()
-            _refuse_foreign_file(self.path)
-            self._make_private()
-            self.db = self._connect(self.path, timeout=LOCK_SECONDS)
-            version = _read_version(self.db, self.path)
-            if not is_ours:
-                _refuse_company(self.db, self.path)
-            self._lay_out(version)
-        except self.errors:
-            self.db.close()
-            if not is_ours:
-                self._release()
-            raise
-        found = ((name, _identify(name)) for name in self._names)
-        self._opened = {name: identity for name, identity in found if identity}
-
-    def _take_lock(self) -> None:
-        """Hold the right to write until the process ends, in whatever way: the system frees the lock then."""
+    def lock(self) -> None:
+        """Hold the right to write until the process ends, in whatever way: the system frees the lock then. Raises
+        BlockingIOError if another process has it."""
         if fcntl is None:  # Windows does not free SQLite's own locks too early
             return
-        self._lock = os.open(self._names[0], os.O_RDWR | os.O_CREAT, 0o600)
+        lock = os.open(self.path + "-lock", os.O_RDWR | os.O_CREAT, 0o600)
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            raise JournalTaken(self.path) from None
-        self._opened = {self._names[0]: _IDENTITY(os.fstat(self._lock))}
-        if self.has_moved():  # the process that had it has just removed it
-            raise JournalTaken(self.path)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(lock)
+            raise
+        self._lock = lock
 
-    def _has_lock(self) -> bool:
-        """Whether the lock was taken, and its file is still in its place."""
-        name = self._names[0]
-        return name in self._opened and self._opened[name] == _identify(name)
+    def open(self) -> None:
+        """Open the file: make it if there is none, update an older layout.
 
-    def _release(self) -> None:
-        """Free the lock. Its file goes first, if it is still ours."""
-        with contextlib.suppress(OSError):
-            if self._has_lock():
-                os.unlink(self._names[0])
-        if self._lock is not None:
-            os.close(self._lock)
-        self._lock, self._opened = None, {}
-
-    def _make_private(self) -> None:
-        """Make the file, for this user alone; SQLite gives its companions the same mode. Closing a descriptor frees
-        SQLite's locks on the file, and there are none yet."""
-        os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
-        for name in self._names:
+        Raises `SettingsError` for a file that is not ours, "database is locked" if another process has it open, or
+        another of ``errors``.
+        """
+        refuse_foreign_file(self.path)
+        os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))  # SQLite gives its companions the same mode
+        names = [self.path + suffix for suffix in ("", "-wal", "-shm")]
+        for name in (*names, self.path + "-lock"):
             with contextlib.suppress(OSError):  # it is not there, or belongs to another user
                 os.chmod(name, 0o600)
-
-    def _lay_out(self, version: int) -> None:
-        self.db.execute("PRAGMA secure_delete = ON")
-        if version < JOURNAL_VERSION:
-            # Before the switch to WAL: the head of the file itself must say from the first moment that it is ours.
-            steps = itertools.chain.from_iterable(_LAYOUTS[version:])
-            for statement in ("BEGIN IMMEDIATE", *steps, f"PRAGMA application_id = {JOURNAL_ID}",
-                              f"PRAGMA user_version = {JOURNAL_VERSION}", "COMMIT"):
-                self.db.execute(statement)
-        for statement in ("journal_mode = WAL", f"synchronous = {self._sync}", "wal_checkpoint(TRUNCATE)"):
-            self.db.execute(f"PRAGMA {statement}").fetchall()
-
-    def check(self) -> None:
-        """Raise one of ``errors`` for a file that is damaged."""
-        found, = self.db.execute("PRAGMA quick_check(1)").fetchone()
-        if found != "ok":
-            raise OSError(" ".join(found.split()))
+        self.db = connect_journal(self.path, "rw")
+        version, = self.db.execute("PRAGMA user_version").fetchone()
+        for statement in (
+                "PRAGMA secure_delete = ON",
+                # SQLite grants this lock only to who is alone; the next reading after NORMAL frees it.
+                "PRAGMA busy_timeout = 100", "PRAGMA locking_mode = EXCLUSIVE", "BEGIN EXCLUSIVE",
+                # Before the switch to WAL: the head of the file itself must say from the first moment that it is ours.
+                *itertools.chain.from_iterable(_LAYOUTS[version:]),
+                *((f"PRAGMA application_id = {JOURNAL_ID}", f"PRAGMA user_version = {JOURNAL_VERSION}")
+                  if version < JOURNAL_VERSION else ()),
+                "COMMIT", "PRAGMA locking_mode = NORMAL", f"PRAGMA busy_timeout = {LOCK_SECONDS * 1000:.0f}",
+                "PRAGMA user_version", "PRAGMA journal_mode = WAL", f"PRAGMA synchronous = {self._sync}",
+                "PRAGMA wal_checkpoint(TRUNCATE)"):
+            self.db.execute(statement).fetchall()
+        self._opened = {name: _IDENTITY(os.stat(name)) for name in names if os.path.exists(name)}
 
     def commit(self, changes: Iterable[Change]) -> None:
         """Write all changes, or none and one of ``errors``. What files hold that are not in their places is lost."""
         self.db.execute("BEGIN IMMEDIATE")
-        for sql, values in changes:
-            self.db.execute(sql, values)
+        for sql, group in itertools.groupby(changes, operator.itemgetter(0)):
+            self.db.executemany(sql, [values for _, values in group])
         if self.has_moved():
             raise OSError("one of its files was deleted or replaced")
         self.db.execute("COMMIT")
 
     def has_moved(self) -> bool:
         """Whether a file that was opened is not in its place any more."""
-        return [*map(_identify, self._opened)] != [*self._opened.values()]
+        try:
+            return [_IDENTITY(os.stat(name)) for name in self._opened] != [*self._opened.values()]
+        except OSError:
+            return True
 
     def rescue(self) -> List[Change]:
         """What writes into another file all that this one still holds; nothing if it cannot be read."""
         changes: List[Change] = []
         with contextlib.suppress(*self.errors):
             self.db.rollback()
-            for table in ("messages", "sessions", "unreadable"):
+            for table in ("messages", "sessions"):
                 for row in self.db.execute(f"SELECT * FROM {table}").fetchall():
                     changes.append((f"INSERT OR REPLACE INTO {table} VALUES ({','.join('?' * len(row))})", row))
         return changes
@@ -2525,50 +2518,86 @@ class JournalFile:
         """Leave nothing of what was handled in the files, close them, and free the lock."""
         with contextlib.suppress(*self.errors):
             self.db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
-        self.db.close()
-        self._release()
+        if self._lock is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(self.path + "-lock")
+            os.close(self._lock)
+            self._lock = None
+        self.db.close()  # last: as long as it is open, nobody else can open the file
 
     def after_fork(self) -> None:
         """In a forked child: let go of the parent's files. SQLite must not close them here: it would write to them."""
-        _drop_descriptors(self._opened.values())
-        # A frozen cycle is never collected, not even at the end: its connection is never closed.
-        kept: List[object] = [self.db]
-        kept.append(kept)
+        null = os.open(os.devnull, os.O_RDONLY)  # it cannot be locked for writing, so SQLite deletes nothing
+        for number in range(3, 4096):  # more than a process has open when it opens its journal
+            with contextlib.suppress(OSError):
+                if _IDENTITY(os.fstat(number)) in self._opened.values():
+                    os.dup2(null, number, inheritable=False)  # not closed: SQLite keeps their numbers
+        os.close(null)
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+        self._kept = self  # a frozen cycle is never collected, not even at the end: its connection is never closed
         gc.freeze()
 
 
 class Journal:
     """The messages that were acknowledged, in the SQLite file ``settings.journal``, which one process has at a time.
 
-    Raises `JournalTaken` if another process has it, `SettingsError` for a file that cannot be used. ``clock`` gives
-    Unix seconds. `add` and `begin` write at once. All other changes are marks: the next commit or `flush` writes them,
-    and while the file cannot be written they wait.
+    Raises `SettingsError` if another process has it, and for a file that cannot be used. ``clock`` gives Unix seconds.
+    `add` and `begin` write at once. All other changes are marks: the next commit or `flush` writes them, and while the
+    file cannot be written they wait.
     """
 
     def __init__(self, settings: Settings, later: Later, clock: Callable[[], float] = time.time) -> None:
         self._settings, self._later, self._clock = settings, later, clock
-        # Gives key, payload and failed tries of every message that is not done, for a file that was opened anew. It is
-        # called while the journal is locked, and must not call it.
-        self.in_hand: Callable[[], Iterable[Tuple[str, bytes, int]]] = list
-        self._lock = threading.Lock()  # guards all below, and the file; the three lists are appended to without it
-        self._marks: List[Change] = []
-        self._unreadable: List[Change] = []
-        # Changes that threads wait for; what became of them: nothing yet, None, or the error that prevented them.
-        self._waiting: List[Tuple[List[Change], List[Optional[BaseException]]]] = []
+        self._lock = threading.Lock()  # guards all below, and the file; the list is appended to without it
+        # What is to be written. If a thread waits for it, the second list gets what became of it, None or an error.
+        self._pending: List[Tuple[List[Change], Optional[List[Optional[BaseException]]]]] = []
         self._changes = 0  # since the last clean-up
+        self._unreadable = itertools.count()  # pushes that could not be read
         self._failing = self._closed = False
         self._file = JournalFile(settings.journal, settings.journal_sync)
         try:
+            self._file.lock()
             self._file.open()
-            self._file.check()
+            found, = self._file.db.execute("PRAGMA quick_check(1)").fetchone()
+            if found != "ok":
+                raise OSError(" ".join(found.split()))
+            # The finished messages, with the numbers in whose order they were done: what a clean-up may delete.
+            self._finished: Deque[Tuple[int, str]] = deque(
+                self._file.db.execute("SELECT done, key FROM messages WHERE state = 1 ORDER BY done"))
             last, = self._file.db.execute("SELECT coalesce(MAX(done), 0) FROM messages").fetchone()
         except self._file.errors as error:
             self._file.close()
+            if isinstance(error, BlockingIOError) or str(error) == "database is locked":
+                raise SettingsError(f"the journal {self._file.path} is in another process's hands: stop that one, or "
+                                    "serve from one process with threads, or set --redis instead of --journal for "
+                                    "several") from error
             if isinstance(error, SettingsError):
                 raise
             raise SettingsError(f"cannot use the journal {settings.journal}: {error}; make its folder and let "
                                 "this user write there, or move it away, or name another --journal") from error
-        self._numbers = itertools.count(last + 1)  # the order in which messages are done
+        self._numbers = itertools.count(last + 1)
+
+    # What is left from the last run
+
+    def waiting(self) -> List[Row]:
+        """The messages that are not done, oldest first."""
+        return read_rows(self._file.db, WAITING)
+
+    def finished_keys(self) -> List[str]:
+        """The keys of the messages whose handlers were done, oldest first, as many as are remembered."""
+        found = self._file.db.execute("""SELECT key FROM messages WHERE state = 1 OR state = 2 AND replies != ''
+            ORDER BY done DESC LIMIT ?""", (self._settings.dedup_size,))
+        return [key for key, in found][::-1]
+
+    def sessions(self) -> List[Tuple[str, str, float]]:
+        """The sessions, each with its sender, its text and when it was touched, in Unix seconds; the newest last."""
+        found = self._file.db.execute("""SELECT sender, value, touched FROM sessions WHERE touched > ? AND value != ''
+            ORDER BY touched DESC LIMIT ?""", (self._clock() - SESSION_SECONDS, self._settings.sessions))
+        return found.fetchall()[::-1]
+
+    # What becomes of a message
 
     def add(self, messages: Iterable[Tuple[str, bytes]]) -> None:
         """Write down messages, each its key and its bytes, in one commit: all of them, or none and `JournalError`."""
@@ -2581,89 +2610,91 @@ class Journal:
 
     def tried(self, key: str, tries: int) -> None:
         """Try number ``tries`` of the message has failed, and another will follow."""
-        self._mark("UPDATE messages SET tries = ?, begun = 0 WHERE key = ?", tries, key)
+        self._mark("UPDATE messages SET tries = ?, begun = 0 WHERE key = ?", (tries, key))
 
     def answered(self, key: str, replies: str, session: Optional[Session] = None) -> None:
         """The message's handler is done; ``replies``, which may be any text but an empty one, wait to be sent."""
-        self._keep_session(session)
-        self._mark("UPDATE messages SET replies = ?, begun = 0 WHERE key = ?", replies, key)
-
-    def replied(self, key: str, replies: str) -> None:
-        """A reply was sent; ``replies`` are left."""
-        self.answered(key, replies)
+        self._mark("UPDATE messages SET replies = ?, begun = 0 WHERE key = ?", (_storable(replies), key), session)
 
     def finish(self, key: str, session: Optional[Session] = None) -> None:
         """The message is done: its content is forgotten."""
-        self._keep_session(session)
-        self._marks.append((_FINISH, (next(self._numbers), key)))
+        done = next(self._numbers), key
+        self._finished.append(done)
+        self._mark(_FINISH, done, session)
 
     def fail(self, key: str, error: str) -> None:
         """The message's last try has failed; it is kept, with its replies and what is known of the error."""
-        self._mark("UPDATE messages SET state = 2, tries = tries + 1, begun = 0, error = ?, "
-                   "done = CASE WHEN replies != '' THEN ? END WHERE key = ?", error, next(self._numbers), key)
+        self._mark("UPDATE messages SET state = 2, tries = tries + 1, begun = 0, error = ?, done = ? WHERE key = ?",
+                   (_storable(error), next(self._numbers), key))
 
-    def _keep_session(self, session: Optional[Session]) -> None:
-        if session and session[1]:
-            self._mark("INSERT OR REPLACE INTO sessions (sender, value, touched) VALUES (?, ?, ?)",
-                       *session, self._clock())
-        elif session:
-            self._mark("DELETE FROM sessions WHERE sender = ?", session[0])
-
-    def _mark(self, sql: str, *values: Any) -> None:
-        """Have a change written with the next commit. SQLite takes no half surrogates, which texts may have."""
-        self._marks.append((sql, [value.encode("utf-8", "replace").decode() if isinstance(value, str) else value
-                                  for value in values]))
+    def _mark(self, sql: str, values: Sequence[Any], session: Optional[Session] = None) -> None:
+        """Have a change written with the next commit, and the session in the same."""
+        changes: List[Change] = [(sql, values)]
+        if session:
+            changes.append((_KEEP_SESSION, (session[0], _storable(session[1]), self._clock())))
+        self._pending.append((changes, None))
 
     def keep_unreadable(self, payload: bytes, reason: str) -> None:
-        """Keep the beginning of a push that could not be read; written within about a second."""
-        if not self._unreadable:
-            self._later(LOOK_AGAIN_SECONDS, self.flush)
-        self._unreadable.append(("INSERT INTO unreadable (received, reason, payload) VALUES (?, ?, ?)",
-                                 (self._clock(), reason, payload[:MAX_UNREADABLE_BYTES])))
-        del self._unreadable[:-MAX_UNREADABLE]
+        """Keep the beginning of a push that could not be read, in the place of the oldest of many; it is lost while the
+        file cannot be written."""
+        number = next(self._unreadable) % MAX_UNREADABLE
+        if not self._failing:
+            self._mark("INSERT OR REPLACE INTO messages (key, state, tries, received, payload, error) "
+                       "VALUES (?, 3, 0, ?, ?, ?)",
+                       (f"unreadable {number}", self._clock(), payload[:MAX_UNREADABLE_BYTES],
+                        _storable(reason)))
+        if number == 0:  # no more of them wait for a commit than are kept
+            self.flush()
+
+    # Writing
 
     def flush(self) -> None:
-        """Write the marks. When the file cannot be written, that is left to the next look at it."""
+        """Write the marks, and notice files that were deleted or replaced; to be called about once a second at least.
+        When the file cannot be written, that is left to the next look at it."""
         with self._lock:
-            if (self._marks or self._unreadable) and not self._failing:
-                self._write()
-
-    def look(self) -> None:
-        """Notice files that were deleted or replaced; to be called about once a second, for when nothing is written."""
-        with self._lock:
-            if not self._failing and self._file.has_moved():
+            if not self._failing and (self._pending or self._file.has_moved()):
                 self._write()
 
     def _write_now(self, changes: List[Change]) -> None:
         """Write the changes, in one commit with those of other threads that wait for the lock."""
         outcome: List[Optional[BaseException]] = []
-        self._waiting.append((changes, outcome))
+        self._pending.append((changes, outcome))
         with self._lock:
             if not outcome:  # else the thread that had the lock has written them
                 self._write()
         if outcome[0]:
             raise JournalError("the journal cannot be written") from outcome[0]
 
-    def _write(self) -> bool:
-        """Write all that waits, or nothing; whether it is written."""
-        waiting, marks, unreadable = self._waiting[:], self._marks[:], self._unreadable[:]
-        del self._waiting[:len(waiting)]
-        added = itertools.chain.from_iterable(changes for changes, _ in waiting)
-        error = JournalError("closed") if self._closed else attempt(self._commit, [*marks, *unreadable, *added])
-        for _, outcome in waiting:
-            outcome.append(error)
-        if not error:
-            del self._marks[:len(marks)], self._unreadable[:len(unreadable)]
-            if self._failing:
-                self._failing = False
-                log.warning("the journal %s is written again", self._settings.journal)
-        elif not self._closed:
+    def _write(self) -> None:
+        """Write all that is pending, or nothing: then marks stay pending, and the threads that wait are told."""
+        pending = self._pending[:]
+        changes = [change for each, _ in pending for change in each]
+        error = JournalError("closed") if self._closed else attempt(self._commit, changes)
+        self._pending[:len(pending)] = [each for each in pending if error and each[1] is None]
+        for _, outcome in pending:
+            if outcome is not None:
+                outcome.append(error)
+        if error and not self._closed:
             self._note_failure(error)
-        return not error
+        elif self._failing and not error:
+            self._failing = False
+            log.warning("the journal %s is written again", self._settings.journal)
+
+    def _commit(self, changes: List[Change]) -> None:
+        if self._failing:
+            self._file.open()
+            changes = [*((_REMEMBER, values) for sql, values in changes if sql is _FINISH), *changes]
+        self._changes += len(changes)
+        if self._changes >= TRIM_EVERY:
+            self._changes = 0
+            old = [self._finished.popleft() for _ in range(len(self._finished) - self._settings.dedup_size)]
+            changes = [*changes, *((_FORGET, values) for values in old),
+                       (_TRIM_SESSIONS, (self._clock() - SESSION_SECONDS, self._settings.sessions))]
+        self._file.commit(changes)
 
     def _note_failure(self, error: BaseException) -> None:
         if self._file.has_moved():
-            self._marks[:0] = self._file.rescue()
+            self._pending.insert(0, (self._file.rescue(), None))
         self._file.db.close()
         if not self._failing:
             self._failing = True
@@ -2672,23 +2703,12 @@ class Journal:
                       "or correct the rights of its file, or move it away", self._settings.journal, reason)
             self._later(LOOK_AGAIN_SECONDS, self._look_again)
 
-    def _commit(self, changes: List[Change]) -> None:
-        if self._failing:
-            self._file.open()
-            done = ((key, b"", 0) for sql, (*_, key) in changes if sql is _FINISH)
-            now, known = self._clock(), [*self.in_hand(), *done]
-            changes = [*((_RESTORE, (key, tries, now, payload)) for key, payload, tries in known), *changes]
-        self._changes += len(changes)
-        if self._changes >= TRIM_EVERY:
-            self._changes = 0
-            changes = [*changes, (_TRIM, (self._settings.dedup_size,)), (_TRIM_UNREADABLE, (MAX_UNREADABLE,)),
-                       (_TRIM_SESSIONS, (self._clock() - SESSION_SECONDS, self._settings.sessions))]
-        self._file.commit(changes)
-
     def _look_again(self) -> None:
         """Write the marks, or nothing, if the file can be written again though no message comes."""
         with self._lock:
-            if self._failing and not self._closed and not self._write():
+            if self._failing:
+                self._write()
+            if self._failing and not self._closed:
                 self._later(LOOK_AGAIN_SECONDS, self._look_again)
 
     @property
@@ -2696,28 +2716,11 @@ class Journal:
         """Whether the last change could be written, and the files are where they were."""
         return not self._failing and not self._file.has_moved()
 
-    def waiting(self) -> List[Row]:
-        """The messages that are not done, oldest first."""
-        return read_rows(self._file.db, WAITING)
-
-    def finished_keys(self) -> List[str]:
-        """The keys of the messages whose handlers were done, oldest first, as many as are remembered."""
-        found = self._file.db.execute("SELECT key FROM messages WHERE done IS NOT NULL ORDER BY done DESC LIMIT ?",
-                                      (self._settings.dedup_size,))
-        return [key for key, in found][::-1]
-
-    def sessions(self) -> List[Tuple[str, str, float]]:
-        """The sessions, each with its sender, its text and when it was touched, in Unix seconds; the newest last."""
-        found = self._file.db.execute(
-            "SELECT sender, value, touched FROM sessions WHERE touched > ? ORDER BY touched DESC LIMIT ?",
-            (self._clock() - SESSION_SECONDS, self._settings.sessions))
-        return found.fetchall()[::-1]
-
     def close(self) -> None:
         """Write the marks, and let go of the file."""
         with self._lock:
             for _ in range(2):  # the second makes anew what was deleted
-                if self._marks or self._unreadable or not self.healthy:
+                if self._pending or not self.healthy:
                     self._write()
             self._closed = True
             self._file.close()
@@ -2725,81 +2728,13 @@ class Journal:
     def after_fork(self) -> None:
         """In a forked child: the journal stays the parent's. Nothing is written from here."""
         self._lock = threading.Lock()  # another thread of the parent may have it
-        self._marks.clear()
         self._closed = True
         self._file.after_fork()
 
 
-def _identify(file: Union[str, int]) -> Optional[Identity]:
-    """The identity of the file with this name or descriptor; None if there is none."""
-    try:
-        return _IDENTITY(os.stat(file))
-    except OSError:
-        return None
-
-
-def _drop_descriptors(identities: Collection[Identity]) -> None:
-    """Let this process's descriptors of some files lead to nothing. They are not closed: SQLite keeps their numbers."""
-    try:
-        numbers = [int(name) for name in os.listdir("/dev/fd")]
-    except OSError:  # there is no /proc
-        numbers = list(range(3, 4096))
-    null = os.open(os.devnull, os.O_RDONLY)  # it cannot be locked for writing, so SQLite deletes nothing
-    for number in numbers:
-        if _identify(number) in identities:
-            os.dup2(null, number, inheritable=False)
-    os.close(null)
-
-
-def read_rows(db: sqlite3.Connection, state: int) -> List[Row]:
-    """The messages in one state, oldest first."""
-    found = db.execute("""SELECT key, tries, begun, received, coalesce(payload, x''), coalesce(error, ''),
-        coalesce(replies, '') FROM messages WHERE state = ? ORDER BY id""", (state,))
-    return [Row(key, tries, bool(begun), *rest) for key, tries, begun, *rest in found]
-
-
-def _read_version(db: sqlite3.Connection, path: str) -> int:
-    """The journal's layout; 0 for an empty file. Raises `SettingsError` for a file that is not ours."""
-    mark, version = [db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version")]
-    if mark or version or db.execute("SELECT 1 FROM sqlite_master").fetchone():
-        _check_marks(mark, version, path)
-    return int(version)
-
-
-def _refuse_company(db: sqlite3.Connection, path: str) -> None:
-    """Raise `JournalTaken` if another process has the file open: the lock's file may have been deleted, and older
-    versions had another lock. SQLite grants its exclusive lock only to a process that is alone."""
-    import sqlite3
-    try:
-        for statement in ("PRAGMA locking_mode = EXCLUSIVE", "BEGIN EXCLUSIVE", "COMMIT"):
-            db.execute(statement).fetchall()
-    except sqlite3.OperationalError as error:
-        if "locked" in str(error):
-            raise JournalTaken(path) from error
-        raise
-    for statement in ("PRAGMA locking_mode = NORMAL", "PRAGMA user_version"):
-        db.execute(statement).fetchall()  # the lock is freed by the next reading
-
-
-def _refuse_foreign_file(path: str) -> None:
-    """Look at the head of the file (SQLite's file format, section 1.3) before SQLite touches it. Only whoever has the
-    lock may do so: closing the file frees SQLite's locks on it."""
-    try:
-        with open(path, "rb") as file:
-            head = file.read(100)
-    except FileNotFoundError:
-        return
-    if head:
-        is_database = head.startswith(b"SQLite format 3\0")
-        _check_marks(is_database and int.from_bytes(head[68:72], "big"), int.from_bytes(head[60:64], "big"), path)
-
-
-def _check_marks(mark: int, version: int, path: str) -> None:
-    """Raise `SettingsError` for marks of another program, or of a kfserver of the future."""
-    if mark != JOURNAL_ID:
-        raise SettingsError(f"{path} is not a journal of kfserver, and was left as it is: name another --journal")
-    if version > JOURNAL_VERSION:
-        raise SettingsError(f"the journal {path} was written by a newer kfserver, and was left as it is: use that one")
+def _storable(text: str) -> str:
+    """The text with a mark in the place of half surrogates, which SQLite does not take."""
+    return text.encode("utf-8", "replace").decode()
 
 
 # ---- 11 Shared claims -----------------------------------------------------------------------------------------------
@@ -2827,12 +2762,10 @@ if value == ARGV[1] or value == '+' .. ARGV[1] then redis.call('del', KEYS[1]) e
 return 1"""
 
 _Command = Tuple[Any, ...]
+# Commands that go together, and what Redis answers to each: nothing until it does.
+_Job = Tuple[Sequence[_Command], List[Any]]
 # Whether Redis answers, runs scripts and can be written to, which a replica cannot.
 _PROBE: _Command = ("EVAL", "redis.call('set', KEYS[1], '', 'px', 1) return 1", 1, "kfserver-probe")
-
-
-class SessionUnavailable(ConnectionError):
-    """A conversation cannot be read or written, since Redis is away: the try fails, and can be repeated."""
 
 
 def connect_redis(url: str) -> Any:
@@ -2861,81 +2794,67 @@ def connect_redis(url: str) -> Any:
     return client
 
 
-class _Question:
-    """Commands of a caller who waits, and what Redis answers to each: None until it does."""
-
-    __slots__ = ("answers", "commands")
-
-    def __init__(self, commands: Sequence[_Command]) -> None:
-        self.commands = commands
-        self.answers: Optional[List[Any]] = None
-
-
 class RedisLine:
-    """A connection to Redis, and the thread that alone uses it: resolving, connecting and waiting happen there.
+    """A connection to the Redis at ``url``, and the thread that alone uses it: resolving, connecting and waiting happen
+    there.
 
-    All that is owed and then all that is asked goes in one pipeline: a claim never overtakes an older release. ``away``
-    is why Redis is away, if it is: after an error, or when it took longer than REDIS_TIMEOUT. Nobody waits for it then.
+    All that waits goes in one pipeline, in order: a claim never overtakes an older release. Redis is away after an
+    error, or when it took longer than REDIS_TIMEOUT: nobody waits for it then, and what is owed is kept.
     """
 
     def __init__(self, url: str) -> None:
         self._client = connect_redis(url)
-        self.away: Optional[BaseException] = None
-        self._changed = threading.Condition()  # guards all here; told when there is work, and when it is done
-        self._questions: List[_Question] = []
-        self._owed: OrderedDict[str, _Command] = OrderedDict()
+        self._changed = threading.Condition()  # guards all below; told when there is work, and when it is done
+        self._jobs: OrderedDict[Union[str, int], _Job] = OrderedDict()  # by a number if somebody waits for the answers
         self._thread: Optional[threading.Thread] = None
         self._begun = 0.0  # when the pipeline in hand was begun, by the monotonic clock
-        self._closed = False
+        self._away = self._closed = False
 
     def open(self) -> None:
-        """See to it that the thread runs, which connects at once."""
+        """Get ready to serve: see to it that the thread runs, which connects at once. Waits for nothing."""
         with self._changed:
             if self._closed or (self._thread and self._thread.is_alive()):
                 return
-            thread = threading.Thread(target=self._work, name="kfserver-redis", daemon=True)
-            try:
-                thread.start()
-                self._thread = thread
-            except RuntimeError as error:  # no thread to spare, or the interpreter ends: the next call tries again
+            self._thread = threading.Thread(target=self._work, name="kfserver-redis", daemon=True)
+            error = attempt(self._thread.start)
+            if error:  # no thread to spare, or the interpreter ends: the next call tries again
                 self._note(error)
 
-    def ask(self, commands: Sequence[_Command], seconds: float) -> Optional[List[Any]]:
-        """What Redis answers to each of the commands within ``seconds``; None if it does not, or is away."""
+    def ask(self, commands: Sequence[_Command], seconds: float) -> List[Any]:
+        """What Redis answers to each of the commands within ``seconds``; nothing if it does not, or is away."""
         self.open()
-        question, started = _Question(commands), time.monotonic()
+        answers: List[Any] = []
+        started = time.monotonic()
         with self._changed:
-            if self.away or self._closed:
-                return None
-            self._questions.append(question)
+            if self._away or self._closed:
+                return []
+            self._jobs[id(answers)] = commands, answers
             self._changed.notify_all()
-            self._changed.wait_for(lambda: question.answers is not None or self.away, seconds)
-            if question in self._questions:
-                self._questions.remove(question)
+            self._changed.wait_for(lambda: answers or self._away, seconds)
+            self._jobs.pop(id(answers), None)
             # A pipeline that was begun later, after another's, may still be in time.
-            if question.answers is None and self._begun < started + REDIS_TIMEOUT / 10:
-                self._note(self.away or TimeoutError())
-        return question.answers
+            if not answers and self._begun < started + REDIS_TIMEOUT / 10:
+                self._note(TimeoutError())
+            return answers[:]
 
     def owe(self, name: str, command: _Command) -> None:
         """Send the command soon, or when Redis is back, and wait for nothing; the last one of a name counts."""
         self.open()
         with self._changed:
-            if not self._closed:
-                self._owed[name] = command
-                self._owed.move_to_end(name)
-                if len(self._owed) > MAX_OWED:
-                    self._owed.popitem(last=False)
-                self._changed.notify_all()
+            self._jobs[name] = (command,), []
+            self._jobs.move_to_end(name)
+            if len(self._jobs) > MAX_OWED:
+                self._jobs.popitem(last=False)
+            self._changed.notify_all()
 
     def _note(self, error: Optional[BaseException]) -> None:
         """Note whether Redis is away, and tell when that changes."""
-        if error and not self.away:
+        if error and not self._away:
             log.warning("Redis is away (%s): this instance drops only the repeats that it has seen itself; "
                         "check the server that --redis names", type(error).__name__)
-        elif self.away and not error:
+        elif self._away and not error:
             log.warning("Redis is back: instances share their claims again")
-        self.away = error
+        self._away = error is not None
         self._changed.notify_all()
 
     def _work(self) -> None:
@@ -2945,39 +2864,32 @@ class RedisLine:
             self._begun = time.monotonic()
             error = attempt(self._client.ping) if error else None  # resolves and connects, which may take long
             with self._changed:
-                questions, self._questions, owed = self._questions, [], dict(self._owed)
-            if self._closed and not owed:
+                jobs = dict(self._jobs)
+            if self._closed and not jobs:
                 break
-            error = error or attempt(self._exchange, questions, owed)
+            error = error or attempt(self._exchange, jobs)
             with self._changed:
                 self._note(error)
                 if self._closed and error:
                     break
-                self._pause()
+                took = 0.0 if error else time.monotonic() - self._begun
+                self._changed.wait_for(lambda: self._closed or (self._jobs and not self._away),
+                                       REDIS_PAUSE if error else REDIS_IDLE)
+                # What is owed waits for a question as long as the last pipeline took, to go with it.
+                self._changed.wait_for(lambda: self._closed or any(isinstance(name, int) for name in self._jobs), took)
         attempt(self._client.connection_pool.disconnect)
 
-    def _pause(self) -> None:
-        """Wait for work. What is owed waits for a question as long as the last pipeline took, to go with it."""
-        took = time.monotonic() - self._begun
-        if self.away:
-            self._changed.wait_for(lambda: self._closed, REDIS_PAUSE)
-        else:
-            self._changed.wait_for(lambda: self._closed or self._questions or self._owed, REDIS_IDLE)
-            self._changed.wait_for(lambda: self._closed or self._questions, took)
-
-    def _exchange(self, questions: Sequence[_Question], owed: Mapping[str, _Command]) -> None:
+    def _exchange(self, jobs: Mapping[Union[str, int], _Job]) -> None:
         """Send what waits, and hand the answers out. Raises what the package raises, and TimeoutError if it is slow."""
         started, pipeline = time.monotonic(), self._client.pipeline(transaction=False)
-        asked = [command for question in questions for command in question.commands]
-        for command in [*owed.values(), *asked] or [_PROBE]:
+        for command in [command for commands, _ in jobs.values() for command in commands] or [_PROBE]:
             pipeline.execute_command(*command)
-        answers = iter(pipeline.execute()[len(owed):])
+        found = iter(pipeline.execute())
         with self._changed:
-            for question in questions:
-                question.answers = list(itertools.islice(answers, len(question.commands)))
-            for name, command in owed.items():
-                if self._owed.get(name) is command:  # else a newer one has come meanwhile
-                    del self._owed[name]
+            for name, job in jobs.items():
+                job[1].extend(itertools.islice(found, len(job[0])))
+                if self._jobs.get(name) is job:  # else a newer one has come meanwhile
+                    del self._jobs[name]
         if time.monotonic() - started > REDIS_TIMEOUT:
             raise TimeoutError
 
@@ -2986,46 +2898,31 @@ class RedisLine:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-        if self._thread:
+        if self._thread and self._thread.is_alive():
             self._thread.join(REDIS_PATIENCE)
         with self._changed:
-            self._owed.clear()
+            self._jobs.clear()
+
+    def is_away(self) -> bool:
+        """Whether Redis is away."""
+        return self._away
 
 
-def check_redis(settings: Settings) -> None:
-    """Raise `SettingsError` unless the Redis of the settings, if there is one, does what claims need."""
-    if settings.redis:
-        client = connect_redis(settings.redis)
-        error = attempt(client.execute_command, *_PROBE)
-        client.connection_pool.disconnect()
-        if error:
-            raise SettingsError(f"--redis (KF_REDIS): no good answer from there ({type(error).__name__}): check the "
-                                "address and the server; without it, each instance drops only the repeats that it has "
-                                "seen itself")
-
-
-class SharedClaims:
-    """`ClaimCache`'s methods over the Redis at ``url``; ``local`` decides first, and alone while Redis is away.
+class SharedClaims(RedisLine, ClaimCache):
+    """A `ClaimCache` that asks the Redis at ``url`` too; the memory decides first, and alone while Redis is away.
 
     Redis keeps a claim for 3 s, and for a day once its message is safe; nobody waits until that is written. Keeps
     conversations too. Raises `SettingsError` without the package, or for a bad address.
     """
 
-    def __init__(self, url: str, local: ClaimCache) -> None:
-        self._local, self._owner = local, os.urandom(8).hex()
+    def __init__(self, url: str, size: int) -> None:
+        RedisLine.__init__(self, url)
+        ClaimCache.__init__(self, size)
+        self._instance = os.urandom(8).hex()
         self._known: Set[str] = set()  # keys in hand that Redis may have from us
-        self._line = RedisLine(url)
 
-    def __len__(self) -> int:
-        return len(self._local)
-
-    def open(self) -> None:
-        """Get ready to serve: connect, and do not wait for it. Otherwise the first message does so."""
-        self._line.open()
-
-    def claim(self, key: str) -> bool:
-        """True for exactly one caller in this instance; False for a repeat. Raises `BeingTaken`."""
-        return self._local.claim(key)
+    def _owner(self) -> str:
+        return f"{self._instance}-{os.getpid()}"  # a forked process is another instance
 
     def confirm(self, keys: Sequence[str]) -> List[Union[bool, PushError]]:
         """Whether the claims of a round hold on all instances, one each: True it is ours, False another instance has
@@ -3035,50 +2932,47 @@ class SharedClaims:
         """
         self._known.update(keys)
         commands = [command for key in keys for command in (
-            ("SET", _name(key), self._owner, "PX", CLAIM_MS, "NX"), ("GET", _name(key)))]
-        answers = (keys and self._line.ask(commands, REDIS_TIMEOUT)) or [True, None] * len(keys)
-        return [self._judge(*each) for each in zip(keys, answers[::2], answers[1::2])]
-
-    def _judge(self, key: str, is_set: bool, value: Optional[bytes]) -> Union[bool, PushError]:
-        if is_set or value == self._owner.encode():  # ours: its release was lost
-            return True
-        self._known.discard(key)
-        self._local.release(key)
-        if value and value.startswith(b"+"):
-            return False
-        return BeingTaken("another instance is just taking the same message")
+            ("SET", "kfserver:" + key, self._owner(), "PX", CLAIM_MS, "NX"), ("GET", "kfserver:" + key))]
+        answers = (keys and self.ask(commands, REDIS_TIMEOUT)) or [True, None] * len(keys)
+        outcomes: List[Union[bool, PushError]] = []
+        for key, is_set, value in zip(keys, answers[::2], answers[1::2]):
+            if is_set or value == self._owner().encode():  # ours: its release was lost
+                outcomes.append(True)
+                continue
+            self._known.discard(key)  # nothing there is to be released
+            self.release(key)
+            is_safe = bool(value) and value.startswith(b"+")
+            outcomes.append(False if is_safe else BeingTaken("another instance is just taking the same message"))
+        return outcomes
 
     def accept(self, keys: Sequence[str]) -> None:
         """The claimed messages are safe: repeats are dropped by all instances for a day."""
-        self._local.accept(keys)
+        super().accept(keys)
         for key in keys:
-            self._mark(key)
+            self._known.add(key)
+            self.owe(key, ("SET", "kfserver:" + key, "+" + self._owner(), "PX", REMEMBER_MS))
+
+    def restore(self, key: str) -> None:
+        """The message was accepted before a restart, and is in hand again."""
+        super().restore(key)
+        self.accept([key])
 
     def finish(self, key: str) -> None:
         """The message is done."""
-        self._local.finish(key)
+        super().finish(key)
         self._known.discard(key)
 
     def release(self, key: str) -> None:
         """The message was refused, or failed for good: the same push may come again, to any instance."""
-        self._local.release(key)
+        super().release(key)
         if key in self._known:  # else Redis has nothing, or what was finished long ago
             self._known.discard(key)
-            self._line.owe(key, ("EVAL", _RELEASE, 1, _name(key), self._owner))
-
-    def restore(self, key: str) -> None:
-        """The message was accepted before a restart, and is in hand again."""
-        self._local.restore(key)
-        self._mark(key)
-
-    def _mark(self, key: str) -> None:
-        self._known.add(key)
-        self._line.owe(key, ("SET", _name(key), "+" + self._owner, "PX", REMEMBER_MS))
+            self.owe(key, ("EVAL", _RELEASE, 1, "kfserver:" + key, self._owner()))
 
     def load_session(self, name: str) -> str:
         """The text that any instance saved last for the conversation; empty if there is none.
 
-        Waits 1 s at most. Raises `SessionUnavailable` when Redis is away.
+        Waits 1 s at most. Raises ConnectionError when Redis is away: the try fails, and can be repeated.
         """
         text: bytes = self._ask_for_session("GET", name) or b""
         return text.decode("utf-8", "surrogatepass")
@@ -3091,22 +2985,21 @@ class SharedClaims:
             self._ask_for_session("DEL", name)
 
     def _ask_for_session(self, verb: str, name: str, *arguments: Any) -> Any:
-        answers = self._line.ask([(verb, "kfserver-session:" + name, *arguments)], REDIS_PATIENCE)
-        if answers is None:
-            raise SessionUnavailable("Redis is away, and conversations are there")
-        return answers[0]
-
-    def close(self) -> None:
-        """Write what is owed, if Redis is there, for 1 s at most; nothing is written afterwards."""
-        self._line.close()
-
-    def is_away(self) -> bool:
-        """Whether Redis is away."""
-        return self._line.away is not None
+        for answer in self.ask([(verb, "kfserver-session:" + name, *arguments)], REDIS_PATIENCE):
+            return answer
+        raise ConnectionError("Redis is away, and conversations are there")
 
 
-def _name(key: str) -> str:
-    return "kfserver:" + key
+def check_redis(settings: Settings) -> None:
+    """Raise `SettingsError` unless the Redis of the settings, if there is one, does what claims need."""
+    if settings.redis:
+        client = connect_redis(settings.redis)
+        error = attempt(client.execute_command, *_PROBE)
+        client.connection_pool.disconnect()
+        if error:
+            raise SettingsError(f"--redis (KF_REDIS): no good answer from there ({type(error).__name__}): check the "
+                                "address and the server; without it, each instance drops only the repeats that it has "
+                                "seen itself")
 
 
 # ---- 12 Replies -----------------------------------------------------------------------------------------------------
@@ -3998,7 +3891,7 @@ class Conversations:
         self._texts: OrderedDict[str, Tuple[str, float]] = OrderedDict()  # and when each was touched; oldest first
 
     def load(self, sender: Tuple[str, str]) -> Dict[str, Any]:
-        """The session of an app's sender: a new dict. Raises `SessionUnavailable`."""
+        """The session of an app's sender: a new dict. Raises ConnectionError."""
         name = json.dumps(sender)
         if self._shared is not None:
             text = self._shared.load_session(name)
@@ -4010,7 +3903,7 @@ class Conversations:
 
     def save(self, sender: Tuple[str, str], session: Dict[str, Any]) -> Optional[Session]:
         """Keep a session; what a journal must write of it. Raises `HandlerError` for what JSON has not, and
-        `SessionUnavailable`."""
+        ConnectionError."""
         name, text = json.dumps(sender), encode_session(session)
         if self._shared is not None:
             self._shared.save_session(name, text)
@@ -4034,7 +3927,7 @@ class Handling:
     one; None: what handlers return is not sent.
     """
 
-    def __init__(self, registry: HandlerRegistry, settings: Settings, claims: Union[ClaimCache, SharedClaims],
+    def __init__(self, registry: HandlerRegistry, settings: Settings, claims: ClaimCache,
                  api: Any) -> None:
         self.registry, self.metrics = registry, Metrics()
         self.journal: Optional[Journal] = None
@@ -4138,7 +4031,7 @@ class Handling:
             job.sent += self._api is not None
             job.replies.pop(0)
             if job.replies and self.journal:
-                self.journal.replied(job.message.key, encode_replies(job.replies))
+                self.journal.answered(job.message.key, encode_replies(job.replies))
         self._finish(job)
 
     def _fail_to_send(self, job: Job, error: BaseException) -> None:
@@ -4217,9 +4110,8 @@ class Inbox:
                  api: Any = None) -> None:
         self.is_draining = False  # whether the end has begun, for monitors
         self._settings, self._key_of, self._api = settings, key_of, api
-        self._local = ClaimCache(settings.dedup_size)
-        self._claims: Union[ClaimCache, SharedClaims] = (
-            SharedClaims(settings.redis, self._local) if settings.redis else self._local)
+        self._claims = (SharedClaims(settings.redis, settings.dedup_size) if settings.redis
+                        else ClaimCache(settings.dedup_size))
         self.handling = Handling(registry, settings, self._claims, api)
         self._dispatcher = self.handling.dispatcher
         self._journal: Optional[Journal] = None
@@ -4264,7 +4156,7 @@ class Inbox:
     def _recover(self, journal: Journal) -> None:
         """Go on where the last process ended: remember what was finished, and queue what was not."""
         for key in journal.finished_keys():
-            self._local.finish(key)
+            self._claims.finish(key)
         for session in journal.sessions():
             self.handling.conversations.restore(*session)
         left: List[Job] = []
@@ -4279,10 +4171,6 @@ class Inbox:
         if left:
             log.info("%d messages are left from the last run", len(left))
         self._dispatcher.restore(left)
-        journal.in_hand = self._list_in_hand
-
-    def _list_in_hand(self) -> List[Tuple[str, bytes, int]]:
-        return [(job.message.key, encode_json(dict(job.message.fields)), job.tries) for job in self._dispatcher.jobs()]
 
     # From a push to the queue, on the thread that answers
 
@@ -4344,8 +4232,7 @@ class Inbox:
     def each_second(self) -> None:
         """Begin what a shortage of threads held up, and notice a journal that was deleted though nothing is written."""
         self._dispatcher.wake()
-        if self._journal:
-            self._journal.look()
+        self.handling.flush()
 
     def trouble(self) -> str:
         """What keeps messages from being taken, in words; empty if nothing does."""
@@ -5983,7 +5870,7 @@ def _converse(talk: Chat) -> None:
 # words only on request.
 
 Report = Dict[str, Any]
-_REQUEUE = "UPDATE messages SET state = 0, tries = 0, error = NULL, done = NULL WHERE state = 2"
+_REQUEUE = "UPDATE messages SET state = 0, tries = 0, error = NULL WHERE state = 2"
 
 
 def build_journal_parser() -> argparse.ArgumentParser:
@@ -6007,35 +5894,21 @@ def journal_command(arguments: argparse.Namespace) -> int:
     if not os.path.exists(path):
         raise SettingsError(f"there is no journal {arguments.journal}")
     try:
-        with contextlib.closing(_connect_beside(path, "ro")) as db:
+        with contextlib.closing(connect_journal(path, "ro")) as db:
+            if 0 < db.execute("PRAGMA user_version").fetchone()[0] < JOURNAL_VERSION:
+                raise SettingsError(f"the journal {path} is of an older kfserver: start the server once, which updates "
+                                    "it")
             requeued = 0
             if arguments.requeue:
                 # `db`, which can only read, stays open longer: who closes the file last would delete its log, and the
                 # locks that keep the server's log alive may have been lost.
-                with contextlib.closing(_connect_beside(path, "rw")) as writer:
+                with contextlib.closing(connect_journal(path, "rw")) as writer:
                     requeued = writer.execute(_REQUEUE).rowcount
             report = _report_journal(db, requeued, arguments.show)
     except sqlite3.Error as error:
-        if "not a database" in str(error):
-            raise SettingsError(f"{arguments.journal} is not a journal of kfserver") from error
         raise SettingsError(f"cannot use the journal {arguments.journal}: {error}") from error
     print(json.dumps(report, indent=2) if arguments.json else _format_report(report))
     return 0
-
-
-def _connect_beside(path: str, mode: str) -> sqlite3.Connection:
-    """A connection that never makes the file. Nothing but SQLite opens it: a server of this process may have locks on
-    it, which the closing of a descriptor would free. Raises `SettingsError` for a file that is not ours."""
-    import sqlite3
-    address = f"file:{quote(os.fsencode(path))}?mode={mode}"
-    db = sqlite3.connect(address, uri=True, timeout=LOCK_SECONDS, isolation_level=None)
-    try:
-        if 0 < _read_version(db, path) < JOURNAL_VERSION:
-            raise SettingsError(f"the journal {path} is of an older kfserver: start the server once, which updates it")
-    except BaseException:
-        db.close()
-        raise
-    return db
 
 
 def _report_journal(db: sqlite3.Connection, requeued: int, show: bool) -> Report:
@@ -6043,43 +5916,32 @@ def _report_journal(db: sqlite3.Connection, requeued: int, show: bool) -> Report
     def tell(row: Row) -> Report:
         told: Report = {"key": row.key, "received": row.received, "tries": row.tries, "error": row.error,
                         "handled": bool(row.replies)}
-        return {**told, "content": _decode(row.payload), "replies": row.replies} if show else told
+        shown = {"content": row.payload.decode("utf-8", "backslashreplace"), "replies": row.replies}
+        return {**told, **shown} if show else told
     db.execute("BEGIN")  # one moment's view, though a server writes meanwhile
-    waiting, dead = ([tell(row) for row in read_rows(db, state)] for state in (WAITING, DEAD))
+    waiting, dead, unreadable = ([tell(row) for row in read_rows(db, state)] for state in (WAITING, DEAD, UNREADABLE))
     finished, sessions = (db.execute(f"SELECT COUNT(*) FROM {what}").fetchone()[0]
-                          for what in (f"messages WHERE state = {FINISHED}", "sessions"))
-    unreadable = db.execute("SELECT received, reason, payload FROM unreadable ORDER BY id").fetchall()
-    return {"requeued": requeued, "waiting": len(waiting), "to_send": sum(row["handled"] for row in waiting),
-            "finished": finished, "dead": len(dead), "dead_replies": sum(row["handled"] for row in dead),
-            "unreadable": len(unreadable), "sessions": sessions,
-            "oldest_waiting": waiting[0] if waiting else None, "waiting_messages": waiting if show else None,
-            "dead_messages": dead,
-            "unreadable_pushes": [{"received": received, "reason": reason, "content": _decode(payload)}
-                                  for received, reason, payload in unreadable] if show else None}
-
-
-def _decode(payload: bytes) -> str:
-    return payload.decode("utf-8", "backslashreplace")
+                          for what in (f"messages WHERE state = {FINISHED}", "sessions WHERE value != ''"))
+    return {"requeued": requeued, "waiting": len(waiting), "finished": finished, "dead": len(dead),
+            "unreadable": len(unreadable), "sessions": sessions, "oldest_waiting": waiting[0] if waiting else None,
+            "waiting_messages": waiting if show else None, "dead_messages": dead,
+            "unreadable_pushes": unreadable if show else None}
 
 
 def _format_report(report: Report) -> str:
     """The report for people; characters that could steer a terminal are written as escapes."""
-    def line(row: Report) -> str:
+    def line(what: str, row: Report) -> str:
         received = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(row["received"]))
-        facts = [f"{row.get('key', 'a push')} received {received}", "handled, replies to send" * row.get("handled", 0),
-                 row.get("error"), row.get("reason")]
+        facts = [f"{what}: {row['key']} received {received}", "handled, replies to send" * row["handled"], row["error"]]
         texts = [", ".join(filter(None, facts)), row.get("content"), row.get("replies")]
         return "\n    ".join(printable(text) for text in texts if text)
-    put_back = f"{report['requeued']} put back, to be handled when the server starts the next time"
-    lines = [put_back] if report["requeued"] else []
-    for name, note in (("waiting", "to_send"), ("finished", ""), ("dead", "dead_replies"), ("unreadable", ""),
-                       ("sessions", "")):
-        count = report.get(note)
-        lines.append(f"{name:<10}{report[name]:>6}" + (f", with replies to send: {count}" if count else ""))
+    lines = [f"{name:<10}{report[name]:>6}" for name in ("waiting", "finished", "dead", "unreadable", "sessions")]
+    if report["requeued"]:
+        lines.insert(0, f"{report['requeued']} put back, to be handled when the server starts the next time")
     waiting = report["waiting_messages"] or [report["oldest_waiting"]]
-    lines += [f"waiting for {time.time() - row['received']:.0f} s: {line(row)}" for row in waiting if row]
-    lines += [f"dead: {line(row)}" for row in report["dead_messages"]]
-    return "\n".join([*lines, *(f"unreadable: {line(row)}" for row in report["unreadable_pushes"] or [])])
+    lines += [line(f"waiting for {time.time() - row['received']:.0f} s", row) for row in waiting if row]
+    lines += [line("dead", row) for row in report["dead_messages"]]
+    return "\n".join([*lines, *(line("unreadable", row) for row in report["unreadable_pushes"] or [])])
 
 
 # ---- 21 Command line ------------------------------------------------------------------------------------------------
@@ -6389,7 +6251,6 @@ def check_parts(settings: Settings, registry: HandlerRegistry) -> None:
 
 def _check_journal_file(path: str) -> None:
     import tempfile
-    _refuse_foreign_file(path)
     try:
         tempfile.TemporaryFile(dir=os.path.dirname(os.path.abspath(path))).close()
         if os.path.exists(path):
@@ -6397,6 +6258,7 @@ def _check_journal_file(path: str) -> None:
     except OSError as error:
         raise SettingsError(f"cannot write the journal {path}: {error.strerror}; make its folder, and let this user "
                             "write there, or name another --journal") from error
+    refuse_foreign_file(path)
 
 
 def _advice(settings: Settings, environment: Mapping[str, str], is_shown: bool) -> Iterator[str]:
