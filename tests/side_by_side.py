@@ -85,7 +85,7 @@ def main(command: List[str]) -> int:
     done: queue.Queue[Done] = queue.Queue()
     for files in every:
         line.put(files)
-    for _ in range(max(2, os.cpu_count() or 2)):
+    for _ in range(2 * max(2, os.cpu_count() or 2)):
         # A daemon, so that Ctrl-C ends them all: each is waiting for its own process, which gets the signal too.
         threading.Thread(target=run, args=(command, line, done), daemon=True).start()
     ended = []
