@@ -778,8 +778,8 @@ FORKING_HANDLERS = """
         if not child:
             logging.getLogger("bot").warning("the child logs")
             as_before = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)]
-            print(as_before == [signal.SIG_DFL, signal.default_int_handler, signal.SIG_DFL])
-            os._exit(7)
+            # It prints nothing: another thread may have held the lock of stdout when this one forked.
+            os._exit(7 if as_before == [signal.SIG_DFL, signal.default_int_handler, signal.SIG_DFL] else 8)
         print("child", os.waitpid(child, 0)[1] >> 8)
 """
 
@@ -792,10 +792,6 @@ def test_program_leaves_signals_and_logs_to_a_forked_child() -> None:
     with started("--workers", "1", **both) as process:
         assert process.stdout
         port = port_of(process.stdout.readline())
-        # All of it: a child that is forked while another thread prints could never print itself.
-        for line in process.stdout:
-            if b"no --app-key is set" in line:
-                break
         with Client(port) as client:
             for number, content in enumerate(["fork", "pool"]):
                 assert client.ask(post(push("user", number, content))).status == 200
@@ -806,7 +802,7 @@ def test_program_leaves_signals_and_logs_to_a_forked_child() -> None:
             output += line
         process.terminate()
         assert process.wait(PATIENCE) == 0
-    for line in (b" WARNING the child logs\n", b"True\n", b"child 7\n", b"pool [1, 2]\n"):
+    for line in (b" WARNING the child logs\n", b"child 7\n", b"pool [1, 2]\n"):
         assert line in output
 
 
