@@ -634,6 +634,14 @@ def port_of(line: bytes) -> int:
     return int(line.strip().rstrip(b"/").rpartition(b":")[2])
 
 
+def push_often(port: int, count: int) -> None:
+    """Push different messages of one user, all of which must be taken; a hundred are on their way at a time."""
+    with Client(port) as client:
+        for first in range(0, count, 100):
+            client.send(b"".join(post(push("user", number)) for number in range(first, first + 100)))
+            assert [client.read_answer().status for _ in range(100)] == [200] * 100
+
+
 def test_program_answers_and_ends_though_nobody_reads_its_log() -> None:
     write("handlers.py", GOOD_HANDLERS)
     read, written = os.pipe()
@@ -641,9 +649,7 @@ def test_program_answers_and_ends_though_nobody_reads_its_log() -> None:
         with started("--grace", "0", "--log-level", "info", stdout=subprocess.PIPE, stderr=written) as process:
             os.close(written)
             assert process.stdout
-            with Client(port_of(process.stdout.readline())) as client:
-                for number in range(2500):
-                    assert client.ask(post(push("user", number))).status == 200
+            push_often(port_of(process.stdout.readline()), 2500)
             process.terminate()
             assert process.wait(PATIENCE) in (0, 1)
     finally:
@@ -656,9 +662,7 @@ def test_program_tells_how_many_log_records_were_dropped() -> None:
     with started("--grace", str(PATIENCE), stdout=subprocess.PIPE, stderr=written) as process, open(read, "rb") as log:
         os.close(written)
         assert process.stdout
-        with Client(port_of(process.stdout.readline())) as client:
-            for number in range(2500):
-                assert client.ask(post(push("user", number))).status == 200
+        push_often(port_of(process.stdout.readline()), 2500)
         lines = [log.readline()]
         while b" log records dropped" not in lines[-1]:
             lines.append(log.readline())
