@@ -18,6 +18,8 @@ from support import PATIENCE
 # keep it from calling home.
 FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-quic", "--no-first-run",
          "--disable-background-networking", "--disable-component-update", "--disable-sync")
+# Runs in each page before its own scripts.
+HURRY = "const later = setTimeout; setTimeout = (act, milliseconds) => later(act, 20)"
 # Seconds that a browser may take for its start, or for one command.
 BROWSER_PATIENCE = 6 * PATIENCE
 
@@ -29,15 +31,15 @@ def find_programs() -> str:
 
 
 class Browser:
-    """One browser with one window. ``port`` is ChromeDriver's."""
+    """One browser with one window. ``port`` is ChromeDriver's. Whatever a page does later, it does at once."""
 
-    def __init__(self, port: int, folder: pathlib.Path, language: str) -> None:
+    def __init__(self, port: int, folder: pathlib.Path) -> None:
         self._port, self._session = port, ""
-        options = {"binary": shutil.which("chromium"), "prefs": {"intl.accept_languages": language},
-                   "args": [*FLAGS, f"--user-data-dir={folder}", f"--lang={language}"]}
+        options = {"binary": shutil.which("chromium"), "args": [*FLAGS, f"--user-data-dir={folder}"]}
         wanted = {"browserName": "chrome", "goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}}
         made = self._call("POST", "", {"capabilities": {"alwaysMatch": wanted}})
         self._session = "/" + made["sessionId"]
+        self._command("Page.addScriptToEvaluateOnNewDocument", source=HURRY)
 
     def _call(self, method: str, path: str, values: Any = None) -> Any:
         connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=BROWSER_PATIENCE)
@@ -65,13 +67,17 @@ class Browser:
         """What the page's errors, and what the policy has blocked, left in the console since the last call."""
         return [line for line in self._call("POST", "/se/log", {"type": "browser"}) if line["level"] == "SEVERE"]
 
-    def emulate(self, width: int, height: int, scheme: str) -> None:
-        """Show the page on a screen of that size, in a scheme: light or dark."""
-        for command, values in (
-                ("Emulation.setDeviceMetricsOverride",
-                 {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}),
-                ("Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]})):
-            self._call("POST", "/goog/cdp/execute", {"cmd": command, "params": values})
+    def _command(self, command: str, **values: Any) -> None:
+        """A command of the Chrome DevTools Protocol."""
+        self._call("POST", "/goog/cdp/execute", {"cmd": command, "params": values})
+
+    def emulate(self, width: int, height: int, scheme: str, language: str) -> None:
+        """Show pages on a screen of that size, in a scheme, light or dark, to a person who reads that language."""
+        self._command("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1,
+                      mobile=width < 600)
+        self._command("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+        self._command("Emulation.setUserAgentOverride", userAgent=self.run("return navigator.userAgent"),
+                      acceptLanguage=language)
 
     def screenshot(self, path: pathlib.Path) -> None:
         """Write what the window shows as PNG."""
@@ -83,13 +89,13 @@ class Browser:
 
 
 @contextlib.contextmanager
-def browser(folder: pathlib.Path, language: str = "en") -> Iterator[Browser]:
-    """A browser of a new user, whose folder must be empty and whose first language is that, for a block."""
+def browser(folder: pathlib.Path) -> Iterator[Browser]:
+    """A browser of a new user, whose folder must be empty, for a block."""
     driver = subprocess.Popen(["chromedriver", "--port=0"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
         assert driver.stdout
         found = next(filter(None, (re.search(r"on port (\d+)\.", line) for line in driver.stdout)))
-        made = Browser(int(found.group(1)), folder, language)
+        made = Browser(int(found.group(1)), folder)
         try:
             yield made
         finally:

@@ -126,7 +126,10 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> Certificate:
 
 @pytest.fixture
 def empty_folder(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The current folder is empty: no handlers.py, no setting and no imported handlers but what a test makes itself."""
+    """The current folder is empty: no handlers.py, no setting and no imported handlers but what a test makes itself.
+
+    Installed libraries that a test imports stay imported: to import them again for each test takes most of its time.
+    """
     for name in [name for name in os.environ if name.startswith("KF_")]:
         monkeypatch.delenv(name)
     monkeypatch.chdir(tmp_path)
@@ -134,4 +137,5 @@ def empty_folder(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Ite
     modules = set(sys.modules)
     yield
     for name in set(sys.modules) - modules:
-        del sys.modules[name]
+        if not str(getattr(sys.modules[name], "__file__", None)).startswith((sys.prefix, sys.base_prefix)):
+            del sys.modules[name]

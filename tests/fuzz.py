@@ -842,7 +842,7 @@ class Siege:
     def _expire_all(self) -> bool:
         for channel in list(self._table):
             channel.deadline = 0.0
-        self._http._next_reap = 0.0
+        self._http._next_tick = 0.0
         self._push()  # wakes the server
         return len(self._table) == 0
 

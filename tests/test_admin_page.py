@@ -37,6 +37,13 @@ def program(tmp_path: pathlib.Path) -> Iterator[Program]:
         yield made
 
 
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    """The browser of all tests: its start takes longer than they do."""
+    with browser(tmp_path_factory.mktemp("browser")) as made:
+        yield made
+
+
 def page_of(program: Program) -> str:
     """The address of the page, as the start tells it."""
     assert program.port
@@ -59,58 +66,56 @@ def rows(page: Browser, table: str) -> List[Any]:
             [getComputedStyle(row.cells[0]).color, ...[...row.cells].map(cell => cell.innerText)])""", table))
 
 
-def test_page_shows_a_person_what_happens(program: Program, tmp_path: pathlib.Path) -> None:
-    with browser(tmp_path / "browser") as page:
-        page.emulate(1200, 900, "light")
-        page.open(page_of(program))
-        wait_until(lambda: text(page, "health") == "ok")
-        assert text(page, "accepted") == "accepted 0"
-        assert "none yet" in text(page, "messages")
+def test_page_shows_a_person_what_happens(page: Browser, program: Program) -> None:
+    page.emulate(1200, 900, "light", "en")
+    page.open(page_of(program))
+    wait_until(lambda: text(page, "health") == "ok")
+    assert text(page, "accepted") == "accepted 0"
+    assert "none yet" in text(page, "messages")
 
-        for number in range(3):  # the numbers grow, without a new load of the page
-            program.push(number)
-        wait_until(lambda: text(page, "accepted") == "accepted 3" and len(rows(page, "messages")) == 3)
-        assert page.run("return document.querySelectorAll('#plot rect').length") > 0
-        program.push(3, sender="zoe")
-        wait_until(lambda: text(page, "accepted") == "accepted 4" and len(rows(page, "messages")) == 4)
-        assert [row[1:4] for row in rows(page, "handlers")] == [["greet", "4", "0"]]
-        assert "≤" in text(page, "p99") or ">" in text(page, "p99")
+    for number in range(3):  # the numbers grow, without a new load of the page
+        program.push(number)
+    wait_until(lambda: text(page, "accepted") == "accepted 3" and len(rows(page, "messages")) == 3)
+    assert page.run("return document.querySelectorAll('#plot rect').length") > 0
+    program.push(3, sender="zoe")
+    wait_until(lambda: text(page, "accepted") == "accepted 4" and len(rows(page, "messages")) == 4)
+    assert [row[1:4] for row in rows(page, "handlers")] == [["greet", "4", "0"]]
+    assert "≤" in text(page, "p99") or ">" in text(page, "p99")
 
-        program.push(4, "a secret")  # a failure stands out
-        wait_until(lambda: any("failed" in row for row in rows(page, "messages")))
-        newest, *others = rows(page, "messages")
-        assert (newest[0], newest[2:6], newest[-1]) == (
-            RED, ["text", "app/user/text/4", "failed", "stumble"], "ZeroDivisionError")
-        assert {row[0] for row in others} & {RED} == set()
-        assert [(row[0] == RED, row[1]) for row in rows(page, "handlers")] == [(False, "greet"), (True, "stumble")]
-        assert "secret" not in page.run("return document.body.innerText")
+    program.push(4, "a secret")  # a failure stands out
+    wait_until(lambda: any("failed" in row for row in rows(page, "messages")))
+    newest, *others = rows(page, "messages")
+    assert (newest[0], newest[2:6], newest[-1]) == (
+        RED, ["text", "app/user/text/4", "failed", "stumble"], "ZeroDivisionError")
+    assert {row[0] for row in others} & {RED} == set()
+    assert [(row[0] == RED, row[1]) for row in rows(page, "handlers")] == [(False, "greet"), (True, "stumble")]
+    assert "secret" not in page.run("return document.body.innerText")
 
-        page.type("word", "ZOE")  # the filter narrows the rows
-        assert [row[3] for row in rows(page, "messages")] == ["app/zoe/text/3"]
-        page.type("word", "!")
-        assert text(page, "messages") == "nothing matches"
-        assert page.console() == []  # nothing failed, and the policy had nothing to block
+    page.type("word", "ZOE")  # the filter narrows the rows
+    assert [row[3] for row in rows(page, "messages")] == ["app/zoe/text/3"]
+    page.type("word", "!")
+    assert text(page, "messages") == "nothing matches"
+    assert page.console() == []  # nothing failed, and the policy had nothing to block
 
-        program.kill()
-        wait_until(lambda: text(page, "health") == "no answer")
-
-
-def test_page_speaks_chinese_in_the_dark_on_a_phone(program: Program, tmp_path: pathlib.Path) -> None:
-    with browser(tmp_path / "browser", "zh-CN") as page:
-        page.emulate(390, 800, "dark")
-        page.open(page_of(program))
-        program.push()
-        wait_until(lambda: text(page, "accepted") == "已接收 1" and "已处理" in text(page, "messages"))
-        assert "最近半小时的推送" in page.run("return document.body.innerText")
-        assert text(page, "health") == "正常"
-        assert page.run("return document.documentElement.lang") == "zh"
-        assert page.run("return document.documentElement.scrollWidth") <= 390
-        assert page.run("return getComputedStyle(document.body).backgroundColor") == "rgb(14, 18, 25)"
+    program.kill()
+    wait_until(lambda: text(page, "health") == "no answer")
 
 
-def test_page_shows_markup_in_a_message_as_text(program: Program, tmp_path: pathlib.Path) -> None:
+def test_page_speaks_chinese_in_the_dark_on_a_phone(page: Browser, program: Program) -> None:
+    page.emulate(390, 800, "dark", "zh-CN")
+    page.open(page_of(program))
+    program.push()
+    wait_until(lambda: text(page, "accepted") == "已接收 1" and "已处理" in text(page, "messages"))
+    assert "最近半小时的推送" in page.run("return document.body.innerText")
+    assert text(page, "health") == "正常"
+    assert page.run("return document.documentElement.lang") == "zh"
+    assert page.run("return document.documentElement.scrollWidth") <= 390
+    assert page.run("return getComputedStyle(document.body).backgroundColor") == "rgb(14, 18, 25)"
+
+
+def test_page_shows_markup_in_a_message_as_text(page: Browser, program: Program) -> None:
     markup = "<img src=x onerror='document.title=1'>"
-    with browser(tmp_path / "browser") as page, Client(program.port) as client:
+    with Client(program.port) as client:
         page.open(page_of(program))
         client.ask(post(json.dumps({"MsgType": markup, "MsgId": 1, "FromUserName": "user"}).encode()))
         wait_until(lambda: markup in text(page, "messages"))

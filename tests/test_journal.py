@@ -298,7 +298,9 @@ def test_kf_server_counts_tries_over_a_restart(start: Start, path: str) -> None:
     assert [(row.state, row.tries) for row in stored(path)] == [(DEAD, 3)]
 
 
-def test_kf_server_writes_down_a_failed_try_that_another_will_follow(start: Start, path: str) -> None:
+def test_kf_server_writes_down_a_failed_try_that_another_will_follow(
+        start: Start, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kfserver, "LONGEST_PAUSE", 0.01)
     registry, begun, release = HandlerRegistry(), [], threading.Event()
 
     @registry.on("text")
