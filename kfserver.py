@@ -5442,17 +5442,15 @@ def read_wsgi_body(environ: Mapping[str, Any], limit: int) -> bytes:
     if stated and not (stated.isdecimal() and len(stated) <= 18):
         raise MalformedPush("Content-Length must be one number")
     left = limit + 1 if not stated and environ.get("wsgi.input_terminated") else int(stated or 0)
-    too_large = PushError(f"more than {limit} bytes", TOO_LARGE, 413)
-    if stated and left > limit:
-        raise too_large
-    body = b""
-    while left:
+    too_large, body = bool(stated) and left > limit, b""
+    while left and not too_large:
         data = environ["wsgi.input"].read(left)
         if not data:
             break
         body, left = body + data, left - len(data)
-    if len(body) > limit:
-        raise too_large
+        too_large = len(body) > limit
+    if too_large:
+        raise PushError(f"more than {limit} bytes", TOO_LARGE, 413)
     return body
 
 
@@ -6584,18 +6582,17 @@ def _print_start(settings: Settings, lines: Sequence[str], advice: Sequence[str]
 def check_parts(settings: Settings, registry: HandlerRegistry) -> None:
     """Raise `SettingsError` for a part that could not be made, and warn as a start would. Tries what the start would
     use, but for the port and the right to write the journal, which a server may have."""
+    import tempfile  # needed here only, and slow to load
     KfServer(registry, settings)  # the cipher, the access to the send API
     check_redis(settings)
     if settings.tls_cert:
         make_tls_context(settings)
-    if settings.journal:
-        _check_journal_file(settings.journal)
-
-
-def _check_journal_file(path: str) -> None:
-    import tempfile
+    path = settings.journal
+    if not path:
+        return
     _refuse_foreign_file(path)
     try:
+        # A new file is only made to see that the folder takes one; it is gone at once.
         tempfile.TemporaryFile(dir=os.path.dirname(os.path.abspath(path))).close()
         if os.path.exists(path):
             open(path, "r+b").close()
