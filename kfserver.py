@@ -4609,7 +4609,7 @@ class Connection(BaseHTTPRequestHandler):
 
     def _put_off_handshake(self) -> None:
         self._step = self._shake_hands
-        self.server.put_off(self)
+        self.server.backlog[self] = None
 
     def _shake_hands(self) -> None:
         self._step = self._put_off_handshake  # when there is more to read
@@ -4683,7 +4683,7 @@ class Connection(BaseHTTPRequestHandler):
             self._give_time(IDLE)
         else:
             self.deadline, self._step = float("inf"), self._hand_in
-            self.server.put_off(self)
+            self.server.backlog[self] = None
 
     def _linger(self) -> None:
         """Send no more, but read on for a while and drop it: closing with bytes unread would reset the connection, and
@@ -4745,7 +4745,7 @@ class Listener(ThreadingHTTPServer):
         super().__init__(self._unix or (settings.host, settings.port), Connection)  # type: ignore[arg-type]
         self.socket.setblocking(False)
         self.connections: OrderedDict[Connection, None] = OrderedDict()  # who has waited longest comes first
-        self.backlog: OrderedDict[Connection, None] = OrderedDict()  # those with a step that can wait, in order
+        self.backlog: OrderedDict[Connection, None] = OrderedDict()  # whose next step waits for time, in order
         self.selector = selectors.DefaultSelector()
         self.waker, self.woken = socket.socketpair()
 
@@ -4783,12 +4783,8 @@ class Listener(ThreadingHTTPServer):
     def _stamp_certificate(self) -> List[Optional[_Stamp]]:
         return [_stamp(path) for path in (self._settings.tls_cert, self._settings.tls_key)]
 
-    def put_off(self, connection: Connection) -> None:
-        """Let a connection do its next step when there is time, and not before."""
-        self.backlog[connection] = None
-
     def watch(self, connection: Connection, events: int) -> None:
-        """Call the connection when its client sends, or takes, as ``events`` say; not while it is put off."""
+        """Call the connection when its client sends, or takes, as ``events`` say; not while it is in the backlog."""
         if connection in self.backlog:
             events = 0
         if events == connection.events:
@@ -5194,7 +5190,12 @@ class KfServer:
 
     def wsgi(self, environ: Dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         """A WSGI application (PEP 3333) with the same endpoint, for an existing site."""
-        self._begin_wsgi(environ)
+        if environ.get("wsgi.multiprocess") and not self.settings.redis and not self._told_processes:
+            self._told_processes = True
+            log.warning("there are several processes, and each knows only the repeats that it has seen itself: run one "
+                        "process with threads, or set redis=")
+        with contextlib.suppress(Busy):  # told, and a push is answered by it
+            self._inbox.begin()  # what the last run left, at the first request of any kind
         # The server has decoded the path; a setting and a request line are percent-encoded.
         path = quote((environ.get("SCRIPT_NAME", "") + environ.get("PATH_INFO", "") or "/").encode("latin-1"))
         body, problem = b"", None
@@ -5206,15 +5207,6 @@ class KfServer:
         response = self.endpoint.handle(Request(method, path, environ.get("QUERY_STRING", ""), body, problem))
         start_response(f"{response.status} {http.client.responses[response.status]}", list_headers(response))
         return [b"" if method == "HEAD" else response.body]
-
-    def _begin_wsgi(self, environ: Mapping[str, Any]) -> None:
-        """Begin with what the last run left at the first request of any kind."""
-        if environ.get("wsgi.multiprocess") and not self.settings.redis and not self._told_processes:
-            self._told_processes = True
-            log.warning("there are several processes, and each knows only the repeats that it has seen itself: run one "
-                        "process with threads, or set redis=")
-        with contextlib.suppress(Busy):  # told, and a push is answered by it
-            self._inbox.begin()
 
 
 def _let_go_in_child(server: weakref.ReferenceType[KfServer]) -> None:
@@ -5241,17 +5233,15 @@ def read_wsgi_body(environ: Mapping[str, Any], limit: int) -> bytes:
     if stated and not (stated.isdecimal() and len(stated) <= 18):
         raise MalformedPush("Content-Length must be one number")
     left = limit + 1 if not stated and environ.get("wsgi.input_terminated") else int(stated or 0)
-    too_large = PushError(f"more than {limit} bytes", TOO_LARGE, 413)
-    if stated and left > limit:
-        raise too_large
-    body = b""
-    while left:
+    too_large, body = bool(stated) and left > limit, b""
+    while left and not too_large:
         data = environ["wsgi.input"].read(left)
         if not data:
             break
         body, left = body + data, left - len(data)
-    if len(body) > limit:
-        raise too_large
+        too_large = len(body) > limit
+    if too_large:
+        raise PushError(f"more than {limit} bytes", TOO_LARGE, 413)
     return body
 
 
@@ -5981,21 +5971,19 @@ def read_setting(name: str, text: str) -> Any:
 
 def read_settings(arguments: Mapping[str, Any], environment: Mapping[str, str]) -> Settings:
     """The settings: an argument beats the environment, which beats the default. Raises `SettingsError`."""
-    foreign = find_foreign(environment)
-    given = {name: environment[variable] or None for name, variable in setting_variables().items()
-             if variable in environment and variable not in foreign}
-    given.update({name: text for name, text in arguments.items() if name in SETTING_FIELDS and text is not None})
-    return Settings(**{name: read_setting(name, text) for name, text in given.items() if text is not None})
+    given: Dict[str, Any] = {}
+    for name in SETTING_FIELDS:
+        text = arguments.get(name)
+        if text is None and not is_foreign(f"KF_{name.upper()}", environment):
+            text = environment.get(f"KF_{name.upper()}") or None
+        if text is not None:
+            given[name] = read_setting(name, text)
+    return Settings(**given)
 
 
-def setting_variables() -> Dict[str, str]:
-    """Each setting's variable of the environment."""
-    return {name: f"KF_{name.upper()}" for name in SETTING_FIELDS}
-
-
-def find_foreign(environment: Mapping[str, str]) -> List[str]:
-    """The variables that are not meant for us, though they begin like ours: they come from Kubernetes."""
-    return sorted(name for name, value in environment.items() if _OF_KUBERNETES.match(f"{name}={value}"))
+def is_foreign(name: str, environment: Mapping[str, str]) -> bool:
+    """Whether a variable is not meant for us, though it begins like ours: it comes from Kubernetes."""
+    return bool(_OF_KUBERNETES.match(f"{name}={environment.get(name, '')}"))
 
 
 def find_command(arguments: Sequence[str]) -> Tuple[str, Sequence[str]]:
@@ -6150,12 +6138,6 @@ def write_log(text: str) -> bool:
     return True
 
 
-def _set_up_logging(settings: Settings) -> None:
-    text = logging.Formatter("%(asctime)s %(levelname)s %(message)s")
-    handler = LogWriter(JsonFormatter() if settings.log_format == "json" else text)
-    logging.basicConfig(level=settings.log_level.upper(), handlers=[handler])
-
-
 class EndSignals:
     """SIGTERM, SIGINT and, from a terminal that closes, SIGHUP. The first raises KeyboardInterrupt in the main thread,
     which then ends in order; a second one ends the process at once. Different ones within ONE_END_SECONDS are one."""
@@ -6182,7 +6164,9 @@ class EndSignals:
 def serve(arguments: argparse.Namespace) -> int:
     """Run the server until a signal ends it; 0 if every message was handled, 1 if some were left undone."""
     settings = read_settings(vars(arguments), os.environ)
-    _set_up_logging(settings)
+    text = logging.Formatter("%(asctime)s %(levelname)s %(message)s")
+    handler = LogWriter(JsonFormatter() if settings.log_format == "json" else text)
+    logging.basicConfig(level=settings.log_level.upper(), handlers=[handler])
     try:
         handlers = ReloadingHandlers(settings.handlers)
         if not arguments.check:
@@ -6241,17 +6225,16 @@ def _print_start(settings: Settings, lines: Sequence[str], advice: Sequence[str]
 def check_parts(settings: Settings, registry: HandlerRegistry) -> None:
     """Raise `SettingsError` for a part that could not be made, and warn as a start would. Tries what the start would
     use, but for the port and the right to write the journal, which a server may have."""
+    import tempfile  # needed here only, and slow to load
     KfServer(registry, settings)  # the cipher, the access to the send API
     check_redis(settings)
     if settings.tls_cert:
         make_tls_context(settings)
-    if settings.journal:
-        _check_journal_file(settings.journal)
-
-
-def _check_journal_file(path: str) -> None:
-    import tempfile
+    path = settings.journal
+    if not path:
+        return
     try:
+        # A new file is only made to see that the folder takes one; it is gone at once.
         tempfile.TemporaryFile(dir=os.path.dirname(os.path.abspath(path))).close()
         if os.path.exists(path):
             open(path, "r+b").close()
@@ -6263,12 +6246,12 @@ def _check_journal_file(path: str) -> None:
 
 def _advice(settings: Settings, environment: Mapping[str, str], is_shown: bool) -> Iterator[str]:
     """What an operator may have overlooked; ``is_shown``: whether replies are printed."""
-    known, foreign = list(setting_variables().values()), find_foreign(environment)
-    if foreign:
-        yield f"{foreign[0]} in the environment comes from Kubernetes and is not a setting" + (
-            f", as are {len(foreign) - 1} more" if foreign[1:] else "")
-    for name in sorted(set(environment) - {*known, *foreign}):
-        if name.startswith("KF_"):
+    known = [f"KF_{name.upper()}" for name in SETTING_FIELDS]
+    for name in sorted(name for name in environment if name.startswith("KF_")):
+        if is_foreign(name, environment):
+            if name in known:
+                yield f"{name} in the environment comes from Kubernetes and is not a setting"
+        elif name not in known:
             yield (f"{name} in the environment is not a setting: "
                    f"{_suggest(name, known, 'kfserver.py --help lists them')}")
     if not settings.token:
