@@ -1772,9 +1772,7 @@ class Endpoint:
         self._handle([push for push in pushes if push.too_soon])
         for push in pushes:
             if push.response is not UP:
-                error = attempt(self._record, push)
-                if error:  # the answer stands: an accepted message is safe, and is handled
-                    attempt(self._teller.report_bug, error)
+                self._teller.guard(self._record, push)  # the answer stands: an accepted message is safe, and is handled
         return [push.response for push in pushes]
 
     def _handle(self, pushes: Sequence[_Push]) -> None:
