@@ -610,9 +610,7 @@ class Envelope:
             raise ForbiddenPush("Encrypt is not base64") from None
         if not ciphertext or len(ciphertext) % AES_BLOCK:
             raise ForbiddenPush("Encrypt is not made of complete AES blocks")
-        return self._unwrap(self._cipher.decrypt(ciphertext))
-
-    def _unwrap(self, plaintext: bytes) -> bytes:
+        plaintext = self._cipher.decrypt(ciphertext)
         padding = plaintext[-1]
         if not 1 <= padding <= ENVELOPE_BLOCK or not plaintext.endswith(plaintext[-1:] * padding):
             raise ForbiddenPush("wrong padding", "set --aes-key to the EncodingAESKey that the console shows")
