@@ -611,9 +611,7 @@ class Envelope:
             raise ForbiddenPush("Encrypt is not base64") from None
         if not ciphertext or len(ciphertext) % AES_BLOCK:
             raise ForbiddenPush("Encrypt is not made of complete AES blocks")
-        return self._unwrap(self._cipher.decrypt(ciphertext))
-
-    def _unwrap(self, plaintext: bytes) -> bytes:
+        plaintext = self._cipher.decrypt(ciphertext)
         padding = plaintext[-1]
         if not 1 <= padding <= ENVELOPE_BLOCK or not plaintext.endswith(plaintext[-1:] * padding):
             raise ForbiddenPush("wrong padding", "set --aes-key to the EncodingAESKey that the console shows")
@@ -1775,9 +1773,7 @@ class Endpoint:
         self._handle([push for push in pushes if push.too_soon])
         for push in pushes:
             if push.response is not UP:
-                error = attempt(self._record, push)
-                if error:  # the answer stands: an accepted message is safe, and is handled
-                    attempt(self._teller.report_bug, error)
+                self._teller.guard(self._record, push)  # the answer stands: an accepted message is safe, and is handled
         return [push.response for push in pushes]
 
     def _handle(self, pushes: Sequence[_Push]) -> None:
