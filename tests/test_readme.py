@@ -549,7 +549,7 @@ def logged_texts() -> List[str]:
     logged = [re.sub(r"%\(\w+\)", "%", text) for text in texts_in("info", "warning", "warn", "error", "make_record")]
     refusals = [text for text in logged if "refused" in text]
     reasons = texts_in("ForbiddenPush", "Busy")
-    return logged + texts_in("__init__") + [text.replace("%s", each, 1) for text in refusals for each in reasons]
+    return logged + texts_in("SettingsError") + [text.replace("%s", each, 1) for text in refusals for each in reasons]
 
 
 LOG_LINES, CHINESE_LOG_LINES = read_rows("log line | what to do"), read_rows("日志行 | 怎么办")
