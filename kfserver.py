@@ -3606,10 +3606,13 @@ class Dispatcher:
         with self._lock:
             if self._closed:
                 raise Busy("shutting down")
-            if self._open - self._busy >= self._settings.queue_size:
+            if self._is_full():
                 raise Busy("the queue is full", "handlers are slower than messages come: raise --workers or "
                            "--queue-size, or make the handlers faster")
             self._open += 1
+
+    def _is_full(self) -> bool:
+        return self._open - self._busy >= self._settings.queue_size
 
     def cancel(self) -> None:
         """Give a reserved place back."""
@@ -3641,7 +3644,9 @@ class Dispatcher:
         """See to it that a worker comes for what is ready, and that one waits for what will be due. One is called at a
         time, and calls the next when it has taken a mailbox: under load it finds many, where a call for each would be a
         change of threads for each."""
-        if self._called or self._looking or self._busy >= self._mailboxes.limit or self.has_ended:
+        if self._called or self._busy >= self._mailboxes.limit or self.has_ended:
+            return
+        if self._looking and not self._is_full():
             return
         is_ready = self._mailboxes.are_ready()
         if not is_ready and self._mailboxes.next_due() is None:

@@ -400,6 +400,16 @@ def test_dispatcher_submit_is_busy_when_the_queue_is_full() -> None:
     assert sorted(office.done) == ["ann/1", "ann/2", "bob/1", "bob/2", "eve/1"]
 
 
+def test_dispatcher_calls_a_worker_that_looks_by_itself_later_when_the_queue_is_full(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kfserver, "LOOK_SECONDS", 2 * PATIENCE)
+    office = Office(settings=Settings(workers=1, queue_size=1))
+    for key in ("ann/1", "bob/1", "eve/1"):
+        office.submit(key)
+        wait_until(lambda: office.done and office.done[-1] == key)  # noqa: B023
+    office.dispatcher.drain(PATIENCE)
+
+
 def test_dispatcher_submit_counts_what_waits_for_a_retry() -> None:
     office = Office(Failing(times=1), Settings(workers=1, queue_size=1))
     office.submit("ann/1")
