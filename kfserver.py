@@ -1944,92 +1944,76 @@ PUSH_KINDS = ("accepted", "repeat", "other", "refused", "busy")
 # Messages that the page lists, and what happened that is kept of them: enough for ten tries of each.
 MAX_LISTED = 100
 MAX_EVENTS = 1000
+# What is kept of each: the Unix time of the event, and what has become of the message (waiting, retry, handled or
+# failed); "error" is the type of what a handler or a reply failed with. A message that waits has only the first four.
+EVENT_FIELDS = ("time", "type", "key", "outcome", "handler", "ms", "replies", "error")
 # Handlers that are told apart: names can become many, since handlers can be loaded anew.
 MAX_HANDLERS = 500
+# The metrics without labels. Those that end with _total count events, the others are a state.
+METRICS: Mapping[str, str] = MappingProxyType({
+    "handler_retries_total": "Runs of a handler that failed and were tried again.",
+    "messages_failed_total": "Messages whose last try failed.",
+    "replies_sent_total": "Replies that the send API took.",
+    "replies_failed_total": "Replies that did not reach the user.",
+    "queue_messages": "Messages that wait for a worker.",
+    "busy_workers": "Workers that run a handler.",
+    "oldest_seconds": "Age of the oldest message that is not done.",
+    "remembered_keys": "Messages known, to drop repeats of.",
+    "journal_healthy": "0 while the journal cannot be written.",
+    "connections": "Open connections of clients."})
 
 
-PushCounts = Dict[Tuple[str, str, int], int]  # by outcome, type and status; a Counter
-Bar = Tuple[PushCounts, List[int]]  # the pushes of one step, and its answers by bucket
-
-
-class Sample(NamedTuple):
-    """One metric without labels: what it is called, what it counts, and how much; ``kind`` is gauge or counter."""
-
-    name: str
-    text: str
-    value: float
-    kind: str = "gauge"
-
-
-class Histogram:
-    """How long something took, in seconds, sorted into buckets. Not safe to use from several threads."""
-
-    def __init__(self, bounds: Sequence[float]) -> None:
-        self._bounds = bounds
-        self._counts = [0] * (len(bounds) + 1)
-        self._sum = 0.0
-
-    def add(self, seconds: float) -> int:
-        """Count one more; the number of its bucket."""
-        bucket = bisect.bisect_left(self._bounds, seconds)
-        self._counts[bucket] += 1
-        self._sum += seconds
-        return bucket
-
-    def render(self, name: str, text: str) -> List[str]:
-        """The lines that tell it."""
-        lines, total = [f"# HELP {name} {text}", f"# TYPE {name} histogram"], 0
-        for bound, count in zip((*map(str, self._bounds), "+Inf"), self._counts):
-            total += count
-            lines.append(f'{name}_bucket{{le="{bound}"}} {total}')
-        return [*lines, f"{name}_sum {self._sum:.6f}", f"{name}_count {total}"]
-
-
-class Listed(NamedTuple):
-    """A message as the page lists it. ``time`` is when the last thing happened with it, in Unix seconds; ``outcome`` is
-    waiting, retry, handled or failed; ``error`` is the type of what a handler or a reply failed with."""
-
-    time: float
-    type: str
-    key: str
-    outcome: str
-    handler: str = ""
-    ms: Optional[float] = None
-    replies: Optional[int] = None
-    error: str = ""
-
-
-def percentile(counts: Sequence[int], share: float) -> str:
-    """The bound below which that share of the answers came, which are counted by bucket; in words."""
-    wanted, total = share * sum(counts), 0
-    for bound, count in zip(ANSWER_BUCKETS, counts):
-        total += count
-        if total >= wanted:
-            return f"≤ {bound * 1000:g} ms" if total else "–"
-    return f"> {ANSWER_BUCKETS[-1]:g} s"
-
-
-def new_bar() -> Bar:
-    """A step in which nothing has happened."""
-    return Counter(), [0] * (len(ANSWER_BUCKETS) + 1)
+PushCounts = Dict[Tuple[str, str, int, int], int]  # by outcome, type, status and bucket of the answer's time
 
 
 def count_kinds(pushes: PushCounts) -> List[int]:
     """How many pushes there were of each of PUSH_KINDS."""
     kinds = dict.fromkeys(PUSH_KINDS, 0)
-    for (outcome, _, status), count in pushes.items():
+    for (outcome, _, status, _), count in pushes.items():
         good = outcome if outcome in kinds else "other"
         kinds["busy" if status >= 500 else "refused" if status >= 400 else good] += count
     return list(kinds.values())
 
 
+def count_answers(*many: PushCounts) -> List[int]:
+    """How many answers took how long, by bucket."""
+    buckets = [0] * (len(ANSWER_BUCKETS) + 1)
+    for pushes in many:
+        for (*_, bucket), count in pushes.items():
+            buckets[bucket] += count
+    return buckets
+
+
+def percentile(buckets: Sequence[int], share: float) -> str:
+    """The bound below which that share of the answers came; in words."""
+    for bound, total in zip(ANSWER_BUCKETS, itertools.accumulate(buckets)):
+        if total >= share * sum(buckets):
+            return f"≤ {bound * 1000:g} ms" if total else "–"
+    return f"> {ANSWER_BUCKETS[-1]:g} s"
+
+
 def list_messages(events: Iterable[Tuple[Any, ...]]) -> List[Dict[str, Any]]:
-    """The last messages, the newest first, each as the last thing that happened with it tells."""
-    last: Dict[str, Listed] = {}
-    for listed in sorted((Listed(*event) for event in events), key=operator.attrgetter("time")):
-        last.pop(listed.key, None)
-        last[listed.key] = listed
-    return [listed._asdict() for listed in list(last.values())[:-MAX_LISTED - 1:-1]]
+    """The last messages, the newest first, each as the last event tells."""
+    last: Dict[str, Dict[str, Any]] = {}
+    for event in sorted(events, key=operator.itemgetter(0)):
+        message = dict(zip(EVENT_FIELDS, event))
+        last.pop(message["key"], None)
+        last[message["key"]] = message
+    return list(last.values())[:-MAX_LISTED - 1:-1]
+
+
+def render_metric(name: str, text: str, kind: str, values: Mapping[str, object]) -> List[str]:
+    """The lines of one metric; ``values`` by what follows its name."""
+    name = f"kfserver_{name}"
+    return [f"# HELP {name} {text}", f"# TYPE {name} {kind}",
+            *(f"{name}{suffix} {value}" for suffix, value in values.items())]
+
+
+def render_histogram(name: str, text: str, bounds: Sequence[float], buckets: List[int], seconds: float) -> List[str]:
+    """The lines of a histogram; ``seconds`` is the sum of all."""
+    totals = list(itertools.accumulate(buckets))
+    values = {f'_bucket{{le="{bound}"}}': total for bound, total in zip((*map(str, bounds), "+Inf"), totals)}
+    return render_metric(name, text, "histogram", {**values, "_sum": f"{seconds:.6f}", "_count": totals[-1]})
 
 
 class Metrics:
@@ -2037,93 +2021,85 @@ class Metrics:
     seconds."""
 
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
-        self._clock, self._started = clock, clock()
+        self._clock = clock
         self._lock = threading.Lock()  # guards all below
-        self._bars: Dict[int, Bar] = {}  # by step
-        self._messages: Deque[Tuple[Any, ...]] = deque(maxlen=MAX_EVENTS)  # what `Listed` is made from
-        self._runs: Dict[str, List[float]] = {}  # by handler: runs, failures, seconds in all, most seconds
         self._pushes: PushCounts = Counter()
-        self._events: Counter[str] = Counter()
-        self._answers = Histogram(ANSWER_BUCKETS)
-        self._handlers = Histogram(HANDLER_BUCKETS)
+        self._bars: Dict[int, PushCounts] = {}  # the same for each step of the half hour
+        self._answer_seconds = 0.0
+        self._handler_buckets = [0] * (len(HANDLER_BUCKETS) + 1)
+        self._handler_seconds = 0.0
+        self._runs: Dict[str, List[float]] = {}  # by handler: runs, failures, seconds in all, most seconds
+        self._messages: Deque[Tuple[Any, ...]] = deque(maxlen=MAX_EVENTS)  # values of EVENT_FIELDS
+        self._events = {name: 0 for name in METRICS if name.endswith("_total")}
 
     def push(self, response: Response, message: Optional[Message], seconds: float) -> None:
         """A push was answered after that time."""
         msg_type = message.msg_type if message else "-"
         label = msg_type if msg_type in LABELLED_TYPES else "other"
-        counted = response.outcome.partition(" ")[0], label, response.status
+        bucket = bisect.bisect_left(ANSWER_BUCKETS, seconds)
+        counted = response.outcome.partition(" ")[0], label, response.status, bucket
         now = self._clock()
+        step = int(now) // STEP_SECONDS
         with self._lock:
+            if step not in self._bars:  # forget those that are too old, or of a clock that was wrong
+                self._bars = {other: bar for other, bar in self._bars.items() if abs(step - other) < STEPS}
+                self._bars[step] = Counter()
             self._pushes[counted] += 1
-            pushes, times = self._bars.get(int(now) // STEP_SECONDS) or self._begin_bar(int(now) // STEP_SECONDS)
-            pushes[counted] += 1
-            times[self._answers.add(seconds)] += 1
+            self._bars[step][counted] += 1
+            self._answer_seconds += seconds
             if message and response.outcome == "accepted":
                 # When it came: its handler may have been faster than this line.
                 self._messages.append((now - seconds, msg_type[:64], message.key, "waiting"))
 
-    def _begin_bar(self, step: int) -> Bar:
-        """The counts of a new step, in the place of those that are too old, or of a clock that was wrong."""
-        self._bars = {other: bar for other, bar in self._bars.items() if abs(step - other) < STEPS}
-        self._bars[step] = new_bar()
-        return self._bars[step]
-
     def handler(self, name: str, seconds: float, error: Optional[BaseException]) -> None:
         """A handler has run for that time, well or not."""
         with self._lock:
-            self._handlers.add(seconds)
+            self._handler_buckets[bisect.bisect_left(HANDLER_BUCKETS, seconds)] += 1
+            self._handler_seconds += seconds
             if name in self._runs or len(self._runs) < MAX_HANDLERS:
                 runs, failures, total, most = self._runs.get(name, (0, 0, 0.0, 0.0))
                 self._runs[name] = [runs + 1, failures + bool(error), total + seconds, max(most, seconds)]
 
     def message(self, *values: Any) -> None:
-        """Something has become of a message: the values of a `Listed`, in their order."""
+        """Something has become of a message: the values of EVENT_FIELDS."""
         with self._lock:
             self._messages.append(values)
 
     def count(self, event: str) -> None:
-        """One of EVENTS has happened."""
+        """One of the events in METRICS has happened; ``event`` is its name without _total."""
         with self._lock:
-            self._events[event] += 1
+            self._events[f"{event}_total"] += 1
 
-    def render(self, samples: Iterable[Sample]) -> str:
-        """Everything, and the samples, in the Prometheus text format, version 0.0.4."""
+    def render(self, state: Mapping[str, float]) -> str:
+        """Everything, and the state of the server, in the Prometheus text format, version 0.0.4."""
         with self._lock:
-            lines = ["# HELP kfserver_pushes_total Pushes answered.", "# TYPE kfserver_pushes_total counter"]
-            for (outcome, kind, status), count in sorted(self._pushes.items()):
-                labels = f'outcome="{outcome}",status="{status}",type="{kind}"'
-                lines.append(f"kfserver_pushes_total{{{labels}}} {count}")
-            lines += self._answers.render("kfserver_answer_seconds", "From taking a push up to its answer.")
-            lines += self._handlers.render("kfserver_handler_seconds", "Duration of one run of a handler.")
-            counted = [Sample(f"kfserver_{event}_total", text, self._events[event], "counter")
-                       for event, text in EVENTS.items()]
-        for sample in (*counted, *samples):
-            lines += [f"# HELP {sample.name} {sample.text}", f"# TYPE {sample.name} {sample.kind}",
-                      f"{sample.name} {sample.value if sample.value % 1 else int(sample.value)}"]
+            pushes: Counter[str] = Counter()
+            for (outcome, label, status, _), count in sorted(self._pushes.items()):
+                pushes[f'{{outcome="{outcome}",status="{status}",type="{label}"}}'] += count
+            lines = render_metric("pushes_total", "Pushes answered.", "counter", pushes)
+            lines += render_histogram("answer_seconds", "From taking a push up to its answer.", ANSWER_BUCKETS,
+                                      count_answers(self._pushes), self._answer_seconds)
+            lines += render_histogram("handler_seconds", "Duration of one run of a handler.", HANDLER_BUCKETS,
+                                      self._handler_buckets, self._handler_seconds)
+            values = {**self._events, **state}
+        for name, value in values.items():
+            kind = "counter" if name.endswith("_total") else "gauge"
+            lines += render_metric(name, METRICS[name], kind, {"": value if value % 1 else int(value)})
         return "\n".join(lines) + "\n"
 
     def report(self) -> Dict[str, Any]:
         """What the page shows of it, as JSON has it: answers of the last half hour, the newest message first."""
         with self._lock:
-            now = self._clock()
-            last = int(now) // STEP_SECONDS
-            bars = [self._bars.get(step) or new_bar() for step in range(last - STEPS + 1, last + 1)]
-            buckets = [sum(counts) for counts in zip(*(times for _, times in bars))]
+            last = int(self._clock()) // STEP_SECONDS
+            bars = [self._bars.get(step, {}) for step in range(last - STEPS + 1, last + 1)]
+            buckets = count_answers(*bars)
             return {
-                "started": self._started, "now": now, "step_seconds": STEP_SECONDS, "kinds": PUSH_KINDS,
-                "steps": [count_kinds(pushes) for pushes, _ in bars], "late": buckets[-1],
-                **{f"p{share}": percentile(buckets, share / 100) for share in (50, 90, 99)},
+                "step_seconds": STEP_SECONDS, "kinds": PUSH_KINDS, "steps": list(map(count_kinds, bars)),
+                **{f"p{share}": percentile(buckets, share / 100) for share in (50, 90, 99)}, "late": buckets[-1],
                 "handlers": [{"name": name, "runs": runs, "failures": failures, "mean_ms": total / runs * 1000,
                               "max_ms": most * 1000}
                              for name, (runs, failures, total, most) in sorted(self._runs.items())],
                 "messages": list_messages(self._messages)}
-
-
-EVENTS: Mapping[str, str] = MappingProxyType({
-    "handler_retries": "Runs of a handler that failed and were tried again.",
-    "messages_failed": "Messages whose last try failed.",
-    "replies_sent": "Replies that the send API took.",
-    "replies_failed": "Replies that did not reach the user."})
 
 
 PAGE = r"""<!doctype html>
@@ -3803,14 +3779,12 @@ class Dispatcher:
         with self._lock:
             return [job for job in self._mailboxes if not job.is_settled]
 
-    def samples(self) -> List[Sample]:
-        """How much there is to do, for the metrics."""
+    def state(self) -> Dict[str, float]:
+        """How much there is to do, as METRICS names it."""
         with self._lock:
             waited = max((self._timer() - job.since for job in self._mailboxes), default=0.0)
-            waiting = max(0, self._open - self._busy)
-            return [Sample("kfserver_queue_messages", "Messages that wait for a worker.", waiting),
-                    Sample("kfserver_busy_workers", "Workers that run a handler.", self._busy),
-                    Sample("kfserver_oldest_seconds", "Age of the oldest message that is not done.", waited)]
+            return {"queue_messages": max(0, self._open - self._busy), "busy_workers": self._busy,
+                    "oldest_seconds": waited}
 
 
 # ---- 14 Inbox -------------------------------------------------------------------------------------------------------
@@ -4238,12 +4212,10 @@ class Inbox:
         return self._problem or (
             "the journal cannot be written" if self._journal and not self._journal.healthy else "")
 
-    def samples(self) -> List[Sample]:
-        """The state of things, for the metrics."""
-        healthy = not self._problem and (self._journal is None or self._journal.healthy)
-        return [*self._dispatcher.samples(),
-                Sample("kfserver_remembered_keys", "Messages known, to drop repeats of.", len(self._claims)),
-                Sample("kfserver_journal_healthy", "0 while the journal cannot be written.", healthy)]
+    def state(self) -> Dict[str, float]:
+        """The state of things, as METRICS names it."""
+        return {**self._dispatcher.state(), "remembered_keys": len(self._claims),
+                "journal_healthy": not self._journal_trouble()}
 
     def report(self) -> Dict[str, Any]:
         """The state of things, for the page: of each part ok, off, or what is wrong with it."""
@@ -5123,15 +5095,13 @@ class KfServer:
         address = {"host": host.strip("[]"), "port": int(port), "unix": "", "tls_cert": "", "tls_key": ""}
         metrics = self._inbox.handling.metrics
         return bind(dataclasses.replace(self.settings, **address),
-                    AdminEndpoint(lambda: metrics.render(self._samples()), self._report, self._trouble), "--admin")
+                    AdminEndpoint(lambda: metrics.render(self._state()), self._report, self._trouble), "--admin")
 
-    def _samples(self) -> List[Sample]:
-        connections = len(self._http.connections) if self._http else 0
-        return [*self._inbox.samples(), Sample("kfserver_connections", "Open connections of clients.", connections)]
+    def _state(self) -> Dict[str, float]:
+        return {**self._inbox.state(), "connections": len(self._http.connections) if self._http else 0}
 
     def _report(self) -> Dict[str, Any]:
-        state = {sample.name[len("kfserver_"):]: sample.value for sample in self._samples()}
-        return {**state, **self._inbox.report(), "health": self._trouble() or "ok", "version": __version__}
+        return {**self._state(), **self._inbox.report(), "health": self._trouble() or "ok", "version": __version__}
 
     def _trouble(self) -> str:
         if self._http and not self._http.alive():
