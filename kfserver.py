@@ -2109,135 +2109,110 @@ PAGE = r"""<!doctype html>
 <title>kfserver</title>
 <style>
 :root { color-scheme: light dark; --ink: #1c2430; --soft: #667085; --line: #dde2ea; --paper: #fff; --back: #f5f7fa;
-  --accepted: #2f6fed; --repeat: #98a2b3; --other: #12a594; --refused: #f5a524; --busy: #e5484d; --bad: #c4262e }
+  --bad: #c4262e }
 @media (prefers-color-scheme: dark) { :root { --ink: #e6e9ef; --soft: #98a2b3; --line: #2c3442; --paper: #171c25;
-  --back: #0e1219; --accepted: #6ea0ff; --repeat: #667085; --bad: #ff7b80 } }
-* { box-sizing: border-box }
-body { margin: 0; padding: 1rem; background: var(--back); color: var(--ink); font: 14px/1.5 system-ui, sans-serif }
-main { max-width: 72rem; margin: auto; display: grid; gap: 1rem; grid-template-columns: minmax(0, 1fr) }
+  --back: #0e1219; --bad: #ff7b80 } }
+.accepted { --kind: #4a80f0 } .repeat { --kind: #98a2b3 } .other { --kind: #12a594 } .refused { --kind: #f5a524 }
+.busy { --kind: #e5484d }
+body { margin: 1rem; background: var(--back); color: var(--ink); font: 14px/1.5 system-ui, sans-serif }
+main { max-width: 72rem; margin: auto }
 h1 { margin: 0; font-size: 1.3rem } h2 { margin: 0 0 .5rem; font-size: 1rem }
 header, p { display: flex; flex-wrap: wrap; gap: .3rem 1rem; align-items: baseline; margin: .3rem 0 0 }
-section { background: var(--paper); border: 1px solid var(--line); border-radius: .6rem; padding: 1rem; overflow: auto }
+section { background: var(--paper); border: 1px solid var(--line); border-radius: .6rem; padding: 1rem; overflow: auto;
+  margin-top: 1rem; font-variant-numeric: tabular-nums }
 dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(9rem, 1fr)); gap: .75rem; margin: 0 }
-dt, th, .soft { color: var(--soft); font-size: .85rem; font-weight: 400 }
-dd { margin: 0; font-size: 1.15rem } dd.bad { font-size: 1rem }
-table { width: 100%; border-collapse: collapse } table, dd, p { font-variant-numeric: tabular-nums }
+dt, th, p, .soft { color: var(--soft); font-size: .85rem; font-weight: 400 }
+dd { margin: 0; font-size: 1.15rem }
+table { width: 100%; border-collapse: collapse }
 th, td { text-align: left; padding: .25rem .7rem .25rem 0; border-top: 1px solid var(--line); white-space: nowrap }
-caption { text-align: left } .number { text-align: right }
+.runs, .failures, .mean_ms, .max_ms, .ms, .replies { text-align: right }
 td.key { white-space: normal; overflow-wrap: anywhere; min-width: 12rem }
 .bad, .bad td { color: var(--bad); font-weight: 600 }
-svg { width: 100%; height: 9rem; display: block; border-bottom: 1px solid var(--line) }
-#ends { justify-content: space-between } i { display: inline-block; width: .7rem; height: .7rem; margin-right: .3rem }
-input { font: inherit; color: inherit; background: var(--back); border: 1px solid var(--line); border-radius: .4rem;
-  padding: .25rem .6rem; width: 14rem; max-width: 100%; margin-bottom: .5rem }
+svg { width: 100%; height: 9rem; display: block; border-bottom: 1px solid var(--line) } path { fill: var(--kind) }
+p [id]::before { content: "■ "; color: var(--kind) }
+input { font: inherit; margin-bottom: .5rem }
 </style>
 <main>
-<header><h1>kfserver</h1><span id="health"></span><span id="age" class="soft"></span></header>
+<header><h1>kfserver</h1><span id="health"></span><span id="version" class="soft"></span></header>
 <section><dl id="numbers"></dl></section>
-<section><h2 data-text="pushes"></h2><svg id="plot" preserveAspectRatio="none" role="img"></svg>
-<p id="ends" class="soft"><span data-text="before"></span><span data-text="now"></span></p>
-<p id="legend" class="soft"></p></section>
-<section><h2 data-text="handlers"></h2><table id="handlers"></table></section>
-<section><h2 data-text="messages"></h2><input id="word" type="search"><table id="messages"></table></section>
+<section><h2 data-word="pushes"></h2><svg id="plot" viewBox="0 0 180 100" preserveAspectRatio="none" role="img"></svg>
+<p id="legend"></p></section>
+<section><h2 data-word="handlers"></h2><table id="handlers"></table></section>
+<section><h2 data-word="messages"></h2><input id="word" type="search"><table id="messages"></table></section>
 </main>
 <script>
 "use strict";
-const both = {pushes: ["Pushes of the last half hour", "最近半小时的推送"], before: ["30 min ago", "30 分钟前"],
-  now: ["now", "现在"], handlers: ["Handlers", "处理函数"], messages: ["Last 100 messages", "最近 100 条消息"],
-  filter: ["Filter", "筛选"], lost: ["no answer", "没有应答"], up: ["up for", "已运行"], none: ["none yet", "暂无"],
-  found: ["nothing matches", "没有匹配"], top: ["highest: ", "最高: "], ok: ["ok", "正常"], off: ["off", "未启用"],
-  away: ["away", "不可用"], draining: ["shutting down", "正在停止"], accepted: ["accepted", "已接收"],
-  repeat: ["repeat", "重复"], other: ["handshake or other", "握手等"],
-  refused: ["refused", "拒绝"], busy: ["busy or error", "繁忙或出错"], waiting: ["waiting", "等待中"],
-  retry: ["tried again", "将重试"], handled: ["handled", "已处理"], failed: ["failed", "失败"],
-  queue_messages: ["Waiting", "排队"], busy_workers: ["Busy workers", "忙碌的工作线程"],
-  oldest_seconds: ["Oldest message", "最久等待"], connections: ["Connections", "连接"],
-  remembered_keys: ["Remembered", "已记住的消息"], p50: ["Answers, p50", "应答 p50"],
+const words = {pushes: ["Pushes of the last half hour", "最近半小时的推送"], top: ["highest", "最高"],
+  handlers: ["Handlers", "处理函数"], messages: ["Last 100 messages", "最近 100 条消息"], filter: ["Filter", "筛选"],
+  lost: ["no answer", "没有应答"], draining: ["shutting down", "正在停止"], ok: ["ok", "正常"], off: ["off", "未启用"],
+  away: ["away", "不可用"], accepted: ["accepted", "已接收"], repeat: ["repeat", "重复"],
+  other: ["handshake or other", "握手等"], refused: ["refused", "拒绝"], busy: ["busy or error", "繁忙或出错"],
+  waiting: ["waiting", "等待中"], retry: ["tried again", "将重试"], handled: ["handled", "已处理"],
+  failed: ["failed", "失败"], queue_messages: ["Waiting", "排队"], busy_workers: ["Busy workers", "忙碌的工作线程"],
+  oldest_seconds: ["Oldest message, s", "最久等待（秒）"], p50: ["Answers, p50", "应答 p50"],
   p90: ["Answers, p90", "应答 p90"], p99: ["Answers, p99", "应答 p99"], late: ["Answers after 2 s", "超过 2 秒"],
-  journal: ["Journal", "日志文件"], redis: ["Redis", "Redis"], send_api: ["Send API", "发送接口"],
+  journal: ["Journal", "日志文件"], send_api: ["Send API", "发送接口"], redis: ["Redis", "Redis"],
   name: ["Name", "名称"], runs: ["Runs", "次数"], failures: ["Failed", "失败"], mean_ms: ["Mean ms", "平均毫秒"],
   max_ms: ["Longest ms", "最长毫秒"], time: ["Time", "时间"], type: ["Type", "类型"], key: ["Key", "键"],
   outcome: ["Outcome", "结果"], handler: ["Handler", "函数"], ms: ["ms", "毫秒"], replies: ["Replies", "回复"],
-  error: ["Error", "错误"], "the journal cannot be written": ["the journal cannot be written", "日志文件无法写入"],
-  "the journal cannot be used": ["the journal cannot be used", "日志文件无法使用"]};
+  error: ["Error", "错误"]};
 const inChinese = navigator.language.toLowerCase().startsWith("zh");
-const say = word => Object.hasOwn(both, word) ? both[word][+inChinese] : word;
-const find = id => document.getElementById(id), format = new Intl.NumberFormat([], {maximumFractionDigits: 2});
-const amount = value => value == null ? "" : format.format(value);
-const time = new Intl.DateTimeFormat([], {timeStyle: "medium", hourCycle: "h23"});
+const say = word => Object.hasOwn(words, word) ? words[word][+inChinese] : word;
+const show = value => typeof value === "number" ? value.toLocaleString([], {maximumFractionDigits: 2}) : value ?? "";
+const find = id => document.getElementById(id);
 let report = null;
 
-function make(tag, text, look, ...children) {
-  const element = Object.assign(document.createElement(tag), {textContent: text, className: look});
+function make(tag, values, ...children) {
+  const element = Object.assign(document.createElement(tag), values);
   element.append(...children);
   return element;
 }
-function span(seconds) {
-  const units = inChinese ? ["秒", "分", "小时"] : ["s", "min", "h"], at = seconds < 120 ? 0 : seconds < 7200 ? 1 : 2;
-  return amount(Math.floor(seconds / 60 ** at)) + " " + units[at];
-}
 function showNumbers() {
-  const rows = [["queue_messages", amount(report.queue_messages)],
+  const numbers = [["queue_messages", report.queue_messages],
     ["busy_workers", `${report.busy_workers} / ${report.workers}`],
-    ["oldest_seconds", span(report.oldest_seconds), report.oldest_seconds > 60],
-    ["connections", amount(report.connections)], ["remembered_keys", amount(report.remembered_keys)],
+    ["oldest_seconds", report.oldest_seconds, report.oldest_seconds > 60],
     ...["p50", "p90", "p99"].map(name => [name, report[name], report[name].startsWith(">")]),
-    ["late", amount(report.late), report.late > 0],
+    ["late", report.late, report.late > 0],
     ...["journal", "redis", "send_api"].map(name => [name, say(report[name]), !["ok", "off"].includes(report[name])])];
-  find("numbers").replaceChildren(...rows.map(([name, value, bad]) => {
-    const pair = make("div", "", "", make("dt", say(name), ""), make("dd", value, bad ? "bad" : ""));
-    pair.id = name;
-    return pair;
-  }));
+  find("numbers").replaceChildren(...numbers.map(([name, value, bad]) => make("div", {id: name},
+    make("dt", {}, say(name)), make("dd", {className: bad ? "bad" : ""}, show(value)))));
 }
 function showPlot() {
-  const sums = report.steps.map(step => step.reduce((sum, count) => sum + count)), top = Math.max(1, ...sums);
-  const bars = report.steps.flatMap((step, x) => {
-    let y = 100;
-    return step.map((count, kind) => {
-      const bar = document.createElementNS("http://www.w3.org/2000/svg", "rect"), height = count / top * 96;
-      y -= height;
-      for (const [name, value] of Object.entries({x: x + .1, y, width: .8, height})) bar.setAttribute(name, value);
-      bar.style.fill = `var(--${report.kinds[kind]})`;
-      return bar;
-    }).filter((bar, kind) => step[kind]);
-  });
-  find("plot").setAttribute("viewBox", `0 0 ${report.steps.length} 100`);
-  find("plot").replaceChildren(...bars);
-  const legend = report.kinds.map((kind, at) => {
-    const count = report.steps.reduce((sum, step) => sum + step[at], 0);
-    const item = make("span", "", "", make("i", "", ""), `${say(kind)} ${amount(count)}`);
-    item.id = kind;
-    item.firstChild.style.background = `var(--${kind})`;
-    return item;
-  });
-  const highest = `${say("top")}${amount(Math.max(...sums))} / ${report.step_seconds} s`;
-  find("legend").replaceChildren(...legend, make("span", highest, ""));
+  const sum = counts => counts.reduce((total, count) => total + count), highest = Math.max(...report.steps.map(sum));
+  const tops = report.steps.map(() => 100);  // of each bar, as far as it is drawn
+  const draw = kind => report.steps.map((step, x) => {
+    const height = highest && step[kind] / highest * 96;
+    tops[x] -= height;
+    return height && `M${x} ${tops[x]}h.8v${height}h-.8z`;
+  }).filter(Boolean).join("");
+  find("plot").innerHTML = report.kinds.map((name, kind) => `<path class="${name}" d="${draw(kind)}"/>`).join("");
+  find("legend").replaceChildren(...report.kinds.map((name, kind) => make("span", {id: name, className: name},
+    `${say(name)} ${show(sum(report.steps.map(step => step[kind])))}`)),
+    `${say("top")} ${show(highest)} / ${report.step_seconds} s`);
 }
-function showTable(id, columns, rows, nothing) {
-  const numbers = ["runs", "failures", "mean_ms", "max_ms", "ms", "replies"];
-  const look = name => numbers.includes(name) ? "number" : name;
-  const line = (tag, texts, bad) => make("tr", "", bad ? "bad" : "",
-    ...columns.map((name, at) => make(tag, texts[at], look(name))));
-  find(id).replaceChildren(...rows.length ? [line("th", columns.map(say)), ...rows.map(([bad, texts]) =>
-    line("td", texts, bad))] : [make("caption", say(nothing), "soft")]);
+function showTable(id, columns, rows) {
+  const line = (tag, bad, texts) => make("tr", {className: bad ? "bad" : ""},
+    ...columns.map(name => make(tag, {className: name}, show(texts(name)))));
+  find(id).replaceChildren(line("th", false, say), ...rows.map(row => line("td", row.bad, name => row[name])));
 }
 function showTables() {
-  const counts = ["runs", "failures", "mean_ms", "max_ms"], word = find("word").value.trim().toLowerCase();
-  showTable("handlers", ["name", ...counts], report.handlers.map(each =>
-    [each.failures > 0, [each.name, ...counts.map(name => amount(each[name]))]]), "none");
+  showTable("handlers", ["name", "runs", "failures", "mean_ms", "max_ms"],
+    report.handlers.map(each => ({...each, bad: each.failures > 0})));
   const columns = ["time", "type", "key", "outcome", "handler", "ms", "replies", "error"];
-  const rows = report.messages.map(each => [each.outcome === "failed", [time.format(each.time * 1000),
-    each.type, each.key, say(each.outcome), each.handler, amount(each.ms), amount(each.replies), each.error]]);
-  showTable("messages", columns, rows.filter(([, texts]) => texts.join(" ").toLowerCase().includes(word)),
-    rows.length ? "found" : "none");
+  const rows = report.messages.map(each => ({...each, time: new Date(each.time * 1000).toLocaleTimeString(),
+    outcome: say(each.outcome), bad: each.outcome === "failed"}));
+  const word = find("word").value.trim().toLowerCase();
+  showTable("messages", columns, rows.filter(row =>
+    columns.map(name => row[name]).join(" ").toLowerCase().includes(word)));
 }
-const showHealth = text => find("health").replaceChildren(make("span", say(text), text === "ok" ? "soft" : "bad"));
+function showHealth(text) {
+  Object.assign(find("health"), {textContent: say(text), className: text === "ok" ? "" : "bad"});
+}
 async function renew() {
   try {
     report = await (await fetch("status.json")).json();
     showHealth(report.health);
-    find("age").textContent = `${say("up")} ${span(report.now - report.started)} · ${report.version}`;
+    find("version").textContent = report.version;
     showNumbers();
     showPlot();
     showTables();
@@ -2247,7 +2222,7 @@ async function renew() {
   setTimeout(renew, 2000);
 }
 document.documentElement.lang = inChinese ? "zh" : "en";
-for (const element of document.querySelectorAll("[data-text]")) element.textContent = say(element.dataset.text);
+for (const element of document.querySelectorAll("[data-word]")) element.textContent = say(element.dataset.word);
 find("word").placeholder = say("filter");
 find("word").addEventListener("input", () => report && showTables());
 renew();
