@@ -5603,7 +5603,7 @@ class ReloadingHandlers:
 # Law: a terminal or a script in the place of the platform. Messages are made from bytes as those of a push, and replies
 # go through the same `Outbox`; only the network is missing. Knows nothing of servers and settings.
 
-# What can be typed after a slash, what must follow it, and what it does: a method of `Chat` has each one's name.
+# What can be typed after a slash, what must follow it, and what it does.
 CHAT_COMMANDS: Mapping[str, Tuple[str, str]] = MappingProxyType({
     "image": ("URL", "send a picture"),
     "event": ("NAME [FIELD=VALUE ...]", "an event, and its fields"),
@@ -5621,30 +5621,29 @@ def _show(text: str) -> None:
     print("  " + text.replace("\n", "\n  "), flush=True)
 
 
-def _show_error(error: BaseException, handler: Optional[Handler] = None) -> None:
-    """Print the traceback of an error; where no frame of it is the user's own, the ``handler`` instead."""
+def _describe_failure(error: BaseException, handler: Optional[Handler] = None) -> str:
+    """The traceback of an error; where no frame of it is the user's own, the place of the ``handler`` instead."""
     trace = _trace_of_handlers(error)
     place = f"{describe_handler(handler)}: " if handler and not trace.stack else ""
-    _show(place + _format_trace(trace))
+    return place + _format_trace(trace)
 
 
 class PrintedReplies:
     """Works like a `SendApi`, but without a network: every reply is printed, and so arrives."""
 
     def send(self, open_id: str, answer: Answer) -> None:
-        """Print an answer to the user, and its ``user_type`` if that is given."""
+        """Print an answer to the user."""
         answer = Text(answer) if isinstance(answer, str) else answer
         words = f"[image] {answer.url}" if isinstance(answer, Image) else answer.content
-        to = open_id + (f" (user_type {answer.user_type})" if answer.user_type else "")
         # Further lines of a text are indented more than the first line of the next.
-        _show(f"to {to}: {words}".replace("\n", "\n  "))
+        _show(f"to {open_id}: {words}".replace("\n", "\n  "))
 
     def close(self) -> None:
         """There is nothing to close."""
 
 
 class Chat:
-    """A conversation with the handlers, printed as it goes. Each method ``do_…`` is one of CHAT_COMMANDS.
+    """A conversation with the handlers, printed as it goes.
 
     ``user`` is the openid of who writes. ``failures`` counts the messages whose handler failed, and the lines that were
     not understood. ``over`` is set once the user wants to end.
@@ -5674,26 +5673,37 @@ class Chat:
         elif CHAT_COMMANDS[name][0] and not rest.strip():
             self._complain(f"write /{name} {CHAT_COMMANDS[name][0]}")
         else:
-            getattr(self, f"do_{name}")(rest.strip())
+            self._obey(name, rest.strip())
+
+    def _obey(self, name: str, rest: str) -> None:
+        """Do what one of CHAT_COMMANDS says."""
+        if name == "image":
+            self._send(MsgType="image", MsgId=next(self._ids), PicUrl=rest)
+        elif name == "event":
+            event, *pairs = rest.split()
+            if all("=" in pair for pair in pairs):
+                self._send(MsgType="event", Event=event, **dict(pair.split("=", 1) for pair in pairs))
+            else:
+                self._complain("a field of an event is written NAME=VALUE, without blanks; /raw takes what has some")
+        elif name == "raw":
+            self._receive(rest)
+        elif name == "as":
+            self.user = rest
+        elif name == "help":
+            print(CHAT_HELP, flush=True)
+        else:
+            self.over = True
 
     def _complain(self, text: str) -> None:
         self.failures += 1
         _show(text)
 
-    def do_image(self, url: str) -> None:
-        """The user sends the picture at ``url``."""
-        self._send(MsgType="image", MsgId=next(self._ids), PicUrl=url)
+    def _send(self, **fields: Any) -> None:
+        common = {"ToUserName": "app", "FromUserName": self.user, "CreateTime": int(time.time())}
+        self._receive(json.dumps({**common, **fields}))
 
-    def do_event(self, words: str) -> None:
-        """An event: its name and, if it has any, its fields as NAME=VALUE."""
-        name, *pairs = words.split()
-        if all("=" in pair for pair in pairs):
-            self._send(MsgType="event", Event=name, **dict(pair.split("=", 1) for pair in pairs))
-        else:
-            self._complain("a field of an event is written NAME=VALUE, without blanks; /raw takes what has some")
-
-    def do_raw(self, packet: str) -> None:
-        """A whole message, in JSON or XML, as a push brings it."""
+    def _receive(self, packet: str) -> None:
+        """Handle a whole message, in JSON or XML, as a push brings it."""
         try:
             message = parse(packet.encode("utf-8", "replace"))
         except MalformedPush as error:
@@ -5701,38 +5711,15 @@ class Chat:
             return
         message.key = dedup_key(message)
         message.outbox = Outbox(self._api, message)
-        self._handle(message)
-
-    def do_as(self, open_id: str) -> None:
-        """Another user writes from now on."""
-        self.user = open_id
-
-    def do_help(self, _: str) -> None:
-        """Print what can be typed."""
-        print(CHAT_HELP, flush=True)
-
-    def do_quit(self, _: str) -> None:
-        """The user wants to end."""
-        self.over = True
-
-    def _send(self, **fields: Any) -> None:
-        common = {"ToUserName": "app", "FromUserName": self.user, "CreateTime": int(time.time())}
-        self.do_raw(json.dumps({**common, **fields}))
-
-    def _handle(self, message: Message) -> None:
-        self._lend_session(message)
+        session = self._sessions.get(message.from_user_name, "{}")
+        message.kept_session = json.loads(session)  # a copy: what is done to it counts only if the handler returns
         taken_by: List[Handler] = []
-        error = attempt(self._run, message, taken_by)
-        if error:
-            self.failures += 1
-            _show_error(error, *taken_by)
-            self._lend_session(message)
-            for failed in self._handlers.registry.handle_error(message, error):
-                _show_error(failed)
-
-    def _lend_session(self, message: Message) -> None:
-        """A copy of the sender's session, which is kept only if the handler returns."""
-        message.kept_session = json.loads(self._sessions.get(message.from_user_name) or "{}")
+        failure = attempt(self._run, message, taken_by)
+        if failure:
+            self._complain(_describe_failure(failure, *taken_by))
+            message.kept_session = json.loads(session)
+            for another in self._handlers.registry.handle_error(message, failure):
+                _show(_describe_failure(another))
 
     def _run(self, message: Message, taken_by: List[Handler]) -> None:
         """Show and run the handler that takes the message, which is put into ``taken_by``; raises what it raises."""
@@ -5745,7 +5732,7 @@ class Chat:
         for rule in registry.rules_of(match.handler):
             _show(rule)
         answers = registry.run(match, message)
-        session = encode_session(message.session)
+        session = encode_session(message.session) or "{}"
         message.reply(answers)
         self._sessions[message.from_user_name] = session
 
@@ -5763,37 +5750,31 @@ def build_chat_parser() -> argparse.ArgumentParser:
 
 def chat(arguments: argparse.Namespace) -> int:
     """Talk to the handlers until the input ends. 0 from a terminal; from a script, whose lines are printed after their
-    user's name, 1 if anything in it failed. Raises `SettingsError` when the handlers cannot be loaded."""
+    user's name, 1 if anything in it failed. Ctrl-C at a terminal gives up a line, or a handler that does not come back.
+    Raises `SettingsError` when the handlers cannot be loaded."""
     is_terminal = sys.stdin.isatty()
     if is_terminal:
         with contextlib.suppress(ImportError):  # before the handlers, which may have a neighbour of that name
             importlib.import_module("readline")  # its presence gives input() editing and history
     handlers = ReloadingHandlers(arguments.handlers or os.environ.get("KF_HANDLERS", ""))
-    talk = Chat(handlers)
     if is_terminal:
         where = handlers.path or "nowhere: there is no handlers.py here"
         print(f"{len(handlers.registry)} handlers from {where}; /help lists what can be typed", flush=True)
-        _converse(talk)
-        return 0
-    for line in filter(lambda line: line.strip(BLANKS), sys.stdin):
-        text = line.rstrip("\r\n")
-        print(f"{talk.user}: {text}", flush=True)
-        talk.take(text)
-        if talk.over:
-            break
-    return 1 if talk.failures else 0
-
-
-def _converse(talk: Chat) -> None:
-    """Take what is typed at a prompt. Ctrl-D ends it; Ctrl-C gives up a line, or a handler that does not come back."""
+    talk = Chat(handlers)
     while not talk.over:
         try:
-            talk.take(input(f"{talk.user}> "))
+            line = input(f"{talk.user}> " if is_terminal else "")
+            if line.strip(BLANKS) and not is_terminal:
+                print(f"{talk.user}: {line}", flush=True)
+            talk.take(line)
         except EOFError:
-            print()
-            return
+            print(end="\n" if is_terminal else "")
+            break
         except KeyboardInterrupt:
+            if not is_terminal:
+                raise
             print("\n  interrupted; /quit ends", flush=True)
+    return 1 if talk.failures and not is_terminal else 0
 
 
 # ---- 20 Journal command ---------------------------------------------------------------------------------------------

@@ -448,14 +448,13 @@ def test_build_chat_parser_has_a_help_that_fits_a_screen_and_lists_every_command
 
 
 class TextLike:
-    """An answer with a text and a user_type."""
+    """An answer with a text."""
 
     content = "text"
-    user_type = 1
 
 
 @pytest.mark.parametrize(("answer", "printed"), [
-    ("text", "  to anna: text\n"), (TextLike(), "  to anna (user_type 1): text\n"),
+    ("text", "  to anna: text\n"), (TextLike(), "  to anna: text\n"),
     (Image("url"), "  to anna: [image] url\n")], ids=["str", "text", "image"])
 def test_printed_replies_show_every_kind_of_answer(
         answer: object, printed: str, capsys: pytest.CaptureFixture[str]) -> None:
