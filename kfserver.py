@@ -1947,8 +1947,6 @@ MAX_EVENTS = 1000
 # What is kept of each: the Unix time of the event, and what has become of the message (waiting, retry, handled or
 # failed); "error" is the type of what a handler or a reply failed with. A message that waits has only the first four.
 EVENT_FIELDS = ("time", "type", "key", "outcome", "handler", "ms", "replies", "error")
-# Handlers that are told apart: names can become many, since handlers can be loaded anew.
-MAX_HANDLERS = 500
 # The metrics without labels. Those that end with _total count events, the others are a state.
 METRICS: Mapping[str, str] = MappingProxyType({
     "handler_retries_total": "Runs of a handler that failed and were tried again.",
@@ -2027,8 +2025,7 @@ class Metrics:
         self._bars: Dict[int, PushCounts] = {}  # the same for each step of the half hour
         self._answer_seconds = 0.0
         self._handler_buckets = [0] * (len(HANDLER_BUCKETS) + 1)
-        self._handler_seconds = 0.0
-        self._runs: Dict[str, List[float]] = {}  # by handler: runs, failures, seconds in all, most seconds
+        self._runs: Dict[str, Tuple[int, int, float, float]] = {}  # by handler: runs, failures, seconds in all, most
         self._messages: Deque[Tuple[Any, ...]] = deque(maxlen=MAX_EVENTS)  # values of EVENT_FIELDS
         self._events = {name: 0 for name in METRICS if name.endswith("_total")}
 
@@ -2055,10 +2052,8 @@ class Metrics:
         """A handler has run for that time, well or not."""
         with self._lock:
             self._handler_buckets[bisect.bisect_left(HANDLER_BUCKETS, seconds)] += 1
-            self._handler_seconds += seconds
-            if name in self._runs or len(self._runs) < MAX_HANDLERS:
-                runs, failures, total, most = self._runs.get(name, (0, 0, 0.0, 0.0))
-                self._runs[name] = [runs + 1, failures + bool(error), total + seconds, max(most, seconds)]
+            runs, failures, total, most = self._runs.get(name, (0, 0, 0.0, 0.0))
+            self._runs[name] = runs + 1, failures + bool(error), total + seconds, max(most, seconds)
 
     def message(self, *values: Any) -> None:
         """Something has become of a message: the values of EVENT_FIELDS."""
@@ -2080,7 +2075,7 @@ class Metrics:
             lines += render_histogram("answer_seconds", "From taking a push up to its answer.", ANSWER_BUCKETS,
                                       count_answers(self._pushes), self._answer_seconds)
             lines += render_histogram("handler_seconds", "Duration of one run of a handler.", HANDLER_BUCKETS,
-                                      self._handler_buckets, self._handler_seconds)
+                                      self._handler_buckets, sum(total for _, _, total, _ in self._runs.values()))
             values = {**self._events, **state}
         for name, value in values.items():
             kind = "counter" if name.endswith("_total") else "gauge"
@@ -2114,50 +2109,42 @@ PAGE = r"""<!doctype html>
   --back: #0e1219; --bad: #ff7b80 } }
 .accepted { --kind: #4a80f0 } .repeat { --kind: #98a2b3 } .other { --kind: #12a594 } .refused { --kind: #f5a524 }
 .busy { --kind: #e5484d }
-body { margin: 1rem; background: var(--back); color: var(--ink); font: 14px/1.5 system-ui, sans-serif }
-main { max-width: 72rem; margin: auto }
-h1 { margin: 0; font-size: 1.3rem } h2 { margin: 0 0 .5rem; font-size: 1rem }
-header, p { display: flex; flex-wrap: wrap; gap: .3rem 1rem; align-items: baseline; margin: .3rem 0 0 }
-section { background: var(--paper); border: 1px solid var(--line); border-radius: .6rem; padding: 1rem; overflow: auto;
-  margin-top: 1rem; font-variant-numeric: tabular-nums }
+body { max-width: 72rem; margin: 1rem auto; padding: 0 1rem; background: var(--back); color: var(--ink);
+  font: 14px/1.5 system-ui, sans-serif }
+h1, h2 { margin: 0 0 .5rem; font-size: 1.1rem }
+section { margin-top: 1rem; padding: 1rem; background: var(--paper); border: 1px solid var(--line);
+  border-radius: .6rem; overflow: auto; font-variant-numeric: tabular-nums }
 dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(9rem, 1fr)); gap: .75rem; margin: 0 }
-dt, th, p, .soft { color: var(--soft); font-size: .85rem; font-weight: 400 }
+dt, th, #legend { color: var(--soft); font-size: .85rem; font-weight: 400 }
+dt::first-letter, th:not(.ms)::first-letter { text-transform: uppercase }
 dd { margin: 0; font-size: 1.15rem }
 table { width: 100%; border-collapse: collapse }
 th, td { text-align: left; padding: .25rem .7rem .25rem 0; border-top: 1px solid var(--line); white-space: nowrap }
 .runs, .failures, .mean_ms, .max_ms, .ms, .replies { text-align: right }
 td.key { white-space: normal; overflow-wrap: anywhere; min-width: 12rem }
 .bad, .bad td { color: var(--bad); font-weight: 600 }
-svg { width: 100%; height: 9rem; display: block; border-bottom: 1px solid var(--line) } path { fill: var(--kind) }
-p [id]::before { content: "■ "; color: var(--kind) }
+svg { width: 100%; height: 9rem; border-bottom: 1px solid var(--line) } path { fill: var(--kind) }
+#legend span { margin-right: 1rem; white-space: nowrap } #legend [id]::before { content: "■ "; color: var(--kind) }
 input { font: inherit; margin-bottom: .5rem }
 </style>
-<main>
-<header><h1>kfserver</h1><span id="health"></span><span id="version" class="soft"></span></header>
+<h1>kfserver <span id="version"></span> · <span id="health"></span></h1>
 <section><dl id="numbers"></dl></section>
-<section><h2 data-word="pushes"></h2><svg id="plot" viewBox="0 0 180 100" preserveAspectRatio="none" role="img"></svg>
-<p id="legend"></p></section>
-<section><h2 data-word="handlers"></h2><table id="handlers"></table></section>
-<section><h2 data-word="messages"></h2><input id="word" type="search"><table id="messages"></table></section>
-</main>
+<section><h2>Pushes of the last half hour</h2><svg id="plot" viewBox="0 0 180 100" preserveAspectRatio="none"></svg>
+<div id="legend"></div></section>
+<section><h2>Handlers</h2><table id="handlers"></table></section>
+<section><h2>Last 100 messages</h2><input id="word" type="search"><table id="messages"></table></section>
 <script>
 "use strict";
-const words = {pushes: ["Pushes of the last half hour", "最近半小时的推送"], top: ["highest", "最高"],
-  handlers: ["Handlers", "处理函数"], messages: ["Last 100 messages", "最近 100 条消息"], filter: ["Filter", "筛选"],
-  lost: ["no answer", "没有应答"], draining: ["shutting down", "正在停止"], ok: ["ok", "正常"], off: ["off", "未启用"],
-  away: ["away", "不可用"], accepted: ["accepted", "已接收"], repeat: ["repeat", "重复"],
-  other: ["handshake or other", "握手等"], refused: ["refused", "拒绝"], busy: ["busy or error", "繁忙或出错"],
-  waiting: ["waiting", "等待中"], retry: ["tried again", "将重试"], handled: ["handled", "已处理"],
-  failed: ["failed", "失败"], queue_messages: ["Waiting", "排队"], busy_workers: ["Busy workers", "忙碌的工作线程"],
-  oldest_seconds: ["Oldest message, s", "最久等待（秒）"], p50: ["Answers, p50", "应答 p50"],
-  p90: ["Answers, p90", "应答 p90"], p99: ["Answers, p99", "应答 p99"], late: ["Answers after 2 s", "超过 2 秒"],
-  journal: ["Journal", "日志文件"], send_api: ["Send API", "发送接口"], redis: ["Redis", "Redis"],
-  name: ["Name", "名称"], runs: ["Runs", "次数"], failures: ["Failed", "失败"], mean_ms: ["Mean ms", "平均毫秒"],
-  max_ms: ["Longest ms", "最长毫秒"], time: ["Time", "时间"], type: ["Type", "类型"], key: ["Key", "键"],
-  outcome: ["Outcome", "结果"], handler: ["Handler", "函数"], ms: ["ms", "毫秒"], replies: ["Replies", "回复"],
-  error: ["Error", "错误"]};
+const chinese = {"Pushes of the last half hour": "最近半小时的推送", Handlers: "处理函数",
+  "Last 100 messages": "最近 100 条消息", filter: "筛选", "no answer": "没有应答", draining: "正在停止", ok: "正常",
+  off: "未启用", away: "不可用", accepted: "已接收", repeat: "重复", other: "握手等", refused: "拒绝",
+  busy: "繁忙或出错", highest: "最高", waiting: "等待中", retry: "将重试", handled: "已处理", failed: "失败",
+  queue_messages: "排队", busy_workers: "忙碌的工作线程", oldest_seconds: "最久等待（秒）", answers_p50: "应答 p50",
+  answers_p90: "应答 p90", answers_p99: "应答 p99", answers_after_2_s: "超过 2 秒的应答", journal: "日志文件",
+  send_api: "发送接口", name: "名称", runs: "次数", failures: "失败", mean_ms: "平均毫秒", max_ms: "最长毫秒",
+  time: "时间", type: "类型", key: "键", outcome: "结果", handler: "函数", ms: "毫秒", replies: "回复", error: "错误"};
 const inChinese = navigator.language.toLowerCase().startsWith("zh");
-const say = word => Object.hasOwn(words, word) ? words[word][+inChinese] : word;
+const say = word => inChinese && chinese[word] || word.replaceAll("_", " ");
 const show = value => typeof value === "number" ? value.toLocaleString([], {maximumFractionDigits: 2}) : value ?? "";
 const find = id => document.getElementById(id);
 let report = null;
@@ -2171,8 +2158,8 @@ function showNumbers() {
   const numbers = [["queue_messages", report.queue_messages],
     ["busy_workers", `${report.busy_workers} / ${report.workers}`],
     ["oldest_seconds", report.oldest_seconds, report.oldest_seconds > 60],
-    ...["p50", "p90", "p99"].map(name => [name, report[name], report[name].startsWith(">")]),
-    ["late", report.late, report.late > 0],
+    ...["p50", "p90", "p99"].map(name => [`answers_${name}`, report[name], report[name].startsWith(">")]),
+    ["answers_after_2_s", report.late, report.late > 0],
     ...["journal", "redis", "send_api"].map(name => [name, say(report[name]), !["ok", "off"].includes(report[name])])];
   find("numbers").replaceChildren(...numbers.map(([name, value, bad]) => make("div", {id: name},
     make("dt", {}, say(name)), make("dd", {className: bad ? "bad" : ""}, show(value)))));
@@ -2188,7 +2175,7 @@ function showPlot() {
   find("plot").innerHTML = report.kinds.map((name, kind) => `<path class="${name}" d="${draw(kind)}"/>`).join("");
   find("legend").replaceChildren(...report.kinds.map((name, kind) => make("span", {id: name, className: name},
     `${say(name)} ${show(sum(report.steps.map(step => step[kind])))}`)),
-    `${say("top")} ${show(highest)} / ${report.step_seconds} s`);
+    make("span", {}, `${say("highest")} ${show(highest)} / ${report.step_seconds} s`));
 }
 function showTable(id, columns, rows) {
   const line = (tag, bad, texts) => make("tr", {className: bad ? "bad" : ""},
@@ -2217,12 +2204,12 @@ async function renew() {
     showPlot();
     showTables();
   } catch (error) {
-    showHealth("lost");
+    showHealth("no answer");
   }
   setTimeout(renew, 2000);
 }
 document.documentElement.lang = inChinese ? "zh" : "en";
-for (const element of document.querySelectorAll("[data-word]")) element.textContent = say(element.dataset.word);
+for (const title of document.querySelectorAll("h2")) title.textContent = say(title.textContent);
 find("word").placeholder = say("filter");
 find("word").addEventListener("input", () => report && showTables());
 renew();
@@ -5646,13 +5633,12 @@ class Chat:
     """A conversation with the handlers, printed as it goes.
 
     ``user`` is the openid of who writes. ``failures`` counts the messages whose handler failed, and the lines that were
-    not understood. ``over`` is set once the user wants to end.
+    not understood.
     """
 
     def __init__(self, handlers: ReloadingHandlers) -> None:
         self.user = "user"
         self.failures = 0
-        self.over = False
         self._handlers = handlers
         self._api: Any = PrintedReplies()
         self._sessions: Dict[str, str] = {}  # in JSON, by openid
@@ -5660,7 +5646,8 @@ class Chat:
         self._ids = itertools.count(time.time_ns() // 1000)
 
     def take(self, line: str) -> None:
-        """Do what a line says: a text to the handlers or, after a slash, a command. A blank line does nothing."""
+        """Do what a line says: a text to the handlers or, after a slash, a command. A blank line does nothing. Raises
+        `EOFError` for /quit, as `input` does at the end."""
         if self._handlers.poll():
             _show(f"{len(self._handlers.registry)} handlers loaded again from {self._handlers.path}")
         if line.startswith("//") or not line.startswith("/"):
@@ -5692,7 +5679,7 @@ class Chat:
         elif name == "help":
             print(CHAT_HELP, flush=True)
         else:
-            self.over = True
+            raise EOFError
 
     def _complain(self, text: str) -> None:
         self.failures += 1
@@ -5761,7 +5748,7 @@ def chat(arguments: argparse.Namespace) -> int:
         where = handlers.path or "nowhere: there is no handlers.py here"
         print(f"{len(handlers.registry)} handlers from {where}; /help lists what can be typed", flush=True)
     talk = Chat(handlers)
-    while not talk.over:
+    while True:
         try:
             line = input(f"{talk.user}> " if is_terminal else "")
             if line.strip(BLANKS) and not is_terminal:
@@ -5769,12 +5756,11 @@ def chat(arguments: argparse.Namespace) -> int:
             talk.take(line)
         except EOFError:
             print(end="\n" if is_terminal else "")
-            break
+            return 1 if talk.failures and not is_terminal else 0
         except KeyboardInterrupt:
             if not is_terminal:
                 raise
             print("\n  interrupted; /quit ends", flush=True)
-    return 1 if talk.failures and not is_terminal else 0
 
 
 # ---- 20 Journal command ---------------------------------------------------------------------------------------------

@@ -81,7 +81,7 @@ def test_page_shows_a_person_what_happens(page: Browser, program: Program) -> No
     program.push(3, sender="zoe")
     wait_until(lambda: text(page, "accepted") == "accepted 4" and len(rows(page, "messages")) == 4)
     assert [row[1:4] for row in rows(page, "handlers")] == [["greet", "4", "0"]]
-    assert "≤" in text(page, "p99") or ">" in text(page, "p99")
+    assert "≤" in text(page, "answers_p99") or ">" in text(page, "answers_p99")
 
     program.push(4, "a secret")  # a failure stands out
     wait_until(lambda: any("failed" in row for row in rows(page, "messages")))
