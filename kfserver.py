@@ -1941,6 +1941,8 @@ STEP_SECONDS = 10
 STEPS = 180
 # How pushes were answered, as the plot tells them apart: "busy" is every 5xx, "other" a handshake or the like.
 PUSH_KINDS = ("accepted", "repeat", "other", "refused", "busy")
+# A step in which nothing has happened: no pushes of each kind, and no answers in each bucket.
+NEW_BAR = (0,) * (len(PUSH_KINDS) + len(ANSWER_BUCKETS) + 1)
 # Messages that the page lists, and what happened that is kept of them: enough for ten tries of each.
 MAX_LISTED = 100
 MAX_EVENTS = 1000
@@ -1959,27 +1961,6 @@ METRICS: Mapping[str, str] = MappingProxyType({
     "remembered_keys": "Messages known, to drop repeats of.",
     "journal_healthy": "0 while the journal cannot be written.",
     "connections": "Open connections of clients."})
-
-
-PushCounts = Dict[Tuple[str, str, int, int], int]  # by outcome, type, status and bucket of the answer's time
-
-
-def count_kinds(pushes: PushCounts) -> List[int]:
-    """How many pushes there were of each of PUSH_KINDS."""
-    kinds = dict.fromkeys(PUSH_KINDS, 0)
-    for (outcome, _, status, _), count in pushes.items():
-        good = outcome if outcome in kinds else "other"
-        kinds["busy" if status >= 500 else "refused" if status >= 400 else good] += count
-    return list(kinds.values())
-
-
-def count_answers(*many: PushCounts) -> List[int]:
-    """How many answers took how long, by bucket."""
-    buckets = [0] * (len(ANSWER_BUCKETS) + 1)
-    for pushes in many:
-        for (*_, bucket), count in pushes.items():
-            buckets[bucket] += count
-    return buckets
 
 
 def percentile(buckets: Sequence[int], share: float) -> str:
@@ -2021,8 +2002,9 @@ class Metrics:
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
         self._clock = clock
         self._lock = threading.Lock()  # guards all below
-        self._pushes: PushCounts = Counter()
-        self._bars: Dict[int, PushCounts] = {}  # the same for each step of the half hour
+        self._pushes: Counter[Tuple[str, str, int]] = Counter()  # by outcome, type and status
+        self._bars: Dict[int, List[int]] = {}  # by step: see NEW_BAR
+        self._answer_buckets = [0] * (len(ANSWER_BUCKETS) + 1)
         self._answer_seconds = 0.0
         self._handler_buckets = [0] * (len(HANDLER_BUCKETS) + 1)
         self._runs: Dict[str, Tuple[int, int, float, float]] = {}  # by handler: runs, failures, seconds in all, most
@@ -2033,16 +2015,20 @@ class Metrics:
         """A push was answered after that time."""
         msg_type = message.msg_type if message else "-"
         label = msg_type if msg_type in LABELLED_TYPES else "other"
+        outcome, status = response.outcome.partition(" ")[0], response.status
+        kind = "busy" if status >= 500 else outcome if outcome in PUSH_KINDS else "other"
         bucket = bisect.bisect_left(ANSWER_BUCKETS, seconds)
-        counted = response.outcome.partition(" ")[0], label, response.status, bucket
         now = self._clock()
         step = int(now) // STEP_SECONDS
         with self._lock:
             if step not in self._bars:  # forget those that are too old, or of a clock that was wrong
                 self._bars = {other: bar for other, bar in self._bars.items() if abs(step - other) < STEPS}
-                self._bars[step] = Counter()
-            self._pushes[counted] += 1
-            self._bars[step][counted] += 1
+                self._bars[step] = list(NEW_BAR)
+            bar = self._bars[step]
+            bar[PUSH_KINDS.index(kind)] += 1
+            bar[len(PUSH_KINDS) + bucket] += 1
+            self._pushes[outcome, label, status] += 1
+            self._answer_buckets[bucket] += 1
             self._answer_seconds += seconds
             if message and response.outcome == "accepted":
                 # When it came: its handler may have been faster than this line.
@@ -2068,12 +2054,11 @@ class Metrics:
     def render(self, state: Mapping[str, float]) -> str:
         """Everything, and the state of the server, in the Prometheus text format, version 0.0.4."""
         with self._lock:
-            pushes: Counter[str] = Counter()
-            for (outcome, label, status, _), count in sorted(self._pushes.items()):
-                pushes[f'{{outcome="{outcome}",status="{status}",type="{label}"}}'] += count
+            pushes = {f'{{outcome="{outcome}",status="{status}",type="{label}"}}': count
+                      for (outcome, label, status), count in sorted(self._pushes.items())}
             lines = render_metric("pushes_total", "Pushes answered.", "counter", pushes)
             lines += render_histogram("answer_seconds", "From taking a push up to its answer.", ANSWER_BUCKETS,
-                                      count_answers(self._pushes), self._answer_seconds)
+                                      self._answer_buckets, self._answer_seconds)
             lines += render_histogram("handler_seconds", "Duration of one run of a handler.", HANDLER_BUCKETS,
                                       self._handler_buckets, sum(total for _, _, total, _ in self._runs.values()))
             values = {**self._events, **state}
@@ -2086,10 +2071,10 @@ class Metrics:
         """What the page shows of it, as JSON has it: answers of the last half hour, the newest message first."""
         with self._lock:
             last = int(self._clock()) // STEP_SECONDS
-            bars = [self._bars.get(step, {}) for step in range(last - STEPS + 1, last + 1)]
-            buckets = count_answers(*bars)
+            bars: List[Sequence[int]] = [self._bars.get(step, NEW_BAR) for step in range(last - STEPS + 1, last + 1)]
+            buckets = [sum(counts) for counts in zip(*bars)][len(PUSH_KINDS):]
             return {
-                "step_seconds": STEP_SECONDS, "kinds": PUSH_KINDS, "steps": list(map(count_kinds, bars)),
+                "step_seconds": STEP_SECONDS, "kinds": PUSH_KINDS, "steps": [bar[:len(PUSH_KINDS)] for bar in bars],
                 **{f"p{share}": percentile(buckets, share / 100) for share in (50, 90, 99)}, "late": buckets[-1],
                 "handlers": [{"name": name, "runs": runs, "failures": failures, "mean_ms": total / runs * 1000,
                               "max_ms": most * 1000}
@@ -2116,6 +2101,7 @@ section { margin-top: 1rem; padding: 1rem; background: var(--paper); border: 1px
   border-radius: .6rem; overflow: auto; font-variant-numeric: tabular-nums }
 dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(9rem, 1fr)); gap: .75rem; margin: 0 }
 dt, th, #legend { color: var(--soft); font-size: .85rem; font-weight: 400 }
+#legend { display: flex; flex-wrap: wrap; gap: 0 1rem } #legend [id]::before { content: "■ "; color: var(--kind) }
 dt::first-letter, th:not(.ms)::first-letter { text-transform: uppercase }
 dd { margin: 0; font-size: 1.15rem }
 table { width: 100%; border-collapse: collapse }
@@ -2124,7 +2110,6 @@ th, td { text-align: left; padding: .25rem .7rem .25rem 0; border-top: 1px solid
 td.key { white-space: normal; overflow-wrap: anywhere; min-width: 12rem }
 .bad, .bad td { color: var(--bad); font-weight: 600 }
 svg { width: 100%; height: 9rem; border-bottom: 1px solid var(--line) } path { fill: var(--kind) }
-#legend span { margin-right: 1rem; white-space: nowrap } #legend [id]::before { content: "■ "; color: var(--kind) }
 input { font: inherit; margin-bottom: .5rem }
 </style>
 <h1>kfserver <span id="version"></span> · <span id="health"></span></h1>
@@ -2139,7 +2124,7 @@ const chinese = {"Pushes of the last half hour": "最近半小时的推送", Han
   "Last 100 messages": "最近 100 条消息", filter: "筛选", "no answer": "没有应答", draining: "正在停止", ok: "正常",
   off: "未启用", away: "不可用", accepted: "已接收", repeat: "重复", other: "握手等", refused: "拒绝",
   busy: "繁忙或出错", highest: "最高", waiting: "等待中", retry: "将重试", handled: "已处理", failed: "失败",
-  queue_messages: "排队", busy_workers: "忙碌的工作线程", oldest_seconds: "最久等待（秒）", answers_p50: "应答 p50",
+  queue: "排队", busy_workers: "忙碌的工作线程", oldest_message: "最久等待", answers_p50: "应答 p50",
   answers_p90: "应答 p90", answers_p99: "应答 p99", answers_after_2_s: "超过 2 秒的应答", journal: "日志文件",
   send_api: "发送接口", name: "名称", runs: "次数", failures: "失败", mean_ms: "平均毫秒", max_ms: "最长毫秒",
   time: "时间", type: "类型", key: "键", outcome: "结果", handler: "函数", ms: "毫秒", replies: "回复", error: "错误"};
@@ -2155,9 +2140,8 @@ function make(tag, values, ...children) {
   return element;
 }
 function showNumbers() {
-  const numbers = [["queue_messages", report.queue_messages],
-    ["busy_workers", `${report.busy_workers} / ${report.workers}`],
-    ["oldest_seconds", report.oldest_seconds, report.oldest_seconds > 60],
+  const numbers = [["queue", report.queue_messages], ["busy_workers", `${report.busy_workers} / ${report.workers}`],
+    ["oldest_message", `${show(report.oldest_seconds)} s`, report.oldest_seconds > 60],
     ...["p50", "p90", "p99"].map(name => [`answers_${name}`, report[name], report[name].startsWith(">")]),
     ["answers_after_2_s", report.late, report.late > 0],
     ...["journal", "redis", "send_api"].map(name => [name, say(report[name]), !["ok", "off"].includes(report[name])])];
@@ -2175,7 +2159,7 @@ function showPlot() {
   find("plot").innerHTML = report.kinds.map((name, kind) => `<path class="${name}" d="${draw(kind)}"/>`).join("");
   find("legend").replaceChildren(...report.kinds.map((name, kind) => make("span", {id: name, className: name},
     `${say(name)} ${show(sum(report.steps.map(step => step[kind])))}`)),
-    make("span", {}, `${say("highest")} ${show(highest)} / ${report.step_seconds} s`));
+    `${say("highest")} ${show(highest)} / ${report.step_seconds} s`);
 }
 function showTable(id, columns, rows) {
   const line = (tag, bad, texts) => make("tr", {className: bad ? "bad" : ""},
@@ -2192,21 +2176,19 @@ function showTables() {
   showTable("messages", columns, rows.filter(row =>
     columns.map(name => row[name]).join(" ").toLowerCase().includes(word)));
 }
-function showHealth(text) {
-  Object.assign(find("health"), {textContent: say(text), className: text === "ok" ? "" : "bad"});
-}
 async function renew() {
+  let health = "no answer";
   try {
     report = await (await fetch("status.json")).json();
-    showHealth(report.health);
+    health = report.health;
     find("version").textContent = report.version;
     showNumbers();
     showPlot();
     showTables();
-  } catch (error) {
-    showHealth("no answer");
+  } finally {
+    Object.assign(find("health"), {textContent: say(health), className: health === "ok" ? "" : "bad"});
+    setTimeout(renew, 2000);
   }
-  setTimeout(renew, 2000);
 }
 document.documentElement.lang = inChinese ? "zh" : "en";
 for (const title of document.querySelectorAll("h2")) title.textContent = say(title.textContent);
