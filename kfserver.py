@@ -1943,14 +1943,16 @@ STEPS = 180
 PUSH_KINDS = ("accepted", "repeat", "other", "refused", "busy")
 # A step in which nothing has happened: no pushes of each kind, and no answers in each bucket.
 NEW_BAR = (0,) * (len(PUSH_KINDS) + len(ANSWER_BUCKETS) + 1)
-# Messages that the page lists, and what happened that is kept of them: enough for ten tries of each.
+# Messages that the page lists. Ten times as many events are kept: enough for ten tries of each.
 MAX_LISTED = 100
-MAX_EVENTS = 1000
-# What is kept of each: the Unix time of the event, and what has become of the message (waiting, retry, handled or
-# failed); "error" is the type of what a handler or a reply failed with. A message that waits has only the first four.
+# What is kept of an event: its Unix time, and what has become of the message (waiting, retry, handled or failed);
+# "error" is the type of what a handler or a reply failed with. A message that waits has only the first four.
 EVENT_FIELDS = ("time", "type", "key", "outcome", "handler", "ms", "replies", "error")
-# The metrics without labels. Those that end with _total count events, the others are a state.
+# The metrics, and what each tells.
 METRICS: Mapping[str, str] = MappingProxyType({
+    "pushes_total": "Pushes answered.",
+    "answer_seconds": "From taking a push up to its answer.",
+    "handler_seconds": "Duration of one run of a handler.",
     "handler_retries_total": "Runs of a handler that failed and were tried again.",
     "messages_failed_total": "Messages whose last try failed.",
     "replies_sent_total": "Replies that the send API took.",
@@ -1974,25 +1976,16 @@ def percentile(buckets: Sequence[int], share: float) -> str:
 def list_messages(events: Iterable[Tuple[Any, ...]]) -> List[Dict[str, Any]]:
     """The last messages, the newest first, each as the last event tells."""
     last: Dict[str, Dict[str, Any]] = {}
-    for event in sorted(events, key=operator.itemgetter(0)):
-        message = dict(zip(EVENT_FIELDS, event))
-        last.pop(message["key"], None)
-        last[message["key"]] = message
-    return list(last.values())[:-MAX_LISTED - 1:-1]
+    for event in sorted(events, key=operator.itemgetter(0))[::-1]:
+        last.setdefault(event[EVENT_FIELDS.index("key")], dict(zip(EVENT_FIELDS, event)))
+    return list(last.values())[:MAX_LISTED]
 
 
-def render_metric(name: str, text: str, kind: str, values: Mapping[str, object]) -> List[str]:
-    """The lines of one metric; ``values`` by what follows its name."""
-    name = f"kfserver_{name}"
-    return [f"# HELP {name} {text}", f"# TYPE {name} {kind}",
-            *(f"{name}{suffix} {value}" for suffix, value in values.items())]
-
-
-def render_histogram(name: str, text: str, bounds: Sequence[float], buckets: List[int], seconds: float) -> List[str]:
-    """The lines of a histogram; ``seconds`` is the sum of all."""
+def sum_up(bounds: Sequence[float], buckets: Sequence[int], seconds: float) -> Dict[str, object]:
+    """The values of a histogram, by what follows its name; ``seconds`` is the sum of all that it counts."""
     totals = list(itertools.accumulate(buckets))
     values = {f'_bucket{{le="{bound}"}}': total for bound, total in zip((*map(str, bounds), "+Inf"), totals)}
-    return render_metric(name, text, "histogram", {**values, "_sum": f"{seconds:.6f}", "_count": totals[-1]})
+    return {**values, "_sum": f"{seconds:.6f}", "_count": totals[-1]}
 
 
 class Metrics:
@@ -2008,8 +2001,8 @@ class Metrics:
         self._answer_seconds = 0.0
         self._handler_buckets = [0] * (len(HANDLER_BUCKETS) + 1)
         self._runs: Dict[str, Tuple[int, int, float, float]] = {}  # by handler: runs, failures, seconds in all, most
-        self._messages: Deque[Tuple[Any, ...]] = deque(maxlen=MAX_EVENTS)  # values of EVENT_FIELDS
-        self._events = {name: 0 for name in METRICS if name.endswith("_total")}
+        self._messages: Deque[Tuple[Any, ...]] = deque(maxlen=10 * MAX_LISTED)  # values of EVENT_FIELDS
+        self._events = dict.fromkeys(("handler_retries", "messages_failed", "replies_sent", "replies_failed"), 0)
 
     def push(self, response: Response, message: Optional[Message], seconds: float) -> None:
         """A push was answered after that time."""
@@ -2049,22 +2042,24 @@ class Metrics:
     def count(self, event: str) -> None:
         """One of the events in METRICS has happened; ``event`` is its name without _total."""
         with self._lock:
-            self._events[f"{event}_total"] += 1
+            self._events[event] += 1
 
     def render(self, state: Mapping[str, float]) -> str:
         """Everything, and the state of the server, in the Prometheus text format, version 0.0.4."""
         with self._lock:
-            pushes = {f'{{outcome="{outcome}",status="{status}",type="{label}"}}': count
-                      for (outcome, label, status), count in sorted(self._pushes.items())}
-            lines = render_metric("pushes_total", "Pushes answered.", "counter", pushes)
-            lines += render_histogram("answer_seconds", "From taking a push up to its answer.", ANSWER_BUCKETS,
-                                      self._answer_buckets, self._answer_seconds)
-            lines += render_histogram("handler_seconds", "Duration of one run of a handler.", HANDLER_BUCKETS,
-                                      self._handler_buckets, sum(total for _, _, total, _ in self._runs.values()))
-            values = {**self._events, **state}
-        for name, value in values.items():
-            kind = "counter" if name.endswith("_total") else "gauge"
-            lines += render_metric(name, METRICS[name], kind, {"": value if value % 1 else int(value)})
+            metrics: Dict[str, Mapping[str, object]] = {
+                "pushes_total": {f'{{outcome="{outcome}",status="{status}",type="{label}"}}': count
+                                 for (outcome, label, status), count in sorted(self._pushes.items())},
+                "answer_seconds": sum_up(ANSWER_BUCKETS, self._answer_buckets, self._answer_seconds),
+                "handler_seconds": sum_up(HANDLER_BUCKETS, self._handler_buckets,
+                                          sum(total for _, _, total, _ in self._runs.values())),
+                **{f"{event}_total": {"": count} for event, count in self._events.items()}}
+        metrics.update({name: {"": value if value % 1 else int(value)} for name, value in state.items()})
+        lines = []
+        for name, values in metrics.items():
+            kind = "counter" if name.endswith("_total") else "histogram" if "_sum" in values else "gauge"
+            lines += [f"# HELP kfserver_{name} {METRICS[name]}", f"# TYPE kfserver_{name} {kind}",
+                      *(f"kfserver_{name}{suffix} {value}" for suffix, value in values.items())]
         return "\n".join(lines) + "\n"
 
     def report(self) -> Dict[str, Any]:
@@ -2088,20 +2083,18 @@ PAGE = r"""<!doctype html>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>kfserver</title>
 <style>
-:root { color-scheme: light dark; --ink: #1c2430; --soft: #667085; --line: #dde2ea; --paper: #fff; --back: #f5f7fa;
-  --bad: #c4262e }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6e9ef; --soft: #98a2b3; --line: #2c3442; --paper: #171c25;
-  --back: #0e1219; --bad: #ff7b80 } }
-.accepted { --kind: #4a80f0 } .repeat { --kind: #98a2b3 } .other { --kind: #12a594 } .refused { --kind: #f5a524 }
-.busy { --kind: #e5484d }
-body { max-width: 72rem; margin: 1rem auto; padding: 0 1rem; background: var(--back); color: var(--ink);
+:root { color-scheme: light dark; --ink: #124; --soft: #667; --line: #dde; --card: #fff; --bg: #f6f7fa; --bad: #c4262e }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #eef; --soft: #99a; --line: #334; --card: #171c25; --bg: #0e1219; --bad: #ff7b80 } }
+.accepted { --hue: #48f } .repeat { --hue: #9ab } .other { --hue: #1a9 } .refused { --hue: #fa2 } .busy { --hue: #e45 }
+body { max-width: 72rem; margin: 1rem auto; padding: 0 1rem; background: var(--bg); color: var(--ink);
   font: 14px/1.5 system-ui, sans-serif }
 h1, h2 { margin: 0 0 .5rem; font-size: 1.1rem }
-section { margin-top: 1rem; padding: 1rem; background: var(--paper); border: 1px solid var(--line);
+section { margin-top: 1rem; padding: 1rem; background: var(--card); border: 1px solid var(--line);
   border-radius: .6rem; overflow: auto; font-variant-numeric: tabular-nums }
 dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(9rem, 1fr)); gap: .75rem; margin: 0 }
 dt, th, #legend { color: var(--soft); font-size: .85rem; font-weight: 400 }
-#legend { display: flex; flex-wrap: wrap; gap: 0 1rem } #legend [id]::before { content: "■ "; color: var(--kind) }
+#legend { display: flex; flex-wrap: wrap; gap: 0 1rem } #legend [id]::before { content: "■ "; color: var(--hue) }
 dt::first-letter, th:not(.ms)::first-letter { text-transform: uppercase }
 dd { margin: 0; font-size: 1.15rem }
 table { width: 100%; border-collapse: collapse }
@@ -2109,7 +2102,7 @@ th, td { text-align: left; padding: .25rem .7rem .25rem 0; border-top: 1px solid
 .runs, .failures, .mean_ms, .max_ms, .ms, .replies { text-align: right }
 td.key { white-space: normal; overflow-wrap: anywhere; min-width: 12rem }
 .bad, .bad td { color: var(--bad); font-weight: 600 }
-svg { width: 100%; height: 9rem; border-bottom: 1px solid var(--line) } path { fill: var(--kind) }
+svg { width: 100%; height: 9rem; border-bottom: 1px solid var(--line) } path { fill: var(--hue) }
 input { font: inherit; margin-bottom: .5rem }
 </style>
 <h1>kfserver <span id="version"></span> · <span id="health"></span></h1>
@@ -2222,21 +2215,17 @@ class AdminEndpoint:
             return refusal(request.problem)
         if request.method not in ("GET", "HEAD"):
             return Response(405, b"only GET here\n", "refused", (("Allow", "GET, HEAD"),))
-        if request.path == "/":
-            return self._show(PAGE, "text/html; charset=utf-8")
-        if request.path == "/status.json":
-            return self._show(json.dumps(self._report()), "application/json")
+        if request.path == "/metrics":
+            return Response(200, self._render().encode(), "metrics")
         if request.path == "/healthz":
             trouble = self._trouble()
             return Response(503 if trouble else 200, (trouble or "ok").encode() + b"\n", "health")
-        if request.path == "/metrics":
-            return Response(200, self._render().encode(), "metrics")
-        return Response(404, b"/, /status.json, /healthz and /metrics are here\n", "refused")
-
-    def _show(self, text: str, kind: str) -> Response:
+        if request.path not in ("/", "/status.json"):
+            return Response(404, b"/, /status.json, /healthz and /metrics are here\n", "refused")
+        kind, text = ("text/html; charset=utf-8", PAGE) if request.path == "/" else (
+            "application/json", json.dumps(self._report()))
         return Response(200, text.encode(), "page", (
-            ("Content-Type", kind), ("Content-Security-Policy", self._policy), ("X-Content-Type-Options", "nosniff"),
-            ("Cache-Control", "no-store")))
+            ("Content-Type", kind), ("Content-Security-Policy", self._policy), ("X-Content-Type-Options", "nosniff")))
 
 
 # ---- 10 Journal -----------------------------------------------------------------------------------------------------
@@ -5612,11 +5601,8 @@ class PrintedReplies:
 
 
 class Chat:
-    """A conversation with the handlers, printed as it goes.
-
-    ``user`` is the openid of who writes. ``failures`` counts the messages whose handler failed, and the lines that were
-    not understood.
-    """
+    """A conversation with the handlers, printed as it goes. ``user`` is the openid of who writes; ``failures`` counts
+    the messages whose handler failed, and the lines that were not understood."""
 
     def __init__(self, handlers: ReloadingHandlers) -> None:
         self.user = "user"
@@ -5632,21 +5618,18 @@ class Chat:
         `EOFError` for /quit, as `input` does at the end."""
         if self._handlers.poll():
             _show(f"{len(self._handlers.registry)} handlers loaded again from {self._handlers.path}")
-        if line.startswith("//") or not line.startswith("/"):
-            if line.strip(BLANKS):
-                self._send(MsgType="text", MsgId=next(self._ids), Content=line[line.startswith("//"):])
-            return
-        name, _, rest = line[1:].partition(" ")
-        if name not in CHAT_COMMANDS:
-            self._complain(f"no command /{name}: /help lists them; for a slash at the start of a text type two")
-        elif CHAT_COMMANDS[name][0] and not rest.strip():
-            self._complain(f"write /{name} {CHAT_COMMANDS[name][0]}")
-        else:
+        if line.startswith("/") and not line.startswith("//"):
+            name, _, rest = line[1:].partition(" ")
             self._obey(name, rest.strip())
+        elif line.strip(BLANKS):
+            self._send(MsgType="text", MsgId=next(self._ids), Content=line[line.startswith("//"):])
 
     def _obey(self, name: str, rest: str) -> None:
-        """Do what one of CHAT_COMMANDS says."""
-        if name == "image":
+        if name not in CHAT_COMMANDS:
+            self._complain(f"no command /{name}: /help lists them; for a slash at the start of a text type two")
+        elif CHAT_COMMANDS[name][0] and not rest:
+            self._complain(f"write /{name} {CHAT_COMMANDS[name][0]}")
+        elif name == "image":
             self._send(MsgType="image", MsgId=next(self._ids), PicUrl=rest)
         elif name == "event":
             event, *pairs = rest.split()
@@ -5680,13 +5663,12 @@ class Chat:
             return
         message.key = dedup_key(message)
         message.outbox = Outbox(self._api, message)
-        session = self._sessions.get(message.from_user_name, "{}")
-        message.kept_session = json.loads(session)  # a copy: what is done to it counts only if the handler returns
+        # A copy: what is done to it counts only if the handler returns.
+        message.kept_session = json.loads(self._sessions.get(message.from_user_name, "{}"))
         taken_by: List[Handler] = []
         failure = attempt(self._run, message, taken_by)
         if failure:
             self._complain(_describe_failure(failure, *taken_by))
-            message.kept_session = json.loads(session)
             for another in self._handlers.registry.handle_error(message, failure):
                 _show(_describe_failure(another))
 
@@ -5727,8 +5709,7 @@ def chat(arguments: argparse.Namespace) -> int:
             importlib.import_module("readline")  # its presence gives input() editing and history
     handlers = ReloadingHandlers(arguments.handlers or os.environ.get("KF_HANDLERS", ""))
     if is_terminal:
-        where = handlers.path or "nowhere: there is no handlers.py here"
-        print(f"{len(handlers.registry)} handlers from {where}; /help lists what can be typed", flush=True)
+        print(f"{handlers.describe()[0]}; /help lists what can be typed", flush=True)
     talk = Chat(handlers)
     while True:
         try:

@@ -528,7 +528,7 @@ def test_chat_at_a_terminal_says_that_there_are_no_handlers(
         monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "stdin", Keyboard())
     assert chat(build_chat_parser().parse_args([])) == 0
-    assert capsys.readouterr().out.startswith("0 handlers from nowhere: there is no handlers.py here; ")
+    assert capsys.readouterr().out.startswith("0 handlers: no handlers.py here; ")
 
 
 # ---- ReloadingHandlers
