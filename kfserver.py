@@ -1941,95 +1941,51 @@ STEP_SECONDS = 10
 STEPS = 180
 # How pushes were answered, as the plot tells them apart: "busy" is every 5xx, "other" a handshake or the like.
 PUSH_KINDS = ("accepted", "repeat", "other", "refused", "busy")
-# Messages that the page lists, and what happened that is kept of them: enough for ten tries of each.
+# A step in which nothing has happened: no pushes of each kind, and no answers in each bucket.
+NEW_BAR = (0,) * (len(PUSH_KINDS) + len(ANSWER_BUCKETS) + 1)
+# Messages that the page lists. Ten times as many events are kept: enough for ten tries of each.
 MAX_LISTED = 100
-MAX_EVENTS = 1000
-# Handlers that are told apart: names can become many, since handlers can be loaded anew.
-MAX_HANDLERS = 500
+# What is kept of an event: its Unix time, and what has become of the message (waiting, retry, handled or failed);
+# "error" is the type of what a handler or a reply failed with. A message that waits has only the first four.
+EVENT_FIELDS = ("time", "type", "key", "outcome", "handler", "ms", "replies", "error")
+# The metrics, and what each tells.
+METRICS: Mapping[str, str] = MappingProxyType({
+    "pushes_total": "Pushes answered.",
+    "answer_seconds": "From taking a push up to its answer.",
+    "handler_seconds": "Duration of one run of a handler.",
+    "handler_retries_total": "Runs of a handler that failed and were tried again.",
+    "messages_failed_total": "Messages whose last try failed.",
+    "replies_sent_total": "Replies that the send API took.",
+    "replies_failed_total": "Replies that did not reach the user.",
+    "queue_messages": "Messages that wait for a worker.",
+    "busy_workers": "Workers that run a handler.",
+    "oldest_seconds": "Age of the oldest message that is not done.",
+    "remembered_keys": "Messages known, to drop repeats of.",
+    "journal_healthy": "0 while the journal cannot be written.",
+    "connections": "Open connections of clients."})
 
 
-PushCounts = Dict[Tuple[str, str, int], int]  # by outcome, type and status; a Counter
-Bar = Tuple[PushCounts, List[int]]  # the pushes of one step, and its answers by bucket
-
-
-class Sample(NamedTuple):
-    """One metric without labels: what it is called, what it counts, and how much; ``kind`` is gauge or counter."""
-
-    name: str
-    text: str
-    value: float
-    kind: str = "gauge"
-
-
-class Histogram:
-    """How long something took, in seconds, sorted into buckets. Not safe to use from several threads."""
-
-    def __init__(self, bounds: Sequence[float]) -> None:
-        self._bounds = bounds
-        self._counts = [0] * (len(bounds) + 1)
-        self._sum = 0.0
-
-    def add(self, seconds: float) -> int:
-        """Count one more; the number of its bucket."""
-        bucket = bisect.bisect_left(self._bounds, seconds)
-        self._counts[bucket] += 1
-        self._sum += seconds
-        return bucket
-
-    def render(self, name: str, text: str) -> List[str]:
-        """The lines that tell it."""
-        lines, total = [f"# HELP {name} {text}", f"# TYPE {name} histogram"], 0
-        for bound, count in zip((*map(str, self._bounds), "+Inf"), self._counts):
-            total += count
-            lines.append(f'{name}_bucket{{le="{bound}"}} {total}')
-        return [*lines, f"{name}_sum {self._sum:.6f}", f"{name}_count {total}"]
-
-
-class Listed(NamedTuple):
-    """A message as the page lists it. ``time`` is when the last thing happened with it, in Unix seconds; ``outcome`` is
-    waiting, retry, handled or failed; ``error`` is the type of what a handler or a reply failed with."""
-
-    time: float
-    type: str
-    key: str
-    outcome: str
-    handler: str = ""
-    ms: Optional[float] = None
-    replies: Optional[int] = None
-    error: str = ""
-
-
-def percentile(counts: Sequence[int], share: float) -> str:
-    """The bound below which that share of the answers came, which are counted by bucket; in words."""
-    wanted, total = share * sum(counts), 0
-    for bound, count in zip(ANSWER_BUCKETS, counts):
-        total += count
-        if total >= wanted:
+def percentile(buckets: Sequence[int], share: float) -> str:
+    """The bound below which that share of the answers came; in words."""
+    for bound, total in zip(ANSWER_BUCKETS, itertools.accumulate(buckets)):
+        if total >= share * sum(buckets):
             return f"≤ {bound * 1000:g} ms" if total else "–"
     return f"> {ANSWER_BUCKETS[-1]:g} s"
 
 
-def new_bar() -> Bar:
-    """A step in which nothing has happened."""
-    return Counter(), [0] * (len(ANSWER_BUCKETS) + 1)
-
-
-def count_kinds(pushes: PushCounts) -> List[int]:
-    """How many pushes there were of each of PUSH_KINDS."""
-    kinds = dict.fromkeys(PUSH_KINDS, 0)
-    for (outcome, _, status), count in pushes.items():
-        good = outcome if outcome in kinds else "other"
-        kinds["busy" if status >= 500 else "refused" if status >= 400 else good] += count
-    return list(kinds.values())
-
-
 def list_messages(events: Iterable[Tuple[Any, ...]]) -> List[Dict[str, Any]]:
-    """The last messages, the newest first, each as the last thing that happened with it tells."""
-    last: Dict[str, Listed] = {}
-    for listed in sorted((Listed(*event) for event in events), key=operator.attrgetter("time")):
-        last.pop(listed.key, None)
-        last[listed.key] = listed
-    return [listed._asdict() for listed in list(last.values())[:-MAX_LISTED - 1:-1]]
+    """The last messages, the newest first, each as the last event tells."""
+    last: Dict[str, Dict[str, Any]] = {}
+    for event in sorted(events, key=operator.itemgetter(0))[::-1]:
+        last.setdefault(event[EVENT_FIELDS.index("key")], dict(zip(EVENT_FIELDS, event)))
+    return list(last.values())[:MAX_LISTED]
+
+
+def sum_up(bounds: Sequence[float], buckets: Sequence[int], seconds: float) -> Dict[str, object]:
+    """The values of a histogram, by what follows its name; ``seconds`` is the sum of all that it counts."""
+    totals = list(itertools.accumulate(buckets))
+    values = {f'_bucket{{le="{bound}"}}': total for bound, total in zip((*map(str, bounds), "+Inf"), totals)}
+    return {**values, "_sum": f"{seconds:.6f}", "_count": totals[-1]}
 
 
 class Metrics:
@@ -2037,93 +1993,88 @@ class Metrics:
     seconds."""
 
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
-        self._clock, self._started = clock, clock()
+        self._clock = clock
         self._lock = threading.Lock()  # guards all below
-        self._bars: Dict[int, Bar] = {}  # by step
-        self._messages: Deque[Tuple[Any, ...]] = deque(maxlen=MAX_EVENTS)  # what `Listed` is made from
-        self._runs: Dict[str, List[float]] = {}  # by handler: runs, failures, seconds in all, most seconds
-        self._pushes: PushCounts = Counter()
-        self._events: Counter[str] = Counter()
-        self._answers = Histogram(ANSWER_BUCKETS)
-        self._handlers = Histogram(HANDLER_BUCKETS)
+        self._pushes: Counter[Tuple[str, str, int]] = Counter()  # by outcome, type and status
+        self._bars: Dict[int, List[int]] = {}  # by step: see NEW_BAR
+        self._answer_buckets = [0] * (len(ANSWER_BUCKETS) + 1)
+        self._answer_seconds = 0.0
+        self._handler_buckets = [0] * (len(HANDLER_BUCKETS) + 1)
+        self._runs: Dict[str, Tuple[int, int, float, float]] = {}  # by handler: runs, failures, seconds in all, most
+        self._messages: Deque[Tuple[Any, ...]] = deque(maxlen=10 * MAX_LISTED)  # values of EVENT_FIELDS
+        self._events = dict.fromkeys(("handler_retries", "messages_failed", "replies_sent", "replies_failed"), 0)
 
     def push(self, response: Response, message: Optional[Message], seconds: float) -> None:
         """A push was answered after that time."""
         msg_type = message.msg_type if message else "-"
         label = msg_type if msg_type in LABELLED_TYPES else "other"
-        counted = response.outcome.partition(" ")[0], label, response.status
+        outcome, status = response.outcome.partition(" ")[0], response.status
+        kind = "busy" if status >= 500 else outcome if outcome in PUSH_KINDS else "other"
+        bucket = bisect.bisect_left(ANSWER_BUCKETS, seconds)
         now = self._clock()
+        step = int(now) // STEP_SECONDS
         with self._lock:
-            self._pushes[counted] += 1
-            pushes, times = self._bars.get(int(now) // STEP_SECONDS) or self._begin_bar(int(now) // STEP_SECONDS)
-            pushes[counted] += 1
-            times[self._answers.add(seconds)] += 1
+            if step not in self._bars:  # forget those that are too old, or of a clock that was wrong
+                self._bars = {other: bar for other, bar in self._bars.items() if abs(step - other) < STEPS}
+                self._bars[step] = list(NEW_BAR)
+            bar = self._bars[step]
+            bar[PUSH_KINDS.index(kind)] += 1
+            bar[len(PUSH_KINDS) + bucket] += 1
+            self._pushes[outcome, label, status] += 1
+            self._answer_buckets[bucket] += 1
+            self._answer_seconds += seconds
             if message and response.outcome == "accepted":
                 # When it came: its handler may have been faster than this line.
                 self._messages.append((now - seconds, msg_type[:64], message.key, "waiting"))
 
-    def _begin_bar(self, step: int) -> Bar:
-        """The counts of a new step, in the place of those that are too old, or of a clock that was wrong."""
-        self._bars = {other: bar for other, bar in self._bars.items() if abs(step - other) < STEPS}
-        self._bars[step] = new_bar()
-        return self._bars[step]
-
     def handler(self, name: str, seconds: float, error: Optional[BaseException]) -> None:
         """A handler has run for that time, well or not."""
         with self._lock:
-            self._handlers.add(seconds)
-            if name in self._runs or len(self._runs) < MAX_HANDLERS:
-                runs, failures, total, most = self._runs.get(name, (0, 0, 0.0, 0.0))
-                self._runs[name] = [runs + 1, failures + bool(error), total + seconds, max(most, seconds)]
+            self._handler_buckets[bisect.bisect_left(HANDLER_BUCKETS, seconds)] += 1
+            runs, failures, total, most = self._runs.get(name, (0, 0, 0.0, 0.0))
+            self._runs[name] = runs + 1, failures + bool(error), total + seconds, max(most, seconds)
 
     def message(self, *values: Any) -> None:
-        """Something has become of a message: the values of a `Listed`, in their order."""
+        """Something has become of a message: the values of EVENT_FIELDS."""
         with self._lock:
             self._messages.append(values)
 
     def count(self, event: str) -> None:
-        """One of EVENTS has happened."""
+        """One of the events in METRICS has happened; ``event`` is its name without _total."""
         with self._lock:
             self._events[event] += 1
 
-    def render(self, samples: Iterable[Sample]) -> str:
-        """Everything, and the samples, in the Prometheus text format, version 0.0.4."""
+    def render(self, state: Mapping[str, float]) -> str:
+        """Everything, and the state of the server, in the Prometheus text format, version 0.0.4."""
         with self._lock:
-            lines = ["# HELP kfserver_pushes_total Pushes answered.", "# TYPE kfserver_pushes_total counter"]
-            for (outcome, kind, status), count in sorted(self._pushes.items()):
-                labels = f'outcome="{outcome}",status="{status}",type="{kind}"'
-                lines.append(f"kfserver_pushes_total{{{labels}}} {count}")
-            lines += self._answers.render("kfserver_answer_seconds", "From taking a push up to its answer.")
-            lines += self._handlers.render("kfserver_handler_seconds", "Duration of one run of a handler.")
-            counted = [Sample(f"kfserver_{event}_total", text, self._events[event], "counter")
-                       for event, text in EVENTS.items()]
-        for sample in (*counted, *samples):
-            lines += [f"# HELP {sample.name} {sample.text}", f"# TYPE {sample.name} {sample.kind}",
-                      f"{sample.name} {sample.value if sample.value % 1 else int(sample.value)}"]
+            metrics: Dict[str, Mapping[str, object]] = {
+                "pushes_total": {f'{{outcome="{outcome}",status="{status}",type="{label}"}}': count
+                                 for (outcome, label, status), count in sorted(self._pushes.items())},
+                "answer_seconds": sum_up(ANSWER_BUCKETS, self._answer_buckets, self._answer_seconds),
+                "handler_seconds": sum_up(HANDLER_BUCKETS, self._handler_buckets,
+                                          sum(total for _, _, total, _ in self._runs.values())),
+                **{f"{event}_total": {"": count} for event, count in self._events.items()}}
+        metrics.update({name: {"": value if value % 1 else int(value)} for name, value in state.items()})
+        lines = []
+        for name, values in metrics.items():
+            kind = "counter" if name.endswith("_total") else "histogram" if "_sum" in values else "gauge"
+            lines += [f"# HELP kfserver_{name} {METRICS[name]}", f"# TYPE kfserver_{name} {kind}",
+                      *(f"kfserver_{name}{suffix} {value}" for suffix, value in values.items())]
         return "\n".join(lines) + "\n"
 
     def report(self) -> Dict[str, Any]:
         """What the page shows of it, as JSON has it: answers of the last half hour, the newest message first."""
         with self._lock:
-            now = self._clock()
-            last = int(now) // STEP_SECONDS
-            bars = [self._bars.get(step) or new_bar() for step in range(last - STEPS + 1, last + 1)]
-            buckets = [sum(counts) for counts in zip(*(times for _, times in bars))]
+            last = int(self._clock()) // STEP_SECONDS
+            bars: List[Sequence[int]] = [self._bars.get(step, NEW_BAR) for step in range(last - STEPS + 1, last + 1)]
+            buckets = [sum(counts) for counts in zip(*bars)][len(PUSH_KINDS):]
             return {
-                "started": self._started, "now": now, "step_seconds": STEP_SECONDS, "kinds": PUSH_KINDS,
-                "steps": [count_kinds(pushes) for pushes, _ in bars], "late": buckets[-1],
-                **{f"p{share}": percentile(buckets, share / 100) for share in (50, 90, 99)},
+                "step_seconds": STEP_SECONDS, "kinds": PUSH_KINDS, "steps": [bar[:len(PUSH_KINDS)] for bar in bars],
+                **{f"p{share}": percentile(buckets, share / 100) for share in (50, 90, 99)}, "late": buckets[-1],
                 "handlers": [{"name": name, "runs": runs, "failures": failures, "mean_ms": total / runs * 1000,
                               "max_ms": most * 1000}
                              for name, (runs, failures, total, most) in sorted(self._runs.items())],
                 "messages": list_messages(self._messages)}
-
-
-EVENTS: Mapping[str, str] = MappingProxyType({
-    "handler_retries": "Runs of a handler that failed and were tried again.",
-    "messages_failed": "Messages whose last try failed.",
-    "replies_sent": "Replies that the send API took.",
-    "replies_failed": "Replies that did not reach the user."})
 
 
 PAGE = r"""<!doctype html>
@@ -2132,146 +2083,108 @@ PAGE = r"""<!doctype html>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>kfserver</title>
 <style>
-:root { color-scheme: light dark; --ink: #1c2430; --soft: #667085; --line: #dde2ea; --paper: #fff; --back: #f5f7fa;
-  --accepted: #2f6fed; --repeat: #98a2b3; --other: #12a594; --refused: #f5a524; --busy: #e5484d; --bad: #c4262e }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6e9ef; --soft: #98a2b3; --line: #2c3442; --paper: #171c25;
-  --back: #0e1219; --accepted: #6ea0ff; --repeat: #667085; --bad: #ff7b80 } }
-* { box-sizing: border-box }
-body { margin: 0; padding: 1rem; background: var(--back); color: var(--ink); font: 14px/1.5 system-ui, sans-serif }
-main { max-width: 72rem; margin: auto; display: grid; gap: 1rem; grid-template-columns: minmax(0, 1fr) }
-h1 { margin: 0; font-size: 1.3rem } h2 { margin: 0 0 .5rem; font-size: 1rem }
-header, p { display: flex; flex-wrap: wrap; gap: .3rem 1rem; align-items: baseline; margin: .3rem 0 0 }
-section { background: var(--paper); border: 1px solid var(--line); border-radius: .6rem; padding: 1rem; overflow: auto }
+:root { color-scheme: light dark; --ink: #124; --soft: #667; --line: #dde; --card: #fff; --bg: #f6f7fa; --bad: #c4262e }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #eef; --soft: #99a; --line: #334; --card: #171c25; --bg: #0e1219; --bad: #ff7b80 } }
+.accepted { --hue: #48f } .repeat { --hue: #9ab } .other { --hue: #1a9 } .refused { --hue: #fa2 } .busy { --hue: #e45 }
+body { max-width: 72rem; margin: 1rem auto; padding: 0 1rem; background: var(--bg); color: var(--ink);
+  font: 14px/1.5 system-ui, sans-serif }
+h1, h2 { margin: 0 0 .5rem; font-size: 1.1rem }
+section { margin-top: 1rem; padding: 1rem; background: var(--card); border: 1px solid var(--line);
+  border-radius: .6rem; overflow: auto; font-variant-numeric: tabular-nums }
 dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(9rem, 1fr)); gap: .75rem; margin: 0 }
-dt, th, .soft { color: var(--soft); font-size: .85rem; font-weight: 400 }
-dd { margin: 0; font-size: 1.15rem } dd.bad { font-size: 1rem }
-table { width: 100%; border-collapse: collapse } table, dd, p { font-variant-numeric: tabular-nums }
+dt, th, #legend { color: var(--soft); font-size: .85rem; font-weight: 400 }
+#legend { display: flex; flex-wrap: wrap; gap: 0 1rem } #legend [id]::before { content: "■ "; color: var(--hue) }
+dt::first-letter, th:not(.ms)::first-letter { text-transform: uppercase }
+dd { margin: 0; font-size: 1.15rem }
+table { width: 100%; border-collapse: collapse }
 th, td { text-align: left; padding: .25rem .7rem .25rem 0; border-top: 1px solid var(--line); white-space: nowrap }
-caption { text-align: left } .number { text-align: right }
+.runs, .failures, .mean_ms, .max_ms, .ms, .replies { text-align: right }
 td.key { white-space: normal; overflow-wrap: anywhere; min-width: 12rem }
 .bad, .bad td { color: var(--bad); font-weight: 600 }
-svg { width: 100%; height: 9rem; display: block; border-bottom: 1px solid var(--line) }
-#ends { justify-content: space-between } i { display: inline-block; width: .7rem; height: .7rem; margin-right: .3rem }
-input { font: inherit; color: inherit; background: var(--back); border: 1px solid var(--line); border-radius: .4rem;
-  padding: .25rem .6rem; width: 14rem; max-width: 100%; margin-bottom: .5rem }
+svg { width: 100%; height: 9rem; border-bottom: 1px solid var(--line) } path { fill: var(--hue) }
+input { font: inherit; margin-bottom: .5rem }
 </style>
-<main>
-<header><h1>kfserver</h1><span id="health"></span><span id="age" class="soft"></span></header>
+<h1>kfserver <span id="version"></span> · <span id="health"></span></h1>
 <section><dl id="numbers"></dl></section>
-<section><h2 data-text="pushes"></h2><svg id="plot" preserveAspectRatio="none" role="img"></svg>
-<p id="ends" class="soft"><span data-text="before"></span><span data-text="now"></span></p>
-<p id="legend" class="soft"></p></section>
-<section><h2 data-text="handlers"></h2><table id="handlers"></table></section>
-<section><h2 data-text="messages"></h2><input id="word" type="search"><table id="messages"></table></section>
-</main>
+<section><h2>Pushes of the last half hour</h2><svg id="plot" viewBox="0 0 180 100" preserveAspectRatio="none"></svg>
+<div id="legend"></div></section>
+<section><h2>Handlers</h2><table id="handlers"></table></section>
+<section><h2>Last 100 messages</h2><input id="word" type="search"><table id="messages"></table></section>
 <script>
 "use strict";
-const both = {pushes: ["Pushes of the last half hour", "最近半小时的推送"], before: ["30 min ago", "30 分钟前"],
-  now: ["now", "现在"], handlers: ["Handlers", "处理函数"], messages: ["Last 100 messages", "最近 100 条消息"],
-  filter: ["Filter", "筛选"], lost: ["no answer", "没有应答"], up: ["up for", "已运行"], none: ["none yet", "暂无"],
-  found: ["nothing matches", "没有匹配"], top: ["highest: ", "最高: "], ok: ["ok", "正常"], off: ["off", "未启用"],
-  away: ["away", "不可用"], draining: ["shutting down", "正在停止"], accepted: ["accepted", "已接收"],
-  repeat: ["repeat", "重复"], other: ["handshake or other", "握手等"],
-  refused: ["refused", "拒绝"], busy: ["busy or error", "繁忙或出错"], waiting: ["waiting", "等待中"],
-  retry: ["tried again", "将重试"], handled: ["handled", "已处理"], failed: ["failed", "失败"],
-  queue_messages: ["Waiting", "排队"], busy_workers: ["Busy workers", "忙碌的工作线程"],
-  oldest_seconds: ["Oldest message", "最久等待"], connections: ["Connections", "连接"],
-  remembered_keys: ["Remembered", "已记住的消息"], p50: ["Answers, p50", "应答 p50"],
-  p90: ["Answers, p90", "应答 p90"], p99: ["Answers, p99", "应答 p99"], late: ["Answers after 2 s", "超过 2 秒"],
-  journal: ["Journal", "日志文件"], redis: ["Redis", "Redis"], send_api: ["Send API", "发送接口"],
-  name: ["Name", "名称"], runs: ["Runs", "次数"], failures: ["Failed", "失败"], mean_ms: ["Mean ms", "平均毫秒"],
-  max_ms: ["Longest ms", "最长毫秒"], time: ["Time", "时间"], type: ["Type", "类型"], key: ["Key", "键"],
-  outcome: ["Outcome", "结果"], handler: ["Handler", "函数"], ms: ["ms", "毫秒"], replies: ["Replies", "回复"],
-  error: ["Error", "错误"], "the journal cannot be written": ["the journal cannot be written", "日志文件无法写入"],
-  "the journal cannot be used": ["the journal cannot be used", "日志文件无法使用"]};
+const chinese = {"Pushes of the last half hour": "最近半小时的推送", Handlers: "处理函数",
+  "Last 100 messages": "最近 100 条消息", filter: "筛选", "no answer": "没有应答", draining: "正在停止", ok: "正常",
+  off: "未启用", away: "不可用", accepted: "已接收", repeat: "重复", other: "握手等", refused: "拒绝",
+  busy: "繁忙或出错", highest: "最高", waiting: "等待中", retry: "将重试", handled: "已处理", failed: "失败",
+  queue: "排队", busy_workers: "忙碌的工作线程", oldest_message: "最久等待", answers_p50: "应答 p50",
+  answers_p90: "应答 p90", answers_p99: "应答 p99", answers_after_2_s: "超过 2 秒的应答", journal: "日志文件",
+  send_api: "发送接口", name: "名称", runs: "次数", failures: "失败", mean_ms: "平均毫秒", max_ms: "最长毫秒",
+  time: "时间", type: "类型", key: "键", outcome: "结果", handler: "函数", ms: "毫秒", replies: "回复", error: "错误"};
 const inChinese = navigator.language.toLowerCase().startsWith("zh");
-const say = word => Object.hasOwn(both, word) ? both[word][+inChinese] : word;
-const find = id => document.getElementById(id), format = new Intl.NumberFormat([], {maximumFractionDigits: 2});
-const amount = value => value == null ? "" : format.format(value);
-const time = new Intl.DateTimeFormat([], {timeStyle: "medium", hourCycle: "h23"});
+const say = word => inChinese && chinese[word] || word.replaceAll("_", " ");
+const show = value => typeof value === "number" ? value.toLocaleString([], {maximumFractionDigits: 2}) : value ?? "";
+const find = id => document.getElementById(id);
 let report = null;
 
-function make(tag, text, look, ...children) {
-  const element = Object.assign(document.createElement(tag), {textContent: text, className: look});
+function make(tag, values, ...children) {
+  const element = Object.assign(document.createElement(tag), values);
   element.append(...children);
   return element;
 }
-function span(seconds) {
-  const units = inChinese ? ["秒", "分", "小时"] : ["s", "min", "h"], at = seconds < 120 ? 0 : seconds < 7200 ? 1 : 2;
-  return amount(Math.floor(seconds / 60 ** at)) + " " + units[at];
-}
 function showNumbers() {
-  const rows = [["queue_messages", amount(report.queue_messages)],
-    ["busy_workers", `${report.busy_workers} / ${report.workers}`],
-    ["oldest_seconds", span(report.oldest_seconds), report.oldest_seconds > 60],
-    ["connections", amount(report.connections)], ["remembered_keys", amount(report.remembered_keys)],
-    ...["p50", "p90", "p99"].map(name => [name, report[name], report[name].startsWith(">")]),
-    ["late", amount(report.late), report.late > 0],
+  const numbers = [["queue", report.queue_messages], ["busy_workers", `${report.busy_workers} / ${report.workers}`],
+    ["oldest_message", `${show(report.oldest_seconds)} s`, report.oldest_seconds > 60],
+    ...["p50", "p90", "p99"].map(name => [`answers_${name}`, report[name], report[name].startsWith(">")]),
+    ["answers_after_2_s", report.late, report.late > 0],
     ...["journal", "redis", "send_api"].map(name => [name, say(report[name]), !["ok", "off"].includes(report[name])])];
-  find("numbers").replaceChildren(...rows.map(([name, value, bad]) => {
-    const pair = make("div", "", "", make("dt", say(name), ""), make("dd", value, bad ? "bad" : ""));
-    pair.id = name;
-    return pair;
-  }));
+  find("numbers").replaceChildren(...numbers.map(([name, value, bad]) => make("div", {id: name},
+    make("dt", {}, say(name)), make("dd", {className: bad ? "bad" : ""}, show(value)))));
 }
 function showPlot() {
-  const sums = report.steps.map(step => step.reduce((sum, count) => sum + count)), top = Math.max(1, ...sums);
-  const bars = report.steps.flatMap((step, x) => {
-    let y = 100;
-    return step.map((count, kind) => {
-      const bar = document.createElementNS("http://www.w3.org/2000/svg", "rect"), height = count / top * 96;
-      y -= height;
-      for (const [name, value] of Object.entries({x: x + .1, y, width: .8, height})) bar.setAttribute(name, value);
-      bar.style.fill = `var(--${report.kinds[kind]})`;
-      return bar;
-    }).filter((bar, kind) => step[kind]);
-  });
-  find("plot").setAttribute("viewBox", `0 0 ${report.steps.length} 100`);
-  find("plot").replaceChildren(...bars);
-  const legend = report.kinds.map((kind, at) => {
-    const count = report.steps.reduce((sum, step) => sum + step[at], 0);
-    const item = make("span", "", "", make("i", "", ""), `${say(kind)} ${amount(count)}`);
-    item.id = kind;
-    item.firstChild.style.background = `var(--${kind})`;
-    return item;
-  });
-  const highest = `${say("top")}${amount(Math.max(...sums))} / ${report.step_seconds} s`;
-  find("legend").replaceChildren(...legend, make("span", highest, ""));
+  const sum = counts => counts.reduce((total, count) => total + count), highest = Math.max(...report.steps.map(sum));
+  const tops = report.steps.map(() => 100);  // of each bar, as far as it is drawn
+  const draw = kind => report.steps.map((step, x) => {
+    const height = highest && step[kind] / highest * 96;
+    tops[x] -= height;
+    return height && `M${x} ${tops[x]}h.8v${height}h-.8z`;
+  }).filter(Boolean).join("");
+  find("plot").innerHTML = report.kinds.map((name, kind) => `<path class="${name}" d="${draw(kind)}"/>`).join("");
+  find("legend").replaceChildren(...report.kinds.map((name, kind) => make("span", {id: name, className: name},
+    `${say(name)} ${show(sum(report.steps.map(step => step[kind])))}`)),
+    `${say("highest")} ${show(highest)} / ${report.step_seconds} s`);
 }
-function showTable(id, columns, rows, nothing) {
-  const numbers = ["runs", "failures", "mean_ms", "max_ms", "ms", "replies"];
-  const look = name => numbers.includes(name) ? "number" : name;
-  const line = (tag, texts, bad) => make("tr", "", bad ? "bad" : "",
-    ...columns.map((name, at) => make(tag, texts[at], look(name))));
-  find(id).replaceChildren(...rows.length ? [line("th", columns.map(say)), ...rows.map(([bad, texts]) =>
-    line("td", texts, bad))] : [make("caption", say(nothing), "soft")]);
+function showTable(id, columns, rows) {
+  const line = (tag, bad, texts) => make("tr", {className: bad ? "bad" : ""},
+    ...columns.map(name => make(tag, {className: name}, show(texts(name)))));
+  find(id).replaceChildren(line("th", false, say), ...rows.map(row => line("td", row.bad, name => row[name])));
 }
 function showTables() {
-  const counts = ["runs", "failures", "mean_ms", "max_ms"], word = find("word").value.trim().toLowerCase();
-  showTable("handlers", ["name", ...counts], report.handlers.map(each =>
-    [each.failures > 0, [each.name, ...counts.map(name => amount(each[name]))]]), "none");
+  showTable("handlers", ["name", "runs", "failures", "mean_ms", "max_ms"],
+    report.handlers.map(each => ({...each, bad: each.failures > 0})));
   const columns = ["time", "type", "key", "outcome", "handler", "ms", "replies", "error"];
-  const rows = report.messages.map(each => [each.outcome === "failed", [time.format(each.time * 1000),
-    each.type, each.key, say(each.outcome), each.handler, amount(each.ms), amount(each.replies), each.error]]);
-  showTable("messages", columns, rows.filter(([, texts]) => texts.join(" ").toLowerCase().includes(word)),
-    rows.length ? "found" : "none");
+  const rows = report.messages.map(each => ({...each, time: new Date(each.time * 1000).toLocaleTimeString(),
+    outcome: say(each.outcome), bad: each.outcome === "failed"}));
+  const word = find("word").value.trim().toLowerCase();
+  showTable("messages", columns, rows.filter(row =>
+    columns.map(name => row[name]).join(" ").toLowerCase().includes(word)));
 }
-const showHealth = text => find("health").replaceChildren(make("span", say(text), text === "ok" ? "soft" : "bad"));
 async function renew() {
+  let health = "no answer";
   try {
     report = await (await fetch("status.json")).json();
-    showHealth(report.health);
-    find("age").textContent = `${say("up")} ${span(report.now - report.started)} · ${report.version}`;
+    health = report.health;
+    find("version").textContent = report.version;
     showNumbers();
     showPlot();
     showTables();
-  } catch (error) {
-    showHealth("lost");
+  } finally {
+    Object.assign(find("health"), {textContent: say(health), className: health === "ok" ? "" : "bad"});
+    setTimeout(renew, 2000);
   }
-  setTimeout(renew, 2000);
 }
 document.documentElement.lang = inChinese ? "zh" : "en";
-for (const element of document.querySelectorAll("[data-text]")) element.textContent = say(element.dataset.text);
+for (const title of document.querySelectorAll("h2")) title.textContent = say(title.textContent);
 find("word").placeholder = say("filter");
 find("word").addEventListener("input", () => report && showTables());
 renew();
@@ -2302,21 +2215,17 @@ class AdminEndpoint:
             return refusal(request.problem)
         if request.method not in ("GET", "HEAD"):
             return Response(405, b"only GET here\n", "refused", (("Allow", "GET, HEAD"),))
-        if request.path == "/":
-            return self._show(PAGE, "text/html; charset=utf-8")
-        if request.path == "/status.json":
-            return self._show(json.dumps(self._report()), "application/json")
+        if request.path == "/metrics":
+            return Response(200, self._render().encode(), "metrics")
         if request.path == "/healthz":
             trouble = self._trouble()
             return Response(503 if trouble else 200, (trouble or "ok").encode() + b"\n", "health")
-        if request.path == "/metrics":
-            return Response(200, self._render().encode(), "metrics")
-        return Response(404, b"/, /status.json, /healthz and /metrics are here\n", "refused")
-
-    def _show(self, text: str, kind: str) -> Response:
+        if request.path not in ("/", "/status.json"):
+            return Response(404, b"/, /status.json, /healthz and /metrics are here\n", "refused")
+        kind, text = ("text/html; charset=utf-8", PAGE) if request.path == "/" else (
+            "application/json", json.dumps(self._report()))
         return Response(200, text.encode(), "page", (
-            ("Content-Type", kind), ("Content-Security-Policy", self._policy), ("X-Content-Type-Options", "nosniff"),
-            ("Cache-Control", "no-store")))
+            ("Content-Type", kind), ("Content-Security-Policy", self._policy), ("X-Content-Type-Options", "nosniff")))
 
 
 # ---- 10 Journal -----------------------------------------------------------------------------------------------------
@@ -3808,14 +3717,12 @@ class Dispatcher:
         with self._lock:
             return [job for job in self._mailboxes if not job.is_settled]
 
-    def samples(self) -> List[Sample]:
-        """How much there is to do, for the metrics."""
+    def state(self) -> Dict[str, float]:
+        """How much there is to do, as METRICS names it."""
         with self._lock:
             waited = max((self._timer() - job.since for job in self._mailboxes), default=0.0)
-            waiting = max(0, self._open - self._busy)
-            return [Sample("kfserver_queue_messages", "Messages that wait for a worker.", waiting),
-                    Sample("kfserver_busy_workers", "Workers that run a handler.", self._busy),
-                    Sample("kfserver_oldest_seconds", "Age of the oldest message that is not done.", waited)]
+            return {"queue_messages": max(0, self._open - self._busy), "busy_workers": self._busy,
+                    "oldest_seconds": waited}
 
 
 # ---- 14 Inbox -------------------------------------------------------------------------------------------------------
@@ -4243,12 +4150,10 @@ class Inbox:
         return self._problem or (
             "the journal cannot be written" if self._journal and not self._journal.healthy else "")
 
-    def samples(self) -> List[Sample]:
-        """The state of things, for the metrics."""
-        healthy = not self._problem and (self._journal is None or self._journal.healthy)
-        return [*self._dispatcher.samples(),
-                Sample("kfserver_remembered_keys", "Messages known, to drop repeats of.", len(self._claims)),
-                Sample("kfserver_journal_healthy", "0 while the journal cannot be written.", healthy)]
+    def state(self) -> Dict[str, float]:
+        """The state of things, as METRICS names it."""
+        return {**self._dispatcher.state(), "remembered_keys": len(self._claims),
+                "journal_healthy": not self._journal_trouble()}
 
     def report(self) -> Dict[str, Any]:
         """The state of things, for the page: of each part ok, off, or what is wrong with it."""
@@ -5128,15 +5033,13 @@ class KfServer:
         address = {"host": host.strip("[]"), "port": int(port), "unix": "", "tls_cert": "", "tls_key": ""}
         metrics = self._inbox.handling.metrics
         return bind(dataclasses.replace(self.settings, **address),
-                    AdminEndpoint(lambda: metrics.render(self._samples()), self._report, self._trouble), "--admin")
+                    AdminEndpoint(lambda: metrics.render(self._state()), self._report, self._trouble), "--admin")
 
-    def _samples(self) -> List[Sample]:
-        connections = len(self._http.connections) if self._http else 0
-        return [*self._inbox.samples(), Sample("kfserver_connections", "Open connections of clients.", connections)]
+    def _state(self) -> Dict[str, float]:
+        return {**self._inbox.state(), "connections": len(self._http.connections) if self._http else 0}
 
     def _report(self) -> Dict[str, Any]:
-        state = {sample.name[len("kfserver_"):]: sample.value for sample in self._samples()}
-        return {**state, **self._inbox.report(), "health": self._trouble() or "ok", "version": __version__}
+        return {**self._state(), **self._inbox.report(), "health": self._trouble() or "ok", "version": __version__}
 
     def _trouble(self) -> str:
         if self._http and not self._http.alive():
@@ -5663,7 +5566,7 @@ class ReloadingHandlers:
 # Law: a terminal or a script in the place of the platform. Messages are made from bytes as those of a push, and replies
 # go through the same `Outbox`; only the network is missing. Knows nothing of servers and settings.
 
-# What can be typed after a slash, what must follow it, and what it does: a method of `Chat` has each one's name.
+# What can be typed after a slash, what must follow it, and what it does.
 CHAT_COMMANDS: Mapping[str, Tuple[str, str]] = MappingProxyType({
     "image": ("URL", "send a picture"),
     "event": ("NAME [FIELD=VALUE ...]", "an event, and its fields"),
@@ -5681,39 +5584,34 @@ def _show(text: str) -> None:
     print("  " + text.replace("\n", "\n  "), flush=True)
 
 
-def _show_error(error: BaseException, handler: Optional[Handler] = None) -> None:
-    """Print the traceback of an error; where no frame of it is the user's own, the ``handler`` instead."""
+def _describe_failure(error: BaseException, handler: Optional[Handler] = None) -> str:
+    """The traceback of an error; where no frame of it is the user's own, the place of the ``handler`` instead."""
     trace = _trace_of_handlers(error)
     place = f"{describe_handler(handler)}: " if handler and not trace.stack else ""
-    _show(place + _format_trace(trace))
+    return place + _format_trace(trace)
 
 
 class PrintedReplies:
     """Works like a `SendApi`, but without a network: every reply is printed, and so arrives."""
 
     def send(self, open_id: str, answer: Answer) -> None:
-        """Print an answer to the user, and its ``user_type`` if that is given."""
+        """Print an answer to the user."""
         answer = Text(answer) if isinstance(answer, str) else answer
         words = f"[image] {answer.url}" if isinstance(answer, Image) else answer.content
-        to = open_id + (f" (user_type {answer.user_type})" if answer.user_type else "")
         # Further lines of a text are indented more than the first line of the next.
-        _show(f"to {to}: {words}".replace("\n", "\n  "))
+        _show(f"to {open_id}: {words}".replace("\n", "\n  "))
 
     def close(self) -> None:
         """There is nothing to close."""
 
 
 class Chat:
-    """A conversation with the handlers, printed as it goes. Each method ``do_…`` is one of CHAT_COMMANDS.
-
-    ``user`` is the openid of who writes. ``failures`` counts the messages whose handler failed, and the lines that were
-    not understood. ``over`` is set once the user wants to end.
-    """
+    """A conversation with the handlers, printed as it goes. ``user`` is the openid of who writes; ``failures`` counts
+    the messages whose handler failed, and the lines that were not understood."""
 
     def __init__(self, handlers: ReloadingHandlers) -> None:
         self.user = "user"
         self.failures = 0
-        self.over = False
         self._handlers = handlers
         self._api: Any = PrintedReplies()
         self._sessions: Dict[str, str] = {}  # in JSON, by openid
@@ -5721,39 +5619,48 @@ class Chat:
         self._ids = itertools.count(time.time_ns() // 1000)
 
     def take(self, line: str) -> None:
-        """Do what a line says: a text to the handlers or, after a slash, a command. A blank line does nothing."""
+        """Do what a line says: a text to the handlers or, after a slash, a command. A blank line does nothing. Raises
+        `EOFError` for /quit, as `input` does at the end."""
         if self._handlers.poll():
             _show(f"{len(self._handlers.registry)} handlers loaded again from {self._handlers.path}")
-        if line.startswith("//") or not line.startswith("/"):
-            if line.strip(BLANKS):
-                self._send(MsgType="text", MsgId=next(self._ids), Content=line[line.startswith("//"):])
-            return
-        name, _, rest = line[1:].partition(" ")
+        if line.startswith("/") and not line.startswith("//"):
+            name, _, rest = line[1:].partition(" ")
+            self._obey(name, rest.strip())
+        elif line.strip(BLANKS):
+            self._send(MsgType="text", MsgId=next(self._ids), Content=line[line.startswith("//"):])
+
+    def _obey(self, name: str, rest: str) -> None:
         if name not in CHAT_COMMANDS:
             self._complain(f"no command /{name}: /help lists them; for a slash at the start of a text type two")
-        elif CHAT_COMMANDS[name][0] and not rest.strip():
+        elif CHAT_COMMANDS[name][0] and not rest:
             self._complain(f"write /{name} {CHAT_COMMANDS[name][0]}")
+        elif name == "image":
+            self._send(MsgType="image", MsgId=next(self._ids), PicUrl=rest)
+        elif name == "event":
+            event, *pairs = rest.split()
+            if all("=" in pair for pair in pairs):
+                self._send(MsgType="event", Event=event, **dict(pair.split("=", 1) for pair in pairs))
+            else:
+                self._complain("a field of an event is written NAME=VALUE, without blanks; /raw takes what has some")
+        elif name == "raw":
+            self._receive(rest)
+        elif name == "as":
+            self.user = rest
+        elif name == "help":
+            print(CHAT_HELP, flush=True)
         else:
-            getattr(self, f"do_{name}")(rest.strip())
+            raise EOFError
 
     def _complain(self, text: str) -> None:
         self.failures += 1
         _show(text)
 
-    def do_image(self, url: str) -> None:
-        """The user sends the picture at ``url``."""
-        self._send(MsgType="image", MsgId=next(self._ids), PicUrl=url)
+    def _send(self, **fields: Any) -> None:
+        common = {"ToUserName": "app", "FromUserName": self.user, "CreateTime": int(time.time())}
+        self._receive(json.dumps({**common, **fields}))
 
-    def do_event(self, words: str) -> None:
-        """An event: its name and, if it has any, its fields as NAME=VALUE."""
-        name, *pairs = words.split()
-        if all("=" in pair for pair in pairs):
-            self._send(MsgType="event", Event=name, **dict(pair.split("=", 1) for pair in pairs))
-        else:
-            self._complain("a field of an event is written NAME=VALUE, without blanks; /raw takes what has some")
-
-    def do_raw(self, packet: str) -> None:
-        """A whole message, in JSON or XML, as a push brings it."""
+    def _receive(self, packet: str) -> None:
+        """Handle a whole message, in JSON or XML, as a push brings it."""
         try:
             message = parse(packet.encode("utf-8", "replace"))
         except MalformedPush as error:
@@ -5761,38 +5668,14 @@ class Chat:
             return
         message.key = dedup_key(message)
         message.outbox = Outbox(self._api, message)
-        self._handle(message)
-
-    def do_as(self, open_id: str) -> None:
-        """Another user writes from now on."""
-        self.user = open_id
-
-    def do_help(self, _: str) -> None:
-        """Print what can be typed."""
-        print(CHAT_HELP, flush=True)
-
-    def do_quit(self, _: str) -> None:
-        """The user wants to end."""
-        self.over = True
-
-    def _send(self, **fields: Any) -> None:
-        common = {"ToUserName": "app", "FromUserName": self.user, "CreateTime": int(time.time())}
-        self.do_raw(json.dumps({**common, **fields}))
-
-    def _handle(self, message: Message) -> None:
-        self._lend_session(message)
+        # A copy: what is done to it counts only if the handler returns.
+        message.kept_session = json.loads(self._sessions.get(message.from_user_name, "{}"))
         taken_by: List[Handler] = []
-        error = attempt(self._run, message, taken_by)
-        if error:
-            self.failures += 1
-            _show_error(error, *taken_by)
-            self._lend_session(message)
-            for failed in self._handlers.registry.handle_error(message, error):
-                _show_error(failed)
-
-    def _lend_session(self, message: Message) -> None:
-        """A copy of the sender's session, which is kept only if the handler returns."""
-        message.kept_session = json.loads(self._sessions.get(message.from_user_name) or "{}")
+        failure = attempt(self._run, message, taken_by)
+        if failure:
+            self._complain(_describe_failure(failure, *taken_by))
+            for another in self._handlers.registry.handle_error(message, failure):
+                _show(_describe_failure(another))
 
     def _run(self, message: Message, taken_by: List[Handler]) -> None:
         """Show and run the handler that takes the message, which is put into ``taken_by``; raises what it raises."""
@@ -5805,7 +5688,7 @@ class Chat:
         for rule in registry.rules_of(match.handler):
             _show(rule)
         answers = registry.run(match, message)
-        session = encode_session(message.session)
+        session = encode_session(message.session) or "{}"
         message.reply(answers)
         self._sessions[message.from_user_name] = session
 
@@ -5823,36 +5706,28 @@ def build_chat_parser() -> argparse.ArgumentParser:
 
 def chat(arguments: argparse.Namespace) -> int:
     """Talk to the handlers until the input ends. 0 from a terminal; from a script, whose lines are printed after their
-    user's name, 1 if anything in it failed. Raises `SettingsError` when the handlers cannot be loaded."""
+    user's name, 1 if anything in it failed. Ctrl-C at a terminal gives up a line, or a handler that does not come back.
+    Raises `SettingsError` when the handlers cannot be loaded."""
     is_terminal = sys.stdin.isatty()
     if is_terminal:
         with contextlib.suppress(ImportError):  # before the handlers, which may have a neighbour of that name
             importlib.import_module("readline")  # its presence gives input() editing and history
     handlers = ReloadingHandlers(arguments.handlers or os.environ.get("KF_HANDLERS", ""))
-    talk = Chat(handlers)
     if is_terminal:
-        where = handlers.path or "nowhere: there is no handlers.py here"
-        print(f"{len(handlers.registry)} handlers from {where}; /help lists what can be typed", flush=True)
-        _converse(talk)
-        return 0
-    for line in filter(lambda line: line.strip(BLANKS), sys.stdin):
-        text = line.rstrip("\r\n")
-        print(f"{talk.user}: {text}", flush=True)
-        talk.take(text)
-        if talk.over:
-            break
-    return 1 if talk.failures else 0
-
-
-def _converse(talk: Chat) -> None:
-    """Take what is typed at a prompt. Ctrl-D ends it; Ctrl-C gives up a line, or a handler that does not come back."""
-    while not talk.over:
+        print(f"{handlers.describe()[0]}; /help lists what can be typed", flush=True)
+    talk = Chat(handlers)
+    while True:
         try:
-            talk.take(input(f"{talk.user}> "))
+            line = input(f"{talk.user}> " if is_terminal else "")
+            if line.strip(BLANKS) and not is_terminal:
+                print(f"{talk.user}: {line}", flush=True)
+            talk.take(line)
         except EOFError:
-            print()
-            return
+            print(end="\n" if is_terminal else "")
+            return 1 if talk.failures and not is_terminal else 0
         except KeyboardInterrupt:
+            if not is_terminal:
+                raise
             print("\n  interrupted; /quit ends", flush=True)
 
 

@@ -71,16 +71,17 @@ def test_page_shows_a_person_what_happens(page: Browser, program: Program) -> No
     page.open(page_of(program))
     wait_until(lambda: text(page, "health") == "ok")
     assert text(page, "accepted") == "accepted 0"
-    assert "none yet" in text(page, "messages")
+    assert rows(page, "messages") == []
 
     for number in range(3):  # the numbers grow, without a new load of the page
         program.push(number)
     wait_until(lambda: text(page, "accepted") == "accepted 3" and len(rows(page, "messages")) == 3)
-    assert page.run("return document.querySelectorAll('#plot rect').length") > 0
+    heights = page.run("return [...document.querySelectorAll('#plot path')].map(path => path.getBBox().height)")
+    assert [height > 0 for height in heights] == [True, False, False, False, False]
     program.push(3, sender="zoe")
     wait_until(lambda: text(page, "accepted") == "accepted 4" and len(rows(page, "messages")) == 4)
     assert [row[1:4] for row in rows(page, "handlers")] == [["greet", "4", "0"]]
-    assert "≤" in text(page, "p99") or ">" in text(page, "p99")
+    assert "≤" in text(page, "answers_p99") or ">" in text(page, "answers_p99")
 
     program.push(4, "a secret")  # a failure stands out
     wait_until(lambda: any("failed" in row for row in rows(page, "messages")))
@@ -94,7 +95,7 @@ def test_page_shows_a_person_what_happens(page: Browser, program: Program) -> No
     page.type("word", "ZOE")  # the filter narrows the rows
     assert [row[3] for row in rows(page, "messages")] == ["app/zoe/text/3"]
     page.type("word", "!")
-    assert text(page, "messages") == "nothing matches"
+    assert rows(page, "messages") == []
     assert page.console() == []  # nothing failed, and the policy had nothing to block
 
     program.kill()

@@ -448,14 +448,13 @@ def test_build_chat_parser_has_a_help_that_fits_a_screen_and_lists_every_command
 
 
 class TextLike:
-    """An answer with a text and a user_type."""
+    """An answer with a text."""
 
     content = "text"
-    user_type = 1
 
 
 @pytest.mark.parametrize(("answer", "printed"), [
-    ("text", "  to anna: text\n"), (TextLike(), "  to anna (user_type 1): text\n"),
+    ("text", "  to anna: text\n"), (TextLike(), "  to anna: text\n"),
     (Image("url"), "  to anna: [image] url\n")], ids=["str", "text", "image"])
 def test_printed_replies_show_every_kind_of_answer(
         answer: object, printed: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -529,7 +528,7 @@ def test_chat_at_a_terminal_says_that_there_are_no_handlers(
         monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "stdin", Keyboard())
     assert chat(build_chat_parser().parse_args([])) == 0
-    assert capsys.readouterr().out.startswith("0 handlers from nowhere: there is no handlers.py here; ")
+    assert capsys.readouterr().out.startswith("0 handlers: no handlers.py here; ")
 
 
 # ---- ReloadingHandlers
