@@ -5413,7 +5413,7 @@ def _put_first(folder: str) -> None:
     queue.py, everything that kfserver may need is imported before."""
     elsewhere = [each for each in sys.path if os.path.abspath(each) != folder]
     with contextlib.suppress(OSError):  # no such folder, as reading the handlers will tell
-        names = {name.partition(".")[0] for name in os.listdir(folder)} - {"__pycache__"}
+        names = {name.partition(".")[0] for name in os.listdir(folder)} - {"__pycache__", "handlers"}
         if any(name.isidentifier() and PathFinder.find_spec(name, elsewhere) for name in names):
             sys.path[:] = elsewhere
             for late in LATE_IMPORTS:
@@ -6101,22 +6101,19 @@ def _print_start(settings: Settings, lines: Sequence[str], advice: Sequence[str]
 def check_parts(settings: Settings, registry: HandlerRegistry) -> None:
     """Raise `SettingsError` for a part that could not be made, and warn as a start would. Tries what the start would
     use, but for the port and the right to write the journal, which a server may have."""
-    import tempfile  # needed here only, and slow to load
     KfServer(registry, settings)  # the cipher, the access to the send API
     check_redis(settings)
     if settings.tls_cert:
         make_tls_context(settings)
-    path = settings.journal
-    if not path:
-        return
-    try:
-        # A new file is only made to see that the folder takes one; it is gone at once.
-        tempfile.TemporaryFile(dir=os.path.dirname(os.path.abspath(path))).close()
-        if os.path.exists(path):
-            open(path, "r+b").close()
-    except OSError as error:
-        raise SettingsError(f"cannot write the journal {path}: {error.strerror}; make its folder, and let this user "
-                            "write there, or name another --journal") from error
+    if settings.journal:
+        _check_journal(settings.journal)
+
+
+def _check_journal(path: str) -> None:
+    folder = os.path.dirname(os.path.abspath(path))
+    if not (os.access(folder, os.W_OK) and (os.access(path, os.W_OK) or not os.path.exists(path))):
+        raise SettingsError(f"cannot write the journal {path}: make its folder, and let this user write there, or name "
+                            "another --journal")
     refuse_foreign_file(path)
 
 

@@ -873,7 +873,7 @@ def test_json_formatter_rounds_numbers_and_keeps_the_rest() -> None:
 
 @pytest.mark.parametrize(("arguments", "told"), [
     (["--access-token", "@missing"], "--access-token (KF_ACCESS_TOKEN) cannot use its file: No such file"),
-    (["--journal", "missing/kf.db"], "cannot write the journal missing/kf.db: No such file or directory"),
+    (["--journal", "missing/kf.db"], "cannot write the journal missing/kf.db: make its folder"),
     (["--journal", "text"], "text is not a journal of kfserver"),
     (["--tls-cert", "text"], "cannot use the certificate text"),
 ], ids=as_typed)
