@@ -4300,13 +4300,12 @@ BACKLOG_SECONDS = 0.005
 TICK_SECONDS = 1.0
 # Seconds until the loop accepts again when it could not: no descriptor was free, or nobody could be closed for it.
 PAUSE_SECONDS = 0.01
-# Seconds from its connect that a TLS client has for its handshake before it may be closed to make room for another: its
-# path to us is gone along three times. Accepted at full speed, those who say nothing would be past in half of that; and
-# the longer it is, the longer those wait who are not accepted yet, 5,000 of them 0.6 s.
+# Seconds from its connect that a TLS client may shake hands before it can be closed to make room: three ways to us and
+# back fit in. The longer this is, the longer those wait who are not accepted yet: beside 5,000 silent ones 0.6 s.
 HANDSHAKE_SECONDS = 0.15
 # Seconds without a turn after which the loop counts as stuck: it turns at least once in TICK_SECONDS.
 STUCK_SECONDS = 3.0
-# Seconds that `close` waits for the loop beyond the time that the connections get.
+# Seconds that `shutdown` waits for the loop beyond the time that the connections get.
 CLOSE_SECONDS = 3.0
 # Descriptors kept free for other things than connections: logs, handlers' files, the send API.
 RESERVED_FILES = 64
@@ -4330,13 +4329,10 @@ _NEVER_IN_HEAD = re.compile(rb"(?<!\r)\n|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 
 
 class Framing(NamedTuple):
-    """What a head says about where its request ends and what follows.
-
-    ``length`` is -1 for a chunked body. ``connection`` is the header of that name in the answer, empty for none.
-    """
+    """What a head says about where its request ends (``length`` is -1 for a chunked body), and what follows."""
 
     length: int
-    connection: str
+    closes: bool
     expects_continue: bool
 
 
@@ -4357,12 +4353,8 @@ def parse_framing(block: bytes, minor: int) -> Framing:
     if any(value != b"100-continue" for value in expectations):
         raise PushError("only 100-continue can be expected", status=417)
     options = {option.strip() for value in found.get(b"connection", ()) for option in value.split(b",")}
-    if b"close" in options or not (minor or b"keep-alive" in options):
-        connection = "close"
-    else:
-        connection = "" if minor else "keep-alive"
     length = _body_length(found.get(b"content-length", ()), found.get(b"transfer-encoding", ()), minor)
-    return Framing(length, connection, bool(expectations) and minor > 0)
+    return Framing(length, not minor or b"close" in options, bool(expectations) and minor > 0)
 
 
 def _body_length(lengths: Sequence[bytes], codings: Sequence[bytes], minor: int) -> int:
@@ -4400,7 +4392,7 @@ class RequestReader:
         self._method = ""
         self._requests = self._read_requests()
         self.phase = IDLE
-        self.framing = Framing(0, "close", False)
+        self.framing = Framing(0, True, False)
 
     def feed(self, data: bytes) -> None:
         """Add what was received."""
@@ -4496,11 +4488,11 @@ def list_headers(response: Response) -> List[Tuple[str, str]]:
 
 
 @functools.lru_cache(maxsize=16)  # most answers differ in their date only, and that changes once a second
-def encode_answer(response: Response, second: int, connection: str) -> bytes:
-    """The response as it is sent in that Unix second; ``connection`` is the header of that name, empty for none."""
+def encode_answer(response: Response, second: int, closes: bool) -> bytes:
+    """The response as it is sent in that Unix second. ``closes`` tells the client that the connection ends with it."""
     headers = [("Date", formatdate(second, usegmt=True)), *list_headers(response)]
-    if connection:
-        headers.append(("Connection", connection))
+    if closes:
+        headers.append(("Connection", "close"))
     lines = [f"HTTP/1.1 {response.status} {http.client.responses[response.status]}"]
     lines += [f"{name}: {value}" for name, value in headers]
     return "\r\n".join((*lines, "", "")).encode("latin-1") + response.body
@@ -4617,14 +4609,13 @@ class Connection(BaseHTTPRequestHandler):
 
     def answer(self, response: Response) -> None:
         """Send the answer to the request that was handed in, and turn to the next one."""
-        request, header = self.asked, self._reader.framing.connection
+        request, closes = self.asked, self._reader.framing.closes or self.server.closing
         assert request
+        then = self.close if closes else self._await_next
         if request.problem:
             request.problem.__traceback__ = None  # which leads back to the request, and to this connection
-        then = self._await_next
-        if request.problem or header == "close" or self.server.closing:
-            header, then = "close", self._linger if request.problem else self.close
-        data = encode_answer(response, int(time.time()), header)
+            closes, then = True, self._linger
+        data = encode_answer(response, int(time.time()), closes)
         if request.method == "HEAD":
             data = data[:len(data) - len(response.body)]
         self.asked = None
@@ -4757,8 +4748,6 @@ class PushServer(ThreadingHTTPServer):
         for connection in self.connections:
             connection.socket.close()
         self.abandon()
-        self.closing, self._closed = True, threading.Event()
-        self._closed.set()  # nothing is left for `shutdown` to wait for
 
     def serve_forever(self, poll_interval: float = TICK_SECONDS) -> None:
         """Serve until `shutdown` is called from another thread."""

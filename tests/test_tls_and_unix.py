@@ -698,7 +698,6 @@ def test_push_server_after_fork_leaves_the_socket_file(path: str) -> None:
             try:
                 assert server._http
                 server._http.after_fork()
-                server._http.shutdown(0.0)
             finally:
                 os._exit(0)
         os.waitpid(child, 0)
