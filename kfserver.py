@@ -4521,7 +4521,7 @@ class Connection(BaseHTTPRequestHandler):
         self.asked: Optional[Request] = None
         self._give_time(NEW)
         self._events = 0  # that the server's selector watches for
-        self._reader = RequestReader(server.max_body)
+        self._reader = RequestReader(server.settings.max_body)
         self._unsent = b""
         self._then: Optional[Callable[[], None]] = None  # when all is sent
         self._step: Optional[Callable[[], None]] = self._put_off_handshake if server.tls else self._receive
@@ -4689,18 +4689,17 @@ class PushServer(ThreadingHTTPServer):
     request_queue_size = 4096
 
     def __init__(self, settings: Settings, endpoint: Union[Endpoint, AdminEndpoint]) -> None:
-        self._settings, self._unix, self.endpoint = settings, settings.unix, endpoint
+        self.settings, self.endpoint = settings, endpoint
         self._certificate_files = _stamp(settings.tls_cert, settings.tls_key)
         self.tls = make_tls_context(settings) if settings.tls_cert else None
         self._socket_file: List[Tuple[int, ...]] = []  # the stamp of the Unix socket that we made
         self.server_port = 0
-        if self._unix:
+        if settings.unix:
             self.address_family = UNIX_FAMILY
         elif ":" in settings.host:
             self.address_family = socket.AF_INET6
-        super().__init__(self._unix or (settings.host, settings.port), Connection)  # type: ignore[arg-type]
+        super().__init__(settings.unix or (settings.host, settings.port), Connection)  # type: ignore[arg-type]
         self.socket.setblocking(False)
-        self.max_body = settings.max_body
         self._limit = _connection_limit(settings.max_connections)
         self.each_second: Callable[[], None] = lambda: None
         self.teller = Teller(time.monotonic)
@@ -4717,20 +4716,20 @@ class PushServer(ThreadingHTTPServer):
 
     def server_bind(self) -> None:
         """Bind without asking the name service for our own name, which can take seconds."""
-        if self._unix:
-            _remove_stale_socket(self._unix)
+        if self.settings.unix:
+            _remove_stale_socket(self.settings.unix)
         TCPServer.server_bind(self)
-        if self._unix:
-            self._socket_file = _stamp(self._unix)
-            os.chmod(self._unix, 0o666)  # the proxy runs as another user
+        if self.settings.unix:
+            self._socket_file = _stamp(self.settings.unix)
+            os.chmod(self.settings.unix, 0o666)  # the proxy runs as another user
         else:
             self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
 
     def server_close(self) -> None:
         """Stop listening. A Unix socket's file is removed, unless another server has put its own there."""
-        if self._socket_file and _stamp(self._unix) == self._socket_file:
+        if self._socket_file and _stamp(self.settings.unix) == self._socket_file:
             with contextlib.suppress(OSError):
-                os.unlink(self._unix)
+                os.unlink(self.settings.unix)
         self._socket_file = []
         super().server_close()
 
@@ -4832,11 +4831,11 @@ class PushServer(ThreadingHTTPServer):
     def renew_certificate(self) -> None:
         """Serve the certificate anew if its files have changed. While it cannot be used, as when one of the two files
         is not replaced yet, the old one stays in service."""
-        stamps = _stamp(self._settings.tls_cert, self._settings.tls_key)
+        stamps = _stamp(self.settings.tls_cert, self.settings.tls_key)
         if stamps != self._certificate_files:
             self._certificate_files = stamps
             try:
-                self.tls = make_tls_context(self._settings)
+                self.tls = make_tls_context(self.settings)
                 log.info("the renewed certificate is in service")
             except SettingsError as error:
                 log.error("%s; the certificate from before stays in service", error)
