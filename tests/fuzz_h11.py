@@ -73,7 +73,7 @@ def read_ours(data: bytes) -> Read:
             return Read(requests, str(request.problem), False)
         target = request.path + ("?" + request.query if request.query else "")
         requests.append((request.method, target, request.body))
-        if reader.framing.connection == "close":
+        if reader.framing.closes:
             return Read(requests, "", True)
 
 
@@ -142,7 +142,7 @@ def compare(data: bytes) -> str:
 def compare_longer(ours: Read, other: Read) -> str:
     """kfserver has read a request that h11 has not."""
     if other.ended:
-        return "allowed: HTTP/1.0 with keep-alive, which h11 does not keep"
+        return "FOUND: kfserver reads on where h11 ends the connection"
     if not other.refusal:
         return "FOUND: kfserver reads a request for whose end h11 waits"
     reason = next((reason for words, reason in REASONS.items() if words in other.refusal), "")

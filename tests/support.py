@@ -366,7 +366,7 @@ class Receiver:
         self.endpoint.open.set()
         self._clients.close()
         if self._loop.is_alive():  # else the test has stopped it
-            threading.Thread(target=self.server.close, args=(PATIENCE,), daemon=True).start()
+            threading.Thread(target=self.server.shutdown, args=(PATIENCE,), daemon=True).start()
         self._loop.join(PATIENCE)
         assert not self._loop.is_alive(), "the server does not stop"
 

@@ -35,10 +35,14 @@ from support import (
 
 import kfserver
 from kfserver import (
+    ANSWER,
     BODY,
     HEAD,
     IDLE,
+    LINGER,
+    NEW,
     PAUSE_SECONDS,
+    PHASE_SECONDS,
     Connection,
     PushServer,
     Request,
@@ -92,8 +96,7 @@ def test_connection_gives_the_endpoint_what_was_sent(kf: Receiver) -> None:
     ("1.1", "keep-alive", True),
     ("1.1", "upgrade, Close", False),
     ("1.0", "", False),
-    ("1.0", "keep-alive", True),
-    ("1.0", "Keep-Alive, TE", True),
+    ("1.0", "keep-alive", False),
     ("1.0", "close", False),
     ("1.7", "", True),  # a version of tomorrow, which is understood as 1.1
 ])
@@ -101,9 +104,7 @@ def test_connection_keeps_the_connection(kf: Receiver, version: str, connection:
     client = kf.connect()
     headers = [f"Connection: {connection}"] if connection else []
     answer = client.ask(post(push(), *headers, version=version))
-    # HTTP/1.0 keeps a connection only if both sides say so, HTTP/1.1 closes it only if one does.
-    said = "close" if not kept else "keep-alive" if version == "1.0" else None
-    assert answer.headers.get("connection") == said
+    assert answer.headers.get("connection") == (None if kept else "close")
     if kept:
         assert client.ask(GET).status == 200
     else:
@@ -155,7 +156,6 @@ def test_connection_names_the_methods_that_it_serves(kf: Receiver) -> None:
     pytest.param(chunked(b"0005\r\nhello\r\n000\r\n\r\n"), id="chunk with leading zeros"),
     pytest.param(chunked(b"5;name=\"value\"\r\nhello\r\n0;x\r\n\r\n"), id="chunk extensions"),
     pytest.param(chunked(b"5 ;x\r\nhello\r\n0\r\n\r\n"), id="blank before a chunk extension"),
-    pytest.param(chunked(b"5\r\nhello\r\n0\r\nA: b\r\nC: d\r\n\r\n"), id="trailers"),
     pytest.param(head("TRANSFER-encoding: Chunked") + b"5\r\nhello\r\n0\r\n\r\n", id="any case"),
     pytest.param(b"POST http://kf.example HTTP/1.1\r\nHost: kf\r\nContent-Length: 5\r\n\r\nhello", id="absolute"),
     pytest.param(b"\r\n\r\n" + post(b"hello"), id="empty lines before"),
@@ -320,7 +320,7 @@ def test_parse_framing_takes_a_long_run_of_blanks_as_it_takes_letters() -> None:
     # An expression that looks at the rest of the run for each of its blanks would take a thousand times as long.
     def seconds(filler: str) -> float:
         block = f"Host: kf\r\nConnection: x{filler * 16000}x\r\n".encode()
-        return min(timeit.repeat(lambda: parse_framing(block, 1), number=3, repeat=3))
+        return min(timeit.repeat(lambda: parse_framing.__wrapped__(block, 1), number=3, repeat=3))
     assert seconds(" ") < 50 * seconds("x")
 
 
@@ -425,9 +425,8 @@ REFUSED = [
     pytest.param(chunked(b"ffffffff\r\n"), 413, id="huge chunk"),
     pytest.param(chunked(b"80000\r\n" + b"x" * 0x80000 + b"\r\n80001\r\n"), 413, id="two chunks too large together"),
     pytest.param(chunked(b"1\r\nx\r\n" * 5000), 400, id="5,000 chunks"),
-    pytest.param(chunked(b"0\r\nno colon\r\n\r\n"), 400, id="malformed trailer"),
-    pytest.param(chunked(b"0\r\n folded: a\r\n\r\n"), 400, id="folded trailer"),
-    pytest.param(chunked(b"0\r\n" + b"A:\r\n" * 101), 431, id="101 trailers"),
+    pytest.param(chunked(b"5\r\nhello\r\n0\r\nA: b\r\n\r\n"), 400, id="a trailer"),
+    pytest.param(chunked(b"0\r\nTrailer"), 400, id="the beginning of a trailer"),
 ]
 
 
@@ -516,7 +515,7 @@ UNFINISHED = [
     pytest.param(head("Content-Length: 100") + b"half", id="in the body"),
     pytest.param(head("Transfer-Encoding: chunked"), id="before a chunk"),
     pytest.param(chunked(b"64\r\nhalf"), id="in a chunk"),
-    pytest.param(chunked(b"4\r\nfull\r\n0\r\nTrail"), id="in a trailer"),
+    pytest.param(chunked(b"4\r\nfull\r\n0\r\n"), id="before the last line"),
 ]
 
 
@@ -560,23 +559,18 @@ class ImpatientServer(PushServer):
 
 def limit_only(monkeypatch: pytest.MonkeyPatch, limited: str) -> None:
     """Let one limit of time be over as soon as it begins, and the others never be reached."""
-    def seconds(name: str) -> float:
-        return 0.0 if name == limited else 600.0
-    for name in ("HEAD_SECONDS", "WRITE_SECONDS", "LINGER_SECONDS"):
-        monkeypatch.setattr(kfserver, name, seconds(name))
-    monkeypatch.setattr(kfserver, "PHASE_SECONDS", {phase: seconds(phase) for phase in (IDLE, HEAD, BODY)})
-    monkeypatch.setattr(kfserver, "IDLE_SECONDS", seconds(IDLE))
+    monkeypatch.setattr(kfserver, "PHASE_SECONDS", {**dict.fromkeys(PHASE_SECONDS, 600.0), limited: 0.0})
 
 
 @pytest.mark.parametrize(("limited", "do"), [
-    pytest.param("HEAD_SECONDS", lambda client: None, id="silent"),
+    pytest.param(NEW, lambda client: None, id="silent"),
     pytest.param(HEAD, lambda client: client.send(b"POST / HT"), id="in a head"),
     pytest.param(HEAD, lambda client: client.send(GET + b"POST / HT"), id="in a second head"),
-    pytest.param(HEAD, lambda client: client.send(b"\r\n"), id="sends empty lines"),
+    pytest.param(IDLE, lambda client: client.send(b"\r\n"), id="sends empty lines"),
     pytest.param(BODY, lambda client: client.send(head("Content-Length: 9") + b"half"), id="in a body"),
     pytest.param(BODY, lambda client: client.send(chunked(b"5\r\nhe")), id="in a chunk"),
     pytest.param(IDLE, lambda client: client.ask(GET), id="between requests"),
-    pytest.param("LINGER_SECONDS", lambda client: client.ask(b"garbage\r\n\r\n"), id="refused, and stays"),
+    pytest.param(LINGER, lambda client: client.ask(b"garbage\r\n\r\n"), id="refused, and stays"),
 ])
 def test_push_server_sends_away_whose_time_is_up(
         limited: str, do: Callable[[Client], None], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -610,7 +604,7 @@ def flood(client: Client) -> bool:
 
 
 def test_push_server_sends_away_who_reads_no_answers(monkeypatch: pytest.MonkeyPatch) -> None:
-    limit_only(monkeypatch, "WRITE_SECONDS")
+    limit_only(monkeypatch, ANSWER)
     with receiver(NarrowServer) as kf:
         client = kf.connect()
         wait_until(lambda: flood(client))
@@ -636,9 +630,9 @@ def test_push_server_sends_everything_to_a_client_that_reads_late() -> None:
 
 
 @pytest.mark.parametrize(("pieces", "seconds"), [
-    pytest.param([b"P", b"OST / HTTP/1.1\r\n", b"Host: "], kfserver.HEAD_SECONDS, id="head"),
-    pytest.param([head("Content-Length: 9"), b"h", b"a", b"l", b"f"], kfserver.BODY_SECONDS, id="body"),
-    pytest.param([head("Transfer-Encoding: chunked"), b"5\r\n", b"hello\r\n"], kfserver.BODY_SECONDS, id="chunks"),
+    pytest.param([b"P", b"OST / HTTP/1.1\r\n", b"Host: "], PHASE_SECONDS[HEAD], id="head"),
+    pytest.param([head("Content-Length: 9"), b"h", b"a", b"l", b"f"], PHASE_SECONDS[BODY], id="body"),
+    pytest.param([head("Transfer-Encoding: chunked"), b"5\r\n", b"hello\r\n"], PHASE_SECONDS[BODY], id="chunks"),
 ])
 def test_push_server_measures_time_from_the_first_byte(kf: Receiver, pieces: List[bytes], seconds: float) -> None:
     # Measured from the last byte, a byte every few seconds would hold a connection for ever.
@@ -770,13 +764,13 @@ def test_push_server_calls_each_second_and_survives_its_errors(
     assert [record.levelname for record in caplog.records] == ["ERROR"]
 
 
-def test_push_server_close_gives_up_a_loop_that_is_stuck(
+def test_push_server_shutdown_gives_up_a_loop_that_is_stuck(
         kf: Receiver, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(kfserver, "CLOSE_SECONDS", 0.0)
     kf.endpoint.open.clear()
     kf.connect().send(GET)
     wait_until(lambda: kf.requests)
-    kf.server.close(0.0)
+    kf.server.shutdown(0.0)
     assert [record.levelname for record in caplog.records] == ["ERROR"]
     with pytest.raises(ConnectionRefusedError):
         kf.connect()
@@ -801,7 +795,6 @@ def test_push_server_after_fork_takes_nothing_from_the_parent(kf: Receiver) -> N
         try:
             sockets = [kf.server.socket, *[connection.socket for connection in kf.server.connections]]
             kf.server.after_fork()
-            kf.server.close(PATIENCE)  # has nothing to wait for
             status = int(any(each.fileno() >= 0 for each in sockets))
         finally:
             os._exit(status)
@@ -920,13 +913,13 @@ def test_push_server_asks_no_name_service(monkeypatch: pytest.MonkeyPatch) -> No
         assert kf.connect().ask(post(push())).body == b"success"
 
 
-def test_push_server_close_finishes_the_request_in_flight(kf: Receiver) -> None:
+def test_push_server_shutdown_finishes_the_request_in_flight(kf: Receiver) -> None:
     request_bytes = post(push())
     idle, busy = kf.connect(), kf.connect()
     idle.ask(GET)
     busy.send(request_bytes[:-5])
     kf.connect().ask(GET)  # when this is answered, the half of a request has been read
-    closing = threading.Thread(target=kf.server.close, args=(PATIENCE,), daemon=True)
+    closing = threading.Thread(target=kf.server.shutdown, args=(PATIENCE,), daemon=True)
     closing.start()
     assert idle.at_end()
     answer = busy.ask(request_bytes[-5:])
@@ -935,7 +928,7 @@ def test_push_server_close_finishes_the_request_in_flight(kf: Receiver) -> None:
     assert not closing.is_alive()
 
 
-def test_push_server_close_answers_what_has_come(kf: Receiver) -> None:
+def test_push_server_shutdown_answers_what_has_come(kf: Receiver) -> None:
     clients = [kf.connect() for _ in range(5)]
     wait_until(lambda: len(kf.server.connections) == 5)
     kf.endpoint.open.clear()
@@ -943,7 +936,7 @@ def test_push_server_close_answers_what_has_come(kf: Receiver) -> None:
     wait_until(lambda: kf.requests)
     for number, client in enumerate(clients):
         client.send(post(push(number=number)))
-    closing = threading.Thread(target=kf.server.close, args=(PATIENCE,), daemon=True)
+    closing = threading.Thread(target=kf.server.shutdown, args=(PATIENCE,), daemon=True)
     closing.start()
     wait_until(lambda: kf.server.closing)
     kf.endpoint.open.set()
@@ -952,20 +945,20 @@ def test_push_server_close_answers_what_has_come(kf: Receiver) -> None:
     assert not closing.is_alive()
 
 
-def test_push_server_close_sends_away_whoever_is_not_through_in_time(kf: Receiver) -> None:
+def test_push_server_shutdown_sends_away_whoever_is_not_through_in_time(kf: Receiver) -> None:
     client = kf.connect()
     client.send(b"POST / HT")
     wait_until(lambda: len(kf.server.connections) == 1)
-    kf.server.close(0.0)
+    kf.server.shutdown(0.0)
     assert client.at_end()
 
 
-def test_push_server_close_stops_listening(kf: Receiver) -> None:
-    kf.server.close(PATIENCE)
+def test_push_server_shutdown_stops_listening(kf: Receiver) -> None:
+    kf.server.shutdown(PATIENCE)
     with pytest.raises(ConnectionRefusedError):
         kf.connect()
 
 
-def test_push_server_close_may_be_called_again(kf: Receiver) -> None:
-    kf.server.close(PATIENCE)
-    kf.server.close(PATIENCE)
+def test_push_server_shutdown_may_be_called_again(kf: Receiver) -> None:
+    kf.server.shutdown(PATIENCE)
+    kf.server.shutdown(PATIENCE)

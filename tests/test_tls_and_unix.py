@@ -374,18 +374,18 @@ def test_push_server_keeps_no_place_for_a_client_that_is_gone_before_its_handsha
 def test_push_server_stops_with_clients_in_every_state(here: Scene) -> None:
     holders = [hold(here) for hold in ALL_HOLDS]
     wait_for_handshakes(here.kf, len(holders))
-    here.kf.server.close(0.0)
+    here.kf.server.shutdown(0.0)
     assert all(holder.at_end() for holder in holders)
     wait_until(lambda: len(here.kf.server.connections) == 0)
 
 
 @needs_openssl
-def test_push_server_close_finishes_the_request_in_flight(kf: Receiver, connect: Connect) -> None:
+def test_push_server_shutdown_finishes_the_request_in_flight(kf: Receiver, connect: Connect) -> None:
     busy, request_bytes = connect(), post(push())
     busy.send(request_bytes[:-5])
     channel = next(iter(list(kf.server.connections)))
     wait_until(lambda: channel.phase == kfserver.BODY)
-    closing = threading.Thread(target=kf.server.close, args=(PATIENCE,), daemon=True)
+    closing = threading.Thread(target=kf.server.shutdown, args=(PATIENCE,), daemon=True)
     closing.start()
     wait_until(lambda: kf.server.closing)
     answer = busy.ask(request_bytes[-5:])
@@ -698,7 +698,6 @@ def test_push_server_after_fork_leaves_the_socket_file(path: str) -> None:
             try:
                 assert server._http
                 server._http.after_fork()
-                server._http.close(0.0)
             finally:
                 os._exit(0)
         os.waitpid(child, 0)
