@@ -1290,16 +1290,13 @@ class EventLoop:
         if not hasattr(result, "__await__"):
             return result
         import asyncio
-        import concurrent.futures
-        # Made before the task, or a Ctrl-C in the moment in which the task begins would leave it running.
-        outcome: Future[Any] = concurrent.futures.Future()
-        if caller:
-            caller.add_done_callback(lambda _: outcome.cancel())
+        with self._lock:
+            if self._thread is None or not self._thread.is_alive():
+                self._start(asyncio.new_event_loop())
+            outcome = asyncio.run_coroutine_threadsafe(_await(result, self._loop), self._loop)
         try:
-            with self._lock:
-                if self._thread is None or not self._thread.is_alive():
-                    self._start(asyncio.new_event_loop())
-                self._loop.call_soon_threadsafe(_begin_task, self._loop, result, outcome)
+            if caller:
+                caller.add_done_callback(lambda _: outcome.cancel())
             return outcome.result()
         finally:
             outcome.cancel()  # what is done stays as it is
@@ -1316,41 +1313,21 @@ class EventLoop:
         weakref.finalize(self, loop.call_soon_threadsafe, loop.stop).atexit = False
 
 
-def _begin_task(loop: Any, awaitable: Any, outcome: Future[Any]) -> None:
-    """On the loop: run what can be awaited, until it is done or ``outcome`` is cancelled."""
-    task = loop.create_task(_await(awaitable, loop))
-
-    def tell(_: Any) -> None:
-        if task.cancelled():
-            outcome.cancel()
-        elif task.exception():
-            attempt(outcome.set_exception, task.exception())  # fails when nobody waits any more
-        else:
-            attempt(outcome.set_result, task.result())
-    task.add_done_callback(tell)
-    outcome.add_done_callback(lambda _: attempt(loop.call_soon_threadsafe, task.cancel))
-
-
 async def _await(awaitable: Any, loop: Any) -> Any:
     try:
         return await awaitable
     finally:
-        if _is_forked():
-            loop.set_exception_handler(lambda *_: None)  # 3.14 would tell that the loop is not running here
+        if threading.current_thread() is threading.main_thread():  # it has forked, and this is the child, which ends
             loop.stop()
 
 
-def _is_forked() -> bool:
-    """On the thread of an event loop: whether an async function has forked, and this is the child."""
-    return threading.current_thread() is threading.main_thread()
-
-
 def _run_loop(loop: Any, owner: weakref.ReferenceType[EventLoop]) -> None:
-    """Run the loop as long as its owner lives. asyncio lets sys.exit() of a handler end the loop: it is begun again."""
+    """Run the loop as long as its owner lives. asyncio lets sys.exit() of a handler end the loop: it is begun again,
+    but not in a child that the handler has forked, where this thread is the main one."""
     while owner():
         attempt(loop.run_forever)
-        if _is_forked():
-            return  # it is the last thread of the child, which ends with it
+        if threading.current_thread() is threading.main_thread():
+            return
     attempt(loop.run_until_complete, _cancel_tasks())
     loop.close()
 
@@ -5505,7 +5482,7 @@ def _put_first(folder: str) -> None:
     queue.py, everything that kfserver may need is imported before."""
     elsewhere = [each for each in sys.path if os.path.abspath(each) != folder]
     with contextlib.suppress(OSError):  # no such folder, as reading the handlers will tell
-        names = {name.partition(".")[0] for name in os.listdir(folder)} - {"__pycache__"}
+        names = {name.partition(".")[0] for name in os.listdir(folder)} - {"__pycache__", "handlers"}
         if any(name.isidentifier() and PathFinder.find_spec(name, elsewhere) for name in names):
             sys.path[:] = elsewhere
             for late in LATE_IMPORTS:
