@@ -1292,7 +1292,13 @@ class EventLoop:
         import asyncio
         with self._lock:
             if self._thread is None or not self._thread.is_alive():
-                self._start(asyncio.new_event_loop())  # garbage, which closes itself, if no thread can be had
+                loop = asyncio.new_event_loop()  # garbage, which closes itself, if no thread can be had
+                # The thread must not refer to this object, or that would never be garbage.
+                thread = threading.Thread(target=_run_loop, args=(loop, weakref.ref(self)), name="kfserver-async",
+                                          daemon=True)
+                thread.start()
+                self._loop, self._thread = loop, thread
+                weakref.finalize(self, loop.call_soon_threadsafe, loop.stop).atexit = False
             outcome = asyncio.run_coroutine_threadsafe(_await(result, self._loop), self._loop)
         try:
             if caller:
@@ -1300,13 +1306,6 @@ class EventLoop:
             return outcome.result()
         finally:
             outcome.cancel()  # what is done stays as it is
-
-    def _start(self, loop: Any) -> None:
-        # The thread must not refer to this object, or that would never be garbage.
-        thread = threading.Thread(target=_run_loop, args=(loop, weakref.ref(self)), name="kfserver-async", daemon=True)
-        thread.start()
-        self._loop, self._thread = loop, thread
-        weakref.finalize(self, loop.call_soon_threadsafe, loop.stop).atexit = False
 
 
 async def _await(awaitable: Any, loop: Any) -> Any:
