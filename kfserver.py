@@ -1290,67 +1290,39 @@ class EventLoop:
         if not hasattr(result, "__await__"):
             return result
         import asyncio
-        import concurrent.futures
-        # Made before the task, or a Ctrl-C in the moment in which the task begins would leave it running.
-        outcome: Future[Any] = concurrent.futures.Future()
-        if caller:
-            caller.add_done_callback(lambda _: outcome.cancel())
+        with self._lock:
+            if self._thread is None or not self._thread.is_alive():
+                loop = asyncio.new_event_loop()  # garbage, which closes itself, if no thread can be had
+                # The thread must not refer to this object, or that would never be garbage.
+                thread = threading.Thread(target=_run_loop, args=(loop, weakref.ref(self)), name="kfserver-async",
+                                          daemon=True)
+                thread.start()
+                self._loop, self._thread = loop, thread
+                weakref.finalize(self, loop.call_soon_threadsafe, loop.stop).atexit = False
+            outcome = asyncio.run_coroutine_threadsafe(_await(result, self._loop), self._loop)
         try:
-            with self._lock:
-                if self._thread is None or not self._thread.is_alive():
-                    self._start(asyncio.new_event_loop())
-                self._loop.call_soon_threadsafe(_begin_task, self._loop, result, outcome)
+            if caller:
+                caller.add_done_callback(lambda _: outcome.cancel())
             return outcome.result()
         finally:
             outcome.cancel()  # what is done stays as it is
-
-    def _start(self, loop: Any) -> None:
-        # The thread must not refer to this object, or that would never be garbage.
-        thread = threading.Thread(target=_run_loop, args=(loop, weakref.ref(self)), name="kfserver-async", daemon=True)
-        try:
-            thread.start()
-        except RuntimeError:  # the system has no thread to give
-            loop.close()
-            raise
-        self._loop, self._thread = loop, thread
-        weakref.finalize(self, loop.call_soon_threadsafe, loop.stop).atexit = False
-
-
-def _begin_task(loop: Any, awaitable: Any, outcome: Future[Any]) -> None:
-    """On the loop: run what can be awaited, until it is done or ``outcome`` is cancelled."""
-    task = loop.create_task(_await(awaitable, loop))
-
-    def tell(_: Any) -> None:
-        if task.cancelled():
-            outcome.cancel()
-        elif task.exception():
-            attempt(outcome.set_exception, task.exception())  # fails when nobody waits any more
-        else:
-            attempt(outcome.set_result, task.result())
-    task.add_done_callback(tell)
-    outcome.add_done_callback(lambda _: attempt(loop.call_soon_threadsafe, task.cancel))
 
 
 async def _await(awaitable: Any, loop: Any) -> Any:
     try:
         return await awaitable
     finally:
-        if _is_forked():
-            loop.set_exception_handler(lambda *_: None)  # 3.14 would tell that the loop is not running here
+        if threading.current_thread() is threading.main_thread():  # it has forked, and this is the child, which ends
             loop.stop()
 
 
-def _is_forked() -> bool:
-    """On the thread of an event loop: whether an async function has forked, and this is the child."""
-    return threading.current_thread() is threading.main_thread()
-
-
 def _run_loop(loop: Any, owner: weakref.ReferenceType[EventLoop]) -> None:
-    """Run the loop as long as its owner lives. asyncio lets sys.exit() of a handler end the loop: it is begun again."""
+    """Run the loop as long as its owner lives. asyncio lets sys.exit() of a handler end the loop: it is begun again,
+    but not in a child that the handler has forked, where this thread is the main one."""
     while owner():
         attempt(loop.run_forever)
-        if _is_forked():
-            return  # it is the last thread of the child, which ends with it
+        if threading.current_thread() is threading.main_thread():
+            return
     attempt(loop.run_until_complete, _cancel_tasks())
     loop.close()
 
@@ -1439,7 +1411,9 @@ class HandlerRegistry:
 
         def register(function: HandlerT) -> HandlerT:
             counts = {getattr(pattern, "groups", 0) for pattern in patterns} or {0}
-            _check_function(function, f"@registry.on({msg_type!r})", counts, _suggest_expression(patterns))
+            advice = "".join(f"; or, if {each!r} is an expression, write re.compile(r\"{each}\")" for each in patterns
+                             if isinstance(each, str) and re.search(r"\(.*\)", each))
+            _check_function(function, f"@registry.on({msg_type!r})", counts, advice)
             for pattern in patterns or (None,):
                 self._register(msg_type, pattern, function)
             self._rules.append((function, f"@registry.on({shown}) -> {handler_name(function)}"))
@@ -1573,12 +1547,6 @@ def _show_pattern(msg_type: str, pattern: object) -> str:
         return f're.compile(r"{pattern.pattern}")'
     raise HandlerError('a pattern is a text, an expression or a function: write @registry.on("text", "menu") or '
                        f'@registry.on("text", re.compile(r"order (\\d+)")), not {type(pattern).__name__}')
-
-
-def _suggest_expression(patterns: Sequence[object]) -> str:
-    """What to write when a text was given that looks like an expression with groups; empty if none was."""
-    near = next((each for each in patterns if isinstance(each, str) and re.search(r"\(.*\)", each)), None)
-    return "" if near is None else f'; or, if {near!r} is an expression, write re.compile(r"{near}")'
 
 
 def _check_function(function: object, decorator: str, further: Iterable[int], advice: str = "") -> None:
@@ -5295,7 +5263,18 @@ def _import_handlers(place: str) -> ModuleType:
         return importlib.import_module(place)
     _put_first(os.path.dirname(place))
     name = os.path.splitext(os.path.basename(place))[0]
-    return _run_file(f"{name}_handlers" if name in {*sys.modules, *LATE_IMPORTS} else name, place)
+    name = f"{name}_handlers" if name in {*sys.modules, *LATE_IMPORTS} else name
+    # Not imported: bytecode that was kept before an edit in the same second would pass for that of the edited file.
+    loader = SourceFileLoader(name, place)
+    spec = ModuleSpec(name, loader, origin=place)
+    spec.has_location = True  # the origin becomes __file__
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    try:
+        exec(loader.source_to_code(loader.get_data(place), place), vars(module))
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
 
 
 def _put_first(folder: str) -> None:
@@ -5309,21 +5288,6 @@ def _put_first(folder: str) -> None:
             for late in LATE_IMPORTS:
                 attempt(importlib.import_module, late)  # some may not be installed, or not work: told when used
     sys.path[:] = [folder, *elsewhere]
-
-
-def _run_file(name: str, path: str) -> ModuleType:
-    """Run the file as it is now in a new module: bytecode that was kept before an edit in the same second would pass
-    for that of the edited file."""
-    loader = SourceFileLoader(name, path)
-    spec = ModuleSpec(name, loader, origin=path)
-    spec.has_location = True  # the origin becomes __file__
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    try:
-        exec(loader.source_to_code(loader.get_data(path), path), vars(module))
-    except BaseException:
-        del sys.modules[name]
-        raise
-    return module
 
 
 def _explain_import(place: str, error: BaseException) -> SettingsError:
@@ -5415,14 +5379,6 @@ class ReloadingHandlers:
         if all(self._seen.get(path) == stamp for path, stamp in stamps.items()):
             return False
         self._seen = stamps
-        try:
-            self._load_anew()
-        except SettingsError as error:
-            log.error("the handlers from before stay in service: %s", error)
-            return False
-        return True
-
-    def _load_anew(self) -> None:
         kept = self._modules()
         for name, module in kept.items():
             del sys.modules[name]
@@ -5431,11 +5387,13 @@ class ReloadingHandlers:
         importlib.invalidate_caches()
         try:
             self.registry, self.path = load_handlers(self._place)
-        except BaseException:
+        except SettingsError as error:
             for name in self._modules():
                 del sys.modules[name]
             sys.modules.update(kept)
-            raise
+            log.error("the handlers from before stay in service: %s", error)
+            return False
+        return True
 
     def watch(self, server: KfServer, later: Later) -> None:
         """Put new versions into service from now on. They run on the thread of ``later``: an `Alarm` of its own, or the

@@ -17,6 +17,7 @@ import sys
 import textwrap
 import threading
 import traceback
+from pathlib import Path
 from typing import Any, Awaitable, Callable, Dict, List, Tuple
 
 import pytest
@@ -668,6 +669,17 @@ def run(script: str) -> Tuple[str, str]:
     result = subprocess.run([sys.executable, "-W", "error", "-X", "dev", "-c", textwrap.dedent(script)], cwd=str(ROOT),
                             capture_output=True, text=True, timeout=PATIENCE)
     return result.stdout, result.stderr
+
+
+def test_load_handlers_imports_no_library_because_handlers_py_lies_beside_kfserver_too(tmp_path: Path) -> None:
+    handlers = tmp_path / "handlers.py"
+    handlers.write_text("from kfserver import HandlerRegistry\nregistry = HandlerRegistry()\n", "utf-8")
+    assert (ROOT / "handlers.py").exists()
+    assert run(f"""
+        import kfserver, sys
+        kfserver.load_handlers({str(handlers)!r})
+        print(*{{"asyncio", "sqlite3"}}.intersection(sys.modules))
+    """) == ("\n", "")
 
 
 def test_event_loop_leaves_no_warning_at_the_end_of_the_process() -> None:
