@@ -1290,22 +1290,40 @@ class EventLoop:
         if not hasattr(result, "__await__"):
             return result
         import asyncio
-        with self._lock:
-            if self._thread is None or not self._thread.is_alive():
-                loop = asyncio.new_event_loop()  # garbage, which closes itself, if no thread can be had
-                # The thread must not refer to this object, or that would never be garbage.
-                thread = threading.Thread(target=_run_loop, args=(loop, weakref.ref(self)), name="kfserver-async",
-                                          daemon=True)
-                thread.start()
-                self._loop, self._thread = loop, thread
-                weakref.finalize(self, loop.call_soon_threadsafe, loop.stop).atexit = False
-            outcome = asyncio.run_coroutine_threadsafe(_await(result, self._loop), self._loop)
+        import concurrent.futures
+        # Made before the task, or a Ctrl-C in the moment in which the task begins would leave it running.
+        outcome: Future[Any] = concurrent.futures.Future()
+        if caller:
+            caller.add_done_callback(lambda _: outcome.cancel())
         try:
-            if caller:
-                caller.add_done_callback(lambda _: outcome.cancel())
+            with self._lock:
+                if self._thread is None or not self._thread.is_alive():
+                    loop = asyncio.new_event_loop()  # garbage, which closes itself, if no thread can be had
+                    # The thread must not refer to this object, or that would never be garbage.
+                    thread = threading.Thread(target=_run_loop, args=(loop, weakref.ref(self)), name="kfserver-async",
+                                              daemon=True)
+                    thread.start()
+                    self._loop, self._thread = loop, thread
+                    weakref.finalize(self, loop.call_soon_threadsafe, loop.stop).atexit = False
+                self._loop.call_soon_threadsafe(_begin_task, self._loop, result, outcome)
             return outcome.result()
         finally:
             outcome.cancel()  # what is done stays as it is
+
+
+def _begin_task(loop: Any, awaitable: Any, outcome: Future[Any]) -> None:
+    """On the loop: run what can be awaited, until it is done or ``outcome`` is cancelled."""
+    task = loop.create_task(_await(awaitable, loop))
+
+    def tell(_: Any) -> None:
+        if task.cancelled():
+            outcome.cancel()
+        elif task.exception():
+            attempt(outcome.set_exception, task.exception())  # fails when nobody waits any more
+        else:
+            attempt(outcome.set_result, task.result())
+    task.add_done_callback(tell)
+    outcome.add_done_callback(lambda _: attempt(loop.call_soon_threadsafe, task.cancel))
 
 
 async def _await(awaitable: Any, loop: Any) -> Any:
@@ -1313,6 +1331,7 @@ async def _await(awaitable: Any, loop: Any) -> Any:
         return await awaitable
     finally:
         if threading.current_thread() is threading.main_thread():  # it has forked, and this is the child, which ends
+            loop.set_exception_handler(lambda *_: None)  # 3.14 would tell that the loop is not running here
             loop.stop()
 
 
@@ -1687,20 +1706,17 @@ class Platform:
         timestamp, nonce = str(int(self._clock())), self._random(4).hex()
         return {"signature": sign(self._token, timestamp, nonce), "timestamp": timestamp, "nonce": nonce, **more}
 
-    def push(self, message: bytes, encode: Encode, in_body: bool = False) -> Tuple[Dict[str, str], bytes]:
-        """A message: as it is, or sealed in an envelope that ``encode`` writes, signed in the query or in the body."""
+    def push(self, message: bytes, encode: Encode) -> Tuple[Dict[str, str], bytes]:
+        """A message: as it is, or sealed in an envelope that ``encode`` writes."""
         if not self._envelope:
             return self._signed() if self._token else {}, message
         sealed, query = self._envelope.seal(message, self._random(RANDOM_HEAD)), self._signed()
         query["msg_signature"] = sign(self._token, query["timestamp"], query["nonce"], sealed)
-        if not in_body:
-            return query, encode({"ToUserName": self._app_id, "Encrypt": sealed})
-        return {}, encode({"Encrypt": sealed, **{wire: query[name] for name, wire in _SIGNATURE_FIELDS.items()}})
+        return query, encode({"ToUserName": self._app_id, "Encrypt": sealed})
 
-    def handshake(self, in_body: bool = False) -> Tuple[Dict[str, str], bytes]:
-        """A handshake, in the query or form-encoded in the body; its echoStr answers it."""
-        values = self._signed(echoStr=str(int.from_bytes(self._random(8), "big")))
-        return ({}, urlencode(values).encode()) if in_body else (values, b"")
+    def handshake(self) -> Tuple[Dict[str, str], bytes]:
+        """A handshake; its echoStr answers it."""
+        return self._signed(echoStr=str(int.from_bytes(self._random(8), "big"))), b""
 
 
 class _Push:
@@ -5396,8 +5412,7 @@ class ReloadingHandlers:
         return True
 
     def watch(self, server: KfServer, later: Later) -> None:
-        """Put new versions into service from now on. They run on the thread of ``later``: an `Alarm` of its own, or the
-        server's retries would wait for them."""
+        """Put new versions into service from now on; they are loaded on the threads of ``later``."""
         if self.poll():
             server.registry = self.registry
             log.info("%d handlers loaded again from %s", len(self.registry), self.path)

@@ -17,7 +17,7 @@ import threading
 import time
 from typing import Any, Dict, Iterator, List, Optional
 
-from urllib.parse import parse_qsl, urlencode
+from urllib.parse import urlencode
 
 import pytest
 from conftest import NOW, TOKEN, World
@@ -244,22 +244,18 @@ def test_platform_signs_what_the_endpoint_takes() -> None:
     assert world.ask(as_request({}, body)).status == 403
 
 
-@pytest.mark.parametrize("in_body", [False, True])
-def test_platform_shakes_hands_with_the_endpoint(in_body: bool) -> None:
-    query, body = platform().handshake(in_body)
+def test_platform_shakes_hands_with_the_endpoint() -> None:
+    query, body = platform().handshake()
     response = World(token=TOKEN, max_age=10).ask(as_request(query, body))
-    echo = dict(parse_qsl(body.decode() or urlencode(query)))["echoStr"]
-    assert (response.status, response.body) == (200, echo.encode())
+    assert (response.status, response.body) == (200, query["echoStr"].encode())
 
 
 @pytest.mark.parametrize("encode", [encode_xml, encode_json])
-@pytest.mark.parametrize("in_body", [False, True])
-def test_platform_seals_what_the_endpoint_takes(encode: kfserver.Encode, in_body: bool) -> None:
+def test_platform_seals_what_the_endpoint_takes(encode: kfserver.Encode) -> None:
     world = World(token=TOKEN, aes_key=AES_KEY, app_id="app", max_age=10)
-    query, body = platform(aes_key=AES_KEY, app_id="app").push(encode({"Content": "你好", "MsgId": 1}), encode, in_body)
+    query, body = platform(aes_key=AES_KEY, app_id="app").push(encode({"Content": "你好", "MsgId": 1}), encode)
     assert world.ask(as_request(query, body)).status == 200
     assert [message.content for message in world.submitted] == ["你好"]
-    assert bool(query) == (not in_body)
 
 
 # ---- Answers
