@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pathlib
 import shutil
+import signal
 import sys
 from typing import Any, Iterator, List, Optional, Sequence, Tuple, Union
 from urllib.parse import urlencode
@@ -27,6 +28,10 @@ from kfserver import (  # noqa: E402
     dedup_key,
     sign,
 )
+
+# A shell starts what runs in the background with Ctrl-C ignored; tests of Ctrl-C would wait for ever.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 TOKEN = "token-of-the-tests"
 # The second at which the clock of a `World` stands.
