@@ -4230,7 +4230,6 @@ class Framing(NamedTuple):
     expects_continue: bool
 
 
-@functools.lru_cache(maxsize=256)  # heads differ in their first line only, as long as one client or proxy speaks
 def parse_framing(block: bytes, minor: int) -> Framing:
     """The framing in a block of header lines of HTTP/1.``minor``; raises `PushError` for all that two readers could
     understand differently, because that is how requests are smuggled (RFC 9112, section 11.2)."""
@@ -4280,8 +4279,8 @@ class RequestReader:
     they are needed for, and ``framing`` is that of the request that was read last, or is being read.
     """
 
-    def __init__(self, max_body: int) -> None:
-        self._max_body = max_body
+    def __init__(self, max_body: int, parse_framing: Callable[[bytes, int], Framing] = parse_framing) -> None:
+        self._max_body, self._parse_framing = max_body, parse_framing
         self._buffer = bytearray()  # fed and not yet cut
         self._method = ""
         self._requests = self._read_requests()
@@ -4310,7 +4309,7 @@ class RequestReader:
             if major != b"1":
                 raise PushError("HTTP/1.1 is spoken here", status=505)
             path, _, query = _origin_form(self._method, line.group(2).decode("latin-1")).partition("?")
-            self.framing = parse_framing(fields, min(minor, 1))
+            self.framing = self._parse_framing(fields, min(minor, 1))
             self._check_size(self.framing.length)
             self.phase = BODY
             if self.framing.length < 0:
@@ -4381,7 +4380,6 @@ def list_headers(response: Response) -> List[Tuple[str, str]]:
                  **dict(response.headers)}.items())
 
 
-@functools.lru_cache(maxsize=16)  # most answers differ in their date only, and that changes once a second
 def encode_answer(response: Response, second: int, closes: bool) -> bytes:
     """The response as it is sent in that Unix second. ``closes`` tells the client that the connection ends with it."""
     headers = [("Date", formatdate(second, usegmt=True)), *list_headers(response)]
@@ -4415,7 +4413,7 @@ class Connection(BaseHTTPRequestHandler):
         self.asked: Optional[Request] = None
         self._give_time(NEW)
         self._events = 0  # that the server's selector watches for
-        self._reader = RequestReader(server.settings.max_body)
+        self._reader = RequestReader(server.settings.max_body, server.parse_framing)
         self._unsent = b""
         self._then: Optional[Callable[[], None]] = None  # when all is sent
         self._step: Optional[Callable[[], None]] = self._put_off_handshake if server.tls else self._receive
@@ -4509,7 +4507,7 @@ class Connection(BaseHTTPRequestHandler):
         if request.problem:
             request.problem.__traceback__ = None  # which leads back to the request, and to this connection
             closes, then = True, self._linger
-        data = encode_answer(response, int(time.time()), closes)
+        data = self.server.encode_answer(response, int(time.time()), closes)
         if request.method == "HEAD":
             data = data[:len(data) - len(response.body)]
         self.asked = None
@@ -4597,6 +4595,10 @@ class PushServer(ThreadingHTTPServer):
         self._limit = _connection_limit(settings.max_connections)
         self.each_second: Callable[[], None] = lambda: None
         self.teller = Teller(time.monotonic)
+        # Heads differ in their first line only, as long as one client or proxy speaks; most answers differ in their
+        # date only, and that changes once a second.
+        self.parse_framing = functools.lru_cache(maxsize=256)(parse_framing)
+        self.encode_answer = functools.lru_cache(maxsize=16)(encode_answer)
         self.connections: OrderedDict[Connection, None] = OrderedDict()  # who has waited longest comes first
         self.backlog: OrderedDict[Connection, None] = OrderedDict()  # whose next step waits for time, in order
         self.complete: List[Connection] = []  # to be answered in this turn

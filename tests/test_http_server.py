@@ -320,7 +320,7 @@ def test_parse_framing_takes_a_long_run_of_blanks_as_it_takes_letters() -> None:
     # An expression that looks at the rest of the run for each of its blanks would take a thousand times as long.
     def seconds(filler: str) -> float:
         block = f"Host: kf\r\nConnection: x{filler * 16000}x\r\n".encode()
-        return min(timeit.repeat(lambda: parse_framing.__wrapped__(block, 1), number=3, repeat=3))
+        return min(timeit.repeat(lambda: parse_framing(block, 1), number=3, repeat=3))
     assert seconds(" ") < 50 * seconds("x")
 
 

@@ -220,6 +220,12 @@ def test_module_holds_no_mutable_state() -> None:
     assert mutable == []
 
 
+def test_module_keeps_no_cache_for_all() -> None:
+    # A cache around a function of the module is state that all servers in the process share.
+    assert [place(function) for function in FUNCTIONS
+            if any("cache" in ast.dump(decorator) for decorator in function.decorator_list)] == []
+
+
 def test_module_has_no_global_statement() -> None:
     assert [place(node) for node in ast.walk(TREE) if isinstance(node, ast.Global)] == []
 
