@@ -3819,8 +3819,7 @@ class Handling:
     one; None: what handlers return is not sent.
     """
 
-    def __init__(self, registry: HandlerRegistry, settings: Settings, claims: ClaimCache,
-                 api: Any) -> None:
+    def __init__(self, registry: HandlerRegistry, settings: Settings, claims: ClaimCache, api: Any) -> None:
         self.registry, self.metrics = registry, Metrics()
         self.journal: Optional[Journal] = None
         self.dispatcher = Dispatcher(settings, self.handle, self.flush)
@@ -3877,7 +3876,7 @@ class Handling:
         job.replies = answers
 
     def load_session(self, message: Message) -> Dict[str, Any]:
-        """What the message's sender has in the conversations. Raises `SessionUnavailable`."""
+        """What the message's sender has in the conversations. Raises ConnectionError."""
         return self.conversations.load((message.to_user_name, message.from_user_name))
 
     def open_outbox(self, message: Message) -> Outbox:
