@@ -227,13 +227,8 @@ def guard(function: Callable[..., object], *arguments: Any) -> bool:
     """Call what must not end the thread it runs on; whether it went well."""
     error = attempt(function, *arguments)
     if error:
-        report_bug(error)
+        log.error("an error inside kfserver; please report this", exc_info=exc_info_of(error))
     return error is None
-
-
-def report_bug(error: BaseException, more: str = "") -> None:
-    """Tell of an error that should not be; ``more`` ends the line."""
-    log.error("an error inside kfserver; please report this%s", more, exc_info=exc_info_of(error))
 
 
 # Seconds between two lines of one kind in the log: an attacker must not be able to fill it.
@@ -269,7 +264,7 @@ class Teller:
         """Tell of an error that should not be. Its kind is its type, and the line that raised it."""
         more = self._count(type(error).__name__ if isinstance(error, KfError) else describe_error(error))
         if more is not None:
-            report_bug(error, more)
+            log.error("an error inside kfserver; please report this%s", more, exc_info=exc_info_of(error))
 
     def _count(self, kind: str) -> Optional[str]:
         """What to add to the line, if it is time for one; None if not."""
