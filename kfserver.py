@@ -1717,14 +1717,13 @@ class Platform:
 class _Push:
     """A request on its way to its response, and the message in it."""
 
-    __slots__ = ("request", "started", "response", "message", "payload", "too_soon")
+    __slots__ = ("request", "started", "response", "message", "payload")
 
     def __init__(self, request: Request, started: float) -> None:
         self.request, self.started = request, started
         self.response = UP
         self.message: Optional[Message] = None
         self.payload = b""
-        self.too_soon = False  # it repeats what is just being taken
 
 
 class Endpoint:
@@ -1748,21 +1747,23 @@ class Endpoint:
         """The answers to requests that came together: what must be written down to be safe is written at once. What
         repeats another of them is decided again when that one is safe. One request's error leaves the others alone."""
         pushes = [_Push(request, self._timer()) for request in requests]
-        self._handle(pushes)
-        self._handle([push for push in pushes if push.too_soon])
+        self._handle(self._handle(pushes))
         for push in pushes:
             if push.response is not UP:
                 self._teller.guard(self._record, push)  # the answer stands: an accepted message is safe, and is handled
         return [push.response for push in pushes]
 
-    def _handle(self, pushes: Sequence[_Push]) -> None:
+    def _handle(self, pushes: Sequence[_Push]) -> List[_Push]:
+        """Set the responses; which pushes repeat what was just being taken."""
         taken: List[_Push] = []
+        too_soon: List[_Push] = []
         try:
             for push in pushes:
                 error = attempt(self._decide, push)
                 if error:
                     self._refuse(push, error)
-                    push.too_soon = isinstance(error, BeingTaken)
+                    if isinstance(error, BeingTaken):
+                        too_soon.append(push)
                 elif push.response is ACCEPTED:
                     taken.append(push)
         except BaseException:  # Ctrl-C, where the main thread feeds: give back every claim
@@ -1772,6 +1773,7 @@ class Endpoint:
         if taken and not self._teller.guard(self._deliver, taken):
             for push in taken:
                 push.response = FAILED
+        return too_soon
 
     def _deliver(self, taken: Sequence[_Push]) -> None:
         outcomes = self._inbox.deliver([(push.message, push.payload) for push in taken])
@@ -1791,7 +1793,8 @@ class Endpoint:
         handshake = _find_handshake(query, request.body)
         if handshake:
             self._gate.prove(handshake)                                     # 403
-            push.response = Response(200, _echo(handshake), "handshake")
+            echo = next(handshake[name] for name in _ECHO_NAMES if name in handshake)
+            push.response = Response(200, echo.encode("utf-8", "surrogateescape"), "handshake")
         elif request.method == "POST":
             push.payload, is_proven = self._gate.open(query, request.body)  # 403
             self._read(push, is_proven)                                     # 400
@@ -1854,7 +1857,7 @@ def _decode_path(path: str) -> str:
 
 def _parse_form(text: str) -> Dict[str, str]:
     """Form-encoded text, a character for each byte that came, as a dict; of a name that stands twice, the last.
-    Bytes that are not UTF-8 survive `_echo`."""
+    Bytes that are not UTF-8 survive until they are echoed."""
     if "%" not in text and "+" not in text and text.isascii():  # as in every signed push: parse_qsl takes 3 us longer
         return {name: value for name, _, value in (pair.partition("=") for pair in text.split("&"))}
     text = text.encode("latin-1", "replace").decode("ascii", "surrogateescape")
@@ -1900,10 +1903,6 @@ def _read_values(body: bytes) -> Dict[str, str]:
         return {}
     is_message = not fields.keys().isdisjoint(_MESSAGE_FIELDS)
     return {} if is_message else {name: value for name, value in fields.items() if isinstance(value, str)}
-
-
-def _echo(handshake: Mapping[str, str]) -> bytes:
-    return next(handshake[name] for name in _ECHO_NAMES if name in handshake).encode("utf-8", "surrogateescape")
 
 
 # ---- 9 Metrics ------------------------------------------------------------------------------------------------------
