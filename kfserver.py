@@ -404,8 +404,6 @@ def check_setting(field: dataclasses.Field[Any], value: Any) -> None:
 
 # Characters that a number in a push may have. 64-bit ids have 20; arithmetic on thousands of digits is slow.
 MAX_NUMBER = 64
-# The zone of the times that the platform writes out: UTC+8, wherever this machine is.
-BEIJING = datetime.timezone(datetime.timedelta(hours=8))
 _SCIENTIFIC = re.compile(r"\d{1,20}(?:\.\d{1,20})?[eE][+-]?\d{1,2}", re.ASCII)
 
 
@@ -481,8 +479,6 @@ class Message:
         # The kind and the key only: a repr ends up in logs, and the user's text must not.
         return f"<Message {self.msg_type} {self.key}>"
 
-    __hash__ = None  # type: ignore[assignment]
-
     @property
     def session(self) -> Dict[str, Any]:
         """What the dialogue with this sender must remember: a dict of what JSON has, saved when the handler returns."""
@@ -547,7 +543,7 @@ def _to_seconds(text: str) -> int:
         number = float(text)
         return int(number) if number < 2 ** 63 else 0
     try:
-        return max(0, int(datetime.datetime.strptime(text, "%Y-%m-%d %H:%M:%S").replace(tzinfo=BEIJING).timestamp()))
+        return max(0, int(datetime.datetime.strptime(text + "+0800", "%Y-%m-%d %H:%M:%S%z").timestamp()))
     except ValueError:
         return 0
 
