@@ -1600,8 +1600,6 @@ _SIGNATURE_FIELDS: Mapping[str, str] = MappingProxyType(
     {"msg_signature": "MsgSignature", "timestamp": "TimeStamp", "nonce": "Nonce"})
 _PART_NAME = re.compile(rb"(?i)\r\nContent-Disposition:[^\r\n]*;[ \t]*name=\"?([^\";\r\n]*)")
 TOO_LARGE = "raise --max-body if the platform really sends this much"
-_METHODS = (("Allow", "GET, HEAD, POST"),)  # RFC 9110, section 15.5.6
-_LATER = (("Retry-After", "1"),)
 
 UP = Response(200, b"kfserver is up: pushes go here by POST\n", "up")
 ACCEPTED = Response(200, b"success", "accepted")
@@ -1610,7 +1608,7 @@ REPEATED = Response(200, b"success", "repeat")
 
 def refusal(error: PushError) -> Response:
     """The answer that an error stands for."""
-    headers = {405: _METHODS, 503: _LATER}.get(error.status, ())
+    headers = {405: (("Allow", "GET, HEAD, POST"),), 503: (("Retry-After", "1"),)}.get(error.status, ())  # RFC 9110
     return Response(error.status, f"{error.public or error}\n".encode(), f"refused {error.status}: {error}", headers)
 
 
