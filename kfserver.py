@@ -515,9 +515,18 @@ class Message:
     def create_time(self) -> int:
         """When the message was written, in Unix seconds; 0 where it is missing or cannot be read.
 
-        Third-party events call the field eventTime, and write Beijing's time into it.
+        Digits, a number in scientific notation, or, in eventTime of third-party events, Beijing's date and time.
         """
-        return _to_seconds(self.text("CreateTime") or self.text("eventTime"))
+        text = self.text("CreateTime") or self.text("eventTime")
+        if text.isdecimal() and len(text) < MAX_NUMBER:
+            return int(text)
+        if _SCIENTIFIC.fullmatch(text):
+            number = float(text)
+            return int(number) if number < 2 ** 63 else 0
+        try:
+            return max(0, int(datetime.datetime.strptime(text + "+0800", "%Y-%m-%d %H:%M:%S%z").timestamp()))
+        except ValueError:
+            return 0
 
     @property
     def msg_type(self) -> str:
@@ -533,19 +542,6 @@ class Message:
     def msg_id(self) -> Optional[str]:
         """The platform's id of the message, as text; None where there is none, as in events."""
         return self.text("MsgId") or None
-
-
-def _to_seconds(text: str) -> int:
-    """Unix seconds from digits, from a number in scientific notation, or from a date and a time in Beijing."""
-    if text.isdecimal() and len(text) < MAX_NUMBER:
-        return int(text)
-    if _SCIENTIFIC.fullmatch(text):
-        number = float(text)
-        return int(number) if number < 2 ** 63 else 0
-    try:
-        return max(0, int(datetime.datetime.strptime(text + "+0800", "%Y-%m-%d %H:%M:%S%z").timestamp()))
-    except ValueError:
-        return 0
 
 
 # ---- 3 Signatures ---------------------------------------------------------------------------------------------------
