@@ -227,13 +227,8 @@ def guard(function: Callable[..., object], *arguments: Any) -> bool:
     """Call what must not end the thread it runs on; whether it went well."""
     error = attempt(function, *arguments)
     if error:
-        report_bug(error)
+        log.error("an error inside kfserver; please report this", exc_info=exc_info_of(error))
     return error is None
-
-
-def report_bug(error: BaseException, more: str = "") -> None:
-    """Tell of an error that should not be; ``more`` ends the line."""
-    log.error("an error inside kfserver; please report this%s", more, exc_info=exc_info_of(error))
 
 
 # Seconds between two lines of one kind in the log: an attacker must not be able to fill it.
@@ -269,7 +264,7 @@ class Teller:
         """Tell of an error that should not be. Its kind is its type, and the line that raised it."""
         more = self._count(type(error).__name__ if isinstance(error, KfError) else describe_error(error))
         if more is not None:
-            report_bug(error, more)
+            log.error("an error inside kfserver; please report this%s", more, exc_info=exc_info_of(error))
 
     def _count(self, kind: str) -> Optional[str]:
         """What to add to the line, if it is time for one; None if not."""
@@ -409,8 +404,6 @@ def check_setting(field: dataclasses.Field[Any], value: Any) -> None:
 
 # Characters that a number in a push may have. 64-bit ids have 20; arithmetic on thousands of digits is slow.
 MAX_NUMBER = 64
-# The zone of the times that the platform writes out: UTC+8, wherever this machine is.
-BEIJING = datetime.timezone(datetime.timedelta(hours=8))
 _SCIENTIFIC = re.compile(r"\d{1,20}(?:\.\d{1,20})?[eE][+-]?\d{1,2}", re.ASCII)
 
 
@@ -486,8 +479,6 @@ class Message:
         # The kind and the key only: a repr ends up in logs, and the user's text must not.
         return f"<Message {self.msg_type} {self.key}>"
 
-    __hash__ = None  # type: ignore[assignment]
-
     @property
     def session(self) -> Dict[str, Any]:
         """What the dialogue with this sender must remember: a dict of what JSON has, saved when the handler returns."""
@@ -524,9 +515,18 @@ class Message:
     def create_time(self) -> int:
         """When the message was written, in Unix seconds; 0 where it is missing or cannot be read.
 
-        Third-party events call the field eventTime, and write Beijing's time into it.
+        Digits, a number in scientific notation, or, in eventTime of third-party events, Beijing's date and time.
         """
-        return _to_seconds(self.text("CreateTime") or self.text("eventTime"))
+        text = self.text("CreateTime") or self.text("eventTime")
+        if text.isdecimal() and len(text) < MAX_NUMBER:
+            return int(text)
+        if _SCIENTIFIC.fullmatch(text):
+            number = float(text)
+            return int(number) if number < 2 ** 63 else 0
+        try:
+            return max(0, int(datetime.datetime.strptime(text + "+0800", "%Y-%m-%d %H:%M:%S%z").timestamp()))
+        except ValueError:
+            return 0
 
     @property
     def msg_type(self) -> str:
@@ -542,19 +542,6 @@ class Message:
     def msg_id(self) -> Optional[str]:
         """The platform's id of the message, as text; None where there is none, as in events."""
         return self.text("MsgId") or None
-
-
-def _to_seconds(text: str) -> int:
-    """Unix seconds from digits, from a number in scientific notation, or from a date and a time in Beijing."""
-    if text.isdecimal() and len(text) < MAX_NUMBER:
-        return int(text)
-    if _SCIENTIFIC.fullmatch(text):
-        number = float(text)
-        return int(number) if number < 2 ** 63 else 0
-    try:
-        return max(0, int(datetime.datetime.strptime(text, "%Y-%m-%d %H:%M:%S").replace(tzinfo=BEIJING).timestamp()))
-    except ValueError:
-        return 0
 
 
 # ---- 3 Signatures ---------------------------------------------------------------------------------------------------
@@ -1609,8 +1596,6 @@ _SIGNATURE_FIELDS: Mapping[str, str] = MappingProxyType(
     {"msg_signature": "MsgSignature", "timestamp": "TimeStamp", "nonce": "Nonce"})
 _PART_NAME = re.compile(rb"(?i)\r\nContent-Disposition:[^\r\n]*;[ \t]*name=\"?([^\";\r\n]*)")
 TOO_LARGE = "raise --max-body if the platform really sends this much"
-_METHODS = (("Allow", "GET, HEAD, POST"),)  # RFC 9110, section 15.5.6
-_LATER = (("Retry-After", "1"),)
 
 UP = Response(200, b"kfserver is up: pushes go here by POST\n", "up")
 ACCEPTED = Response(200, b"success", "accepted")
@@ -1619,7 +1604,7 @@ REPEATED = Response(200, b"success", "repeat")
 
 def refusal(error: PushError) -> Response:
     """The answer that an error stands for."""
-    headers = {405: _METHODS, 503: _LATER}.get(error.status, ())
+    headers = {405: (("Allow", "GET, HEAD, POST"),), 503: (("Retry-After", "1"),)}.get(error.status, ())  # RFC 9110
     return Response(error.status, f"{error.public or error}\n".encode(), f"refused {error.status}: {error}", headers)
 
 
@@ -1722,14 +1707,13 @@ class Platform:
 class _Push:
     """A request on its way to its response, and the message in it."""
 
-    __slots__ = ("request", "started", "response", "message", "payload", "too_soon")
+    __slots__ = ("request", "started", "response", "message", "payload")
 
     def __init__(self, request: Request, started: float) -> None:
         self.request, self.started = request, started
         self.response = UP
         self.message: Optional[Message] = None
         self.payload = b""
-        self.too_soon = False  # it repeats what is just being taken
 
 
 class Endpoint:
@@ -1753,21 +1737,23 @@ class Endpoint:
         """The answers to requests that came together: what must be written down to be safe is written at once. What
         repeats another of them is decided again when that one is safe. One request's error leaves the others alone."""
         pushes = [_Push(request, self._timer()) for request in requests]
-        self._handle(pushes)
-        self._handle([push for push in pushes if push.too_soon])
+        self._handle(self._handle(pushes))
         for push in pushes:
             if push.response is not UP:
                 self._teller.guard(self._record, push)  # the answer stands: an accepted message is safe, and is handled
         return [push.response for push in pushes]
 
-    def _handle(self, pushes: Sequence[_Push]) -> None:
+    def _handle(self, pushes: Sequence[_Push]) -> List[_Push]:
+        """Set the responses; which pushes repeat what was just being taken."""
         taken: List[_Push] = []
+        too_soon: List[_Push] = []
         try:
             for push in pushes:
                 error = attempt(self._decide, push)
                 if error:
                     self._refuse(push, error)
-                    push.too_soon = isinstance(error, BeingTaken)
+                    if isinstance(error, BeingTaken):
+                        too_soon.append(push)
                 elif push.response is ACCEPTED:
                     taken.append(push)
         except BaseException:  # Ctrl-C, where the main thread feeds: give back every claim
@@ -1777,6 +1763,7 @@ class Endpoint:
         if taken and not self._teller.guard(self._deliver, taken):
             for push in taken:
                 push.response = FAILED
+        return too_soon
 
     def _deliver(self, taken: Sequence[_Push]) -> None:
         outcomes = self._inbox.deliver([(push.message, push.payload) for push in taken])
@@ -1796,7 +1783,8 @@ class Endpoint:
         handshake = _find_handshake(query, request.body)
         if handshake:
             self._gate.prove(handshake)                                     # 403
-            push.response = Response(200, _echo(handshake), "handshake")
+            echo = next(handshake[name] for name in _ECHO_NAMES if name in handshake)
+            push.response = Response(200, echo.encode("utf-8", "surrogateescape"), "handshake")
         elif request.method == "POST":
             push.payload, is_proven = self._gate.open(query, request.body)  # 403
             self._read(push, is_proven)                                     # 400
@@ -1859,7 +1847,7 @@ def _decode_path(path: str) -> str:
 
 def _parse_form(text: str) -> Dict[str, str]:
     """Form-encoded text, a character for each byte that came, as a dict; of a name that stands twice, the last.
-    Bytes that are not UTF-8 survive `_echo`."""
+    Bytes that are not UTF-8 survive until they are echoed."""
     if "%" not in text and "+" not in text and text.isascii():  # as in every signed push: parse_qsl takes 3 us longer
         return {name: value for name, _, value in (pair.partition("=") for pair in text.split("&"))}
     text = text.encode("latin-1", "replace").decode("ascii", "surrogateescape")
@@ -1905,10 +1893,6 @@ def _read_values(body: bytes) -> Dict[str, str]:
         return {}
     is_message = not fields.keys().isdisjoint(_MESSAGE_FIELDS)
     return {} if is_message else {name: value for name, value in fields.items() if isinstance(value, str)}
-
-
-def _echo(handshake: Mapping[str, str]) -> bytes:
-    return next(handshake[name] for name in _ECHO_NAMES if name in handshake).encode("utf-8", "surrogateescape")
 
 
 # ---- 9 Metrics ------------------------------------------------------------------------------------------------------
