@@ -816,18 +816,19 @@ _STRIP = operator.methodcaller("strip", BLANKS)
 # Fields whose own blanks count: a user wrote the first, a signature covers the second, and the others are echoed.
 VERBATIM = frozenset(("Content", "Encrypt", "echoStr", "echostr"))
 
-_XML_BLANKS = re.compile(rb"[ \t\r\n]*")
-_XML_ENCODING = re.compile(rb"<\?xml\s[^>]*?\sencoding\s*=\s*[\"']([^\"']*)")
+_XML_OTHER_ENCODING = re.compile(rb"<\?xml\s[^>]*?\sencoding\s*=\s*[\"'](?!utf-?8[\"'])", re.IGNORECASE)
+# What may stand before the root, but for a DOCTYPE.
+_XML_ASIDE = re.compile(rb"(?:<\?.*?\?>|<!--.*?-->)[ \t\r\n]*", re.DOTALL)
 _LONG_TAG = re.compile(rb"<[^!?<>][^<>]{1024}")
-# What XML 1.0 forbids in any text, section 2.2.
-_XML_FORBIDDEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
+# Stands in front of a character that is written in hexadecimal digits, to pass the XML parser: one of those that
+# Unicode sets aside for a program's own use. In a user's text, it is written so itself.
+DISGUISE = "\ufdd0"
+# What XML 1.0 forbids in any text, section 2.2, and the character that must not be taken for our own.
+_XML_FORBIDDEN = re.compile(f"[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff{DISGUISE}]")
+_XML_DISGUISED = re.compile(f"{DISGUISE}(....)")
 # A reference to a character (the groups), or a place where none can stand: a comment, an instruction, CDATA.
 _XML_REFERENCE = re.compile(r"<!--.*?(?:-->|\Z)|<\?.*?(?:\?>|\Z)|<!\[CDATA\[.*?(?:\]\]>|\Z)"
                             r"|&#(?:0*([0-9]{1,7})|x0*([0-9a-fA-F]{1,6}));", re.DOTALL)
-# Forbidden characters pass the XML parser in the disguise of others, which begin at one of these places. 32 in a row
-# are needed, and here they mostly do not occur: the noncharacters that Unicode sets aside for a program's own use,
-# U+FDD0 to U+FDEF, and two stretches of private use.
-HIDING_PLACES = (0xFDD0, 0xF0000, 0x100000)
 # An escape of JSON: a pair of surrogates, or half of one (the group), or any other.
 _JSON_ESCAPE = re.compile(r"\\(?:u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}"
                           r"|(u[dD][89a-fA-F][0-9a-fA-F]{2})|.)", re.DOTALL)
@@ -858,9 +859,12 @@ def replace_unreadable(payload: bytes) -> bytes:
     if len(payload) > CHEAP_BODY:
         return payload
     text = payload.decode("utf-8", "replace")
-    if text.lstrip("\ufeff" + BLANKS).startswith("{"):
-        text = _JSON_ESCAPE.sub(lambda escape: "\\ufffd" if escape.group(1) else escape.group(), text)
-    return text.encode()
+    return (_replace_halves(text) if text.lstrip("\ufeff" + BLANKS).startswith("{") else text).encode()
+
+
+def _replace_halves(text: str) -> str:
+    """JSON with U+FFFD for each escape of half a surrogate pair."""
+    return _JSON_ESCAPE.sub(lambda escape: "\\ufffd" if escape.group(1) else escape.group(), text)
 
 
 def _refuse_costly(body: bytes, marks: Iterable[bytes]) -> None:
@@ -882,7 +886,10 @@ def _parse_xml(body: bytes) -> Dict[str, Any]:
         resolved = _resolve_forbidden(text)
         if resolved == text and not _XML_FORBIDDEN.search(text):
             raise
-    return _read_disguised(resolved)
+    # XML 1.0 forbids characters that users' messages have: each goes through the parser in disguise.
+    disguised = _XML_FORBIDDEN.sub(lambda found: f"{DISGUISE}{ord(found.group()):04x}", resolved)
+    fields: Dict[str, Any] = _map_texts(_undisguise, _read_xml(disguised.encode()))
+    return fields
 
 
 def _check_prolog(body: bytes) -> None:
@@ -890,17 +897,12 @@ def _check_prolog(body: bytes) -> None:
 
     Entities exist only where a DOCTYPE does. Comments and processing instructions are passed over.
     """
-    declared = _XML_ENCODING.match(body) if body.startswith(b"<?") else None
-    if declared and declared.group(1).lower() not in (b"utf-8", b"utf8"):
+    start, aside = 0, _XML_ASIDE.match(body)
+    if aside and _XML_OTHER_ENCODING.match(body):
         raise MalformedPush("XML must be in UTF-8")
-    start = 0
-    while body.startswith((b"<?", b"<!--"), start):
-        opening, ending = (b"<?", b"?>") if body.startswith(b"<?", start) else (b"<!--", b"-->")
-        end = body.find(ending, start + len(opening))
-        if end < 0:
-            raise MalformedPush("not XML: it has no root element")
-        start = end + len(ending)
-        start += len(_XML_BLANKS.match(body, start)[0])  # type: ignore[index]  # it matches anywhere
+    while aside:
+        start = aside.end()
+        aside = _XML_ASIDE.match(body, start)
     # The parser takes a NUL here for UTF-16, and would read what we have not looked at.
     if not body.startswith(b"<", start) or body.startswith((b"<!", b"<\x00"), start):
         raise MalformedPush("XML starts with its root element, and a DOCTYPE is not accepted")
@@ -918,17 +920,8 @@ def _resolve_forbidden(text: str) -> str:
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")  # which joins the halves of a pair
 
 
-def _read_disguised(text: str) -> Dict[str, Any]:
-    """XML 1.0 forbids characters that users' messages have: each goes through the parser in the disguise of another."""
-    for first in HIDING_PLACES:
-        if not re.search(f"[{chr(first)}-{chr(first + 31)}]", text):
-            hide = {code: first + code for code in range(32) if chr(code) not in BLANKS}
-            hide.update({0xFFFE: first + 9, 0xFFFF: first + 10})  # the places that tab and newline leave free
-            show = {hidden: code for code, hidden in hide.items()}
-            fields = _read_xml(text.translate(hide).encode())
-            return {name: _map_texts(lambda text: text.translate(show), value)  # noqa: B023
-                    for name, value in fields.items()}
-    raise MalformedPush("XML with control characters, and with every character that could stand for them")
+def _undisguise(text: str) -> str:
+    return _XML_DISGUISED.sub(lambda found: chr(int(found.group(1), 16)), text)
 
 
 def _read_xml(body: bytes) -> Dict[str, Any]:
@@ -959,8 +952,7 @@ def _read_xml(body: bytes) -> Dict[str, Any]:
         elif isinstance(siblings[tag], list):
             siblings[tag].append(value)
         else:  # several of one name: blanks count in none of them
-            first = siblings[tag]
-            siblings[tag] = [first.strip(BLANKS) if isinstance(first, str) else first, value]
+            siblings[tag] = _map_texts(_STRIP, [siblings[tag], value])
     parser = ParserCreate("utf-8")
     parser.buffer_text = True
     parser.StartElementHandler, parser.EndElementHandler, parser.CharacterDataHandler = start, end, texts.append
@@ -978,15 +970,13 @@ def _read_xml(body: bytes) -> Dict[str, Any]:
 
 def _exact_text(texts: List[str]) -> str:
     """A text with its own blanks. Blanks in CDATA are the sender's, and blanks around it are layout."""
-    inside: List[str] = []
-    outside: List[str] = []
-    pieces = inside, outside
+    pieces: Tuple[List[str], List[str]] = ([], [])  # outside, and inside
+    is_inside = False
     for text in texts:
-        if text:
-            pieces[1].append(text)
-        else:  # a section begins or ends
-            pieces = pieces[1], pieces[0]
-    return "".join(texts if "".join(outside).strip(BLANKS) or "" not in texts else inside)
+        is_inside ^= not text
+        pieces[is_inside].append(text)
+    is_layout = pieces[1] and not "".join(pieces[0]).strip(BLANKS)
+    return "".join(pieces[1] if is_layout else texts)
 
 
 def _parse_json(body: bytes) -> Dict[str, Any]:
@@ -1000,11 +990,8 @@ def _parse_json(body: bytes) -> Dict[str, Any]:
         fields: Dict[str, Any] = _JSON.decode(text)
     except json.JSONDecodeError as error:
         raise MalformedPush(f"not JSON: {error.msg} at character {error.pos}") from None
-    if "\\ud" in text or "\\uD" in text:
-        try:
-            json.dumps(fields, ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            raise MalformedPush("not JSON: half of a surrogate pair, which cannot be stored or sent on") from None
+    if ("\\ud" in text or "\\uD" in text) and _replace_halves(text) != text:
+        raise MalformedPush("not JSON: half of a surrogate pair, which cannot be stored or sent on")
     # Most values are texts: a call for each would cost a tenth of it all.
     return {name: _map_texts(_STRIP, value) if not isinstance(value, str) else
             value if name in VERBATIM else value.strip(BLANKS) for name, value in fields.items()}
