@@ -6037,11 +6037,6 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(line, default=str)
 
 
-def make_record(level: int, text: str) -> logging.LogRecord:
-    """A log record with that text, for a formatter alone."""
-    return log.makeRecord(log.name, level, "", 0, text, (), None)
-
-
 class LogWriter(logging.Handler):
     """Writes log records to stderr on a thread of its own: who logs never waits for who reads.
 
@@ -6052,37 +6047,27 @@ class LogWriter(logging.Handler):
         super().__init__()
         self.setFormatter(formatter)
         self._process = os.getpid()
-        self._is_running = False  # whether there is a thread that writes
         # Guards all here; told when lines come, and when they are written. `logging` holds its lock around `emit`, and
         # around `flush` at the exit, and makes it free in a forked child.
         self._changed = threading.Condition(self.lock)
         self._lines: List[str] = []  # not written yet
         self._dropped = 0
+        threading.Thread(target=self._work, name="kfserver-log", daemon=True).start()
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Take a record. It is formatted here: later, the values in it may have changed."""
+        """Take a record. One that cannot be formatted is told of, and does not disturb who logs."""
+        error = attempt(self._take, record)
+        if error:
+            log.warning("a log record of %s cannot be formatted: %s", record.name, type(error).__name__)
+
+    def _take(self, record: logging.LogRecord) -> None:
         if os.getpid() != self._process:
-            write_log(self._format(record))
+            write_log(self.format(record) + "\n")
         elif len(self._lines) >= MAX_LOG_RECORDS:
             self._dropped += 1
         else:
-            self._lines.append(self._format(record))
-            if len(self._lines) == 1:
-                self._changed.notify_all()
-            if not self._is_running:
-                self._start()
-
-    def _format(self, record: logging.LogRecord) -> str:
-        """The record as a line. One that cannot be formatted is told of, and does not disturb who logs."""
-        lines: List[str] = []
-        error = attempt(lambda: lines.append(self.format(record) + "\n"))
-        return lines[0] if lines else self._format(make_record(
-            logging.WARNING, f"a log record of {record.name} cannot be formatted: {type(error).__name__}"))
-
-    def _start(self) -> None:
-        with contextlib.suppress(RuntimeError):  # no thread to spare: the next record tries again
-            threading.Thread(target=self._work, name="kfserver-log", daemon=True).start()
-            self._is_running = True
+            self._lines.append(self.format(record) + "\n")  # formatted here: later, its values may have changed
+            self._changed.notify_all()
 
     def _work(self) -> None:
         while True:
@@ -6090,15 +6075,12 @@ class LogWriter(logging.Handler):
                 self._changed.wait_for(lambda: self._lines)
             time.sleep(LOG_PAUSE)
             lines = self._lines[:]
-            is_written = write_log("".join(lines))
+            write_log("".join(lines))
             with self._changed:
                 del self._lines[:len(lines)]
-                if not is_written:
-                    self._dropped += len(lines)
-                elif self._dropped:
-                    record = make_record(logging.WARNING, f"{self._dropped} log records dropped")
-                    self._lines.append(self._format(record))
-                    self._dropped = 0
+                if self._dropped:
+                    log.warning("%d log records dropped", self._dropped)
+                self._dropped = 0
                 self._changed.notify_all()
 
     def flush(self) -> None:
@@ -6108,40 +6090,38 @@ class LogWriter(logging.Handler):
                 self._changed.wait_for(lambda: not self._lines, LOG_EXIT_SECONDS)
 
 
-def write_log(text: str) -> bool:
-    """Write to stderr, however long that takes; False if it cannot be written to."""
-    data = text.encode(getattr(sys.stderr, "encoding", None) or "utf-8", "backslashreplace")
+def write_log(text: str) -> None:
+    """Write to stderr, however long that takes. What cannot be written is lost: there is nowhere to tell it."""
+    data = text.encode(sys.stderr.encoding or "utf-8", "backslashreplace")
     while data:
         try:
             data = data[os.write(STDERR, data):]
         except BlockingIOError:  # who shares it has made it so
             time.sleep(LOG_PAUSE)
         except OSError:
-            return False
-    return True
+            return
 
 
-class EndSignals:
-    """SIGTERM, SIGINT and, from a terminal that closes, SIGHUP. The first raises KeyboardInterrupt in the main thread,
-    which then ends in order; a second one ends the process at once. Different ones within ONE_END_SECONDS are one."""
+def end_at_signals() -> None:
+    """Have SIGTERM, SIGINT and, from a terminal that closes, SIGHUP end the process: the first raises KeyboardInterrupt
+    in the main thread, which then ends in order; a second one ends the process at once. Different ones within
+    ONE_END_SECONDS are one."""
+    came: Dict[int, float] = {}  # when each came, by the monotonic clock
 
-    def __init__(self) -> None:
-        self._came: Dict[int, float] = {}  # when each came, by the monotonic clock
-        numbers = [signal.SIGTERM, signal.SIGINT]
-        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as under nohup
-            numbers.append(signal.SIGHUP)
-        for number in numbers:
-            before = signal.signal(number, self._take)
-            if hasattr(os, "register_at_fork"):  # a forked child ends as it would without us
-                os.register_at_fork(after_in_child=functools.partial(signal.signal, number, before or signal.SIG_DFL))
-
-    def _take(self, number: int, frame: object) -> None:
+    def take(number: int, frame: object) -> None:
         now = time.monotonic()
-        if number in self._came or now - min(self._came.values(), default=now) > ONE_END_SECONDS:
+        if number in came or now - min(came.values(), default=now) > ONE_END_SECONDS:
             os._exit(1)
-        self._came[number] = now
-        if len(self._came) == 1:
+        came[number] = now
+        if len(came) == 1:
             raise KeyboardInterrupt
+    numbers = [signal.SIGTERM, signal.SIGINT]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as under nohup
+        numbers.append(signal.SIGHUP)
+    for number in numbers:
+        before = signal.signal(number, take) or signal.SIG_DFL
+        if hasattr(os, "register_at_fork"):  # a forked child ends as it would without us
+            os.register_at_fork(after_in_child=functools.partial(signal.signal, number, before))
 
 
 def serve(arguments: argparse.Namespace) -> int:
@@ -6155,20 +6135,20 @@ def serve(arguments: argparse.Namespace) -> int:
         if not arguments.check:
             return _serve(settings, handlers)
         check_parts(settings, handlers.registry)
-        print("\n".join(handlers.describe()))
-        return 0
     except SettingsError as error:
         if settings.log_format != "json":
             raise
         log.error("%s", error)
         return 2
+    print("\n".join(handlers.describe()))
+    return 0
 
 
 def _serve(settings: Settings, handlers: ReloadingHandlers) -> int:
     is_shown = sys.stdout.isatty() and not (settings.app_key or settings.access_token)
     server = KfServer(handlers.registry, settings, api=PrintedReplies() if is_shown else None).start()
     with contextlib.suppress(KeyboardInterrupt):  # the first signal raises it here
-        EndSignals()
+        end_at_signals()
         _print_start(settings, [*_describe_start(server), *handlers.describe()],
                      list(_advice(settings, os.environ, is_shown)))
         if settings.reload:
@@ -6199,8 +6179,9 @@ def _print_start(settings: Settings, lines: Sequence[str], advice: Sequence[str]
     """Print what is to be known at the start, in one write: what handlers print must not come between."""
     told = [(logging.INFO, line) for line in lines] + [(logging.WARNING, line) for line in advice]
     form = JsonFormatter() if settings.log_format == "json" else logging.Formatter("%(message)s")
+    records = [log.makeRecord(log.name, level, "", 0, line, (), None) for level, line in told]
     try:
-        print("\n".join(form.format(make_record(level, line)) for level, line in told), flush=True)
+        print("\n".join(map(form.format, records)), flush=True)
     except OSError as error:  # a full disk, or who read it has left: the server is needed all the same
         log.warning("cannot write to stdout: %s", error.strerror)
 

@@ -26,7 +26,7 @@ from send_api_server import APP_KEY, APP_SECRET, SendApiServer
 from support import PATIENCE, ROOT, Client, Program, post, push, wait_until
 
 import kfserver
-from kfserver import SETTING_FIELDS, EndSignals, Settings, build_parser, main, read_settings
+from kfserver import SETTING_FIELDS, Settings, build_parser, end_at_signals, main, read_settings
 
 # What is printed last before the first push; what comes later may stand between other threads' words.
 LAST_OF_THE_FIRST_LINES = "no --app-key is set: what handlers return is not sent to users"
@@ -543,7 +543,7 @@ class _Ended(BaseException):
     ([(signal.SIGTERM, 0.0), (signal.SIGTERM, 0.1)], True),
     ([(signal.SIGINT, 0.0), (signal.SIGTERM, 0.5), (signal.SIGINT, 0.6)], True),
 ], ids=["both within a second", "a second apart", "later", "the same", "the same, after both"])
-def test_end_signals_count_different_ones_within_a_second_as_one(
+def test_end_at_signals_counts_different_ones_within_a_second_as_one(
         came: Any, ends: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     def end(status: int) -> None:
         raise _Ended
@@ -551,7 +551,7 @@ def test_end_signals_count_different_ones_within_a_second_as_one(
     monkeypatch.setattr(os, "_exit", end)
     (first, _), *later = came
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
-    EndSignals()
+    end_at_signals()
     try:
         now = [0.0]
         monkeypatch.setattr(kfserver.time, "monotonic", lambda: now[0])
