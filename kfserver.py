@@ -5047,20 +5047,19 @@ class KfServer:
                  dedup_key: Optional[Callable[[Message], str]] = None, api: Any = None) -> None:
         refuse_uwsgi_without_threads(sys.modules.get("uwsgi"))
         self.settings = settings
-        self._registry, self._key_of, self._api = registry, dedup_key, api
+        self._key_of, self._api = dedup_key, api
         self._http: Optional[PushServer] = None
         self._admin: Optional[PushServer] = None
         self._told_processes = False
-        self._make_inbox()
+        self._make_inbox(registry)
         if hasattr(os, "register_at_fork"):
             os.register_at_fork(after_in_child=functools.partial(_let_go_in_child, weakref.ref(self)))
 
-    def _make_inbox(self) -> None:
-        settings, api = self.settings, self._api
-        if api is None and (settings.app_key or settings.access_token):
-            api = SendApi(settings)
-        self._inbox = Inbox(self._registry, settings, self._key_of, api)
-        self.endpoint = Endpoint(settings, self._inbox, time.time, time.monotonic)
+    def _make_inbox(self, registry: HandlerRegistry) -> None:
+        can_send = self.settings.app_key or self.settings.access_token
+        api = self._api or (SendApi(self.settings) if can_send else None)
+        self._inbox = Inbox(registry, self.settings, self._key_of, api)
+        self.endpoint = Endpoint(self.settings, self._inbox, time.time, time.monotonic)
 
     def _after_fork(self) -> None:
         """In a forked child: what the parent opened is the parent's. What is done here from now on begins anew."""
@@ -5069,7 +5068,7 @@ class KfServer:
         self._http = self._admin = None
         self._inbox.after_fork()
         self._forked_from = self._inbox  # kept: SQLite must not close the parent's files
-        self._make_inbox()
+        self._make_inbox(self.registry)
 
     @property
     def registry(self) -> HandlerRegistry:
@@ -5079,7 +5078,7 @@ class KfServer:
     @registry.setter
     def registry(self, registry: HandlerRegistry) -> None:
         """Put other handlers in service."""
-        self._registry = self._inbox.handling.registry = registry
+        self._inbox.handling.registry = registry
 
     def open(self) -> KfServer:
         """Open the journal now, and begin what the last run left, not at the first push. Raises `SettingsError`."""
@@ -5215,15 +5214,11 @@ def read_wsgi_body(environ: Mapping[str, Any], limit: int) -> bytes:
     stated = environ.get("CONTENT_LENGTH") or ""
     if stated and not (stated.isdecimal() and len(stated) <= 18):
         raise MalformedPush("Content-Length must be one number")
-    left = limit + 1 if not stated and environ.get("wsgi.input_terminated") else int(stated or 0)
-    too_large, body = bool(stated) and left > limit, b""
-    while left and not too_large:
-        data = environ["wsgi.input"].read(left)
-        if not data:
-            break
-        body, left = body + data, left - len(data)
-        too_large = len(body) > limit
-    if too_large:
+    length, body = int(stated or 0), b""
+    if length <= limit:
+        has_end = not stated and environ.get("wsgi.input_terminated")
+        body = environ["wsgi.input"].read(limit + 1 if has_end else length)
+    if max(length, len(body)) > limit:
         raise PushError(f"more than {limit} bytes", TOO_LARGE, 413)
     return body
 
