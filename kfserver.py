@@ -5484,10 +5484,10 @@ def _import_handlers(place: str) -> ModuleType:
 
 def _put_first(folder: str) -> None:
     """Have modules in the folder found before all others. If one of them has the name of a library, as redis.py or
-    queue.py, everything that kfserver may need is imported before."""
+    queue.py (handlers.py is not one), everything that kfserver may need is imported before."""
     elsewhere = [each for each in sys.path if os.path.abspath(each) != folder]
     with contextlib.suppress(OSError):  # no such folder, as reading the handlers will tell
-        names = {name.partition(".")[0] for name in os.listdir(folder)} - {"__pycache__"}
+        names = {name.partition(".")[0] for name in os.listdir(folder)} - {"__pycache__", "handlers"}
         if any(name.isidentifier() and PathFinder.find_spec(name, elsewhere) for name in names):
             sys.path[:] = elsewhere
             for late in LATE_IMPORTS:
@@ -5922,14 +5922,11 @@ MAX_LOG_RECORDS = 1000
 LOG_PAUSE = 0.01
 # Seconds for the last records at the exit: maybe nobody reads them.
 LOG_EXIT_SECONDS = 2.0
-# The descriptor of stderr. Written to directly: the lock of sys.stderr would be held while a write is blocked, and
-# Python waits for that lock at its exit.
-STDERR = 2
 # Seconds in which different signals count as one: Ctrl-C reaches all of a process group, and then a supervisor there
 # sends SIGTERM.
 ONE_END_SECONDS = 1.0
-# Variables that Kubernetes makes for a service called kf, or kf-anything: KF_PORT=tcp://10.0.0.1:80 and others.
-_OF_KUBERNETES = re.compile(r"KF_(\w+_)?(SERVICE_|PORT_\d)\w+=|KF_(\w+_)?PORT=\w+://")
+# What variables hold that Kubernetes makes for a service called kf: KF_PORT=tcp://10.0.0.1:80 and others.
+OF_KUBERNETES = ("tcp://", "udp://", "sctp://")
 
 
 def read_setting(name: str, text: str) -> Any:
@@ -5949,19 +5946,10 @@ def read_setting(name: str, text: str) -> Any:
 
 def read_settings(arguments: Mapping[str, Any], environment: Mapping[str, str]) -> Settings:
     """The settings: an argument beats the environment, which beats the default. Raises `SettingsError`."""
-    given: Dict[str, Any] = {}
-    for name in SETTING_FIELDS:
-        text = arguments.get(name)
-        if text is None and not is_foreign(f"KF_{name.upper()}", environment):
-            text = environment.get(f"KF_{name.upper()}") or None
-        if text is not None:
-            given[name] = read_setting(name, text)
-    return Settings(**given)
-
-
-def is_foreign(name: str, environment: Mapping[str, str]) -> bool:
-    """Whether a variable is not meant for us, though it begins like ours: it comes from Kubernetes."""
-    return bool(_OF_KUBERNETES.match(f"{name}={environment.get(name, '')}"))
+    given = {name: text for name in SETTING_FIELDS for text in [environment.get(f"KF_{name.upper()}")]
+             if text and not text.startswith(OF_KUBERNETES)}
+    given.update({name: text for name, text in arguments.items() if name in SETTING_FIELDS and text is not None})
+    return Settings(**{name: read_setting(name, text) for name, text in given.items()})
 
 
 def find_command(arguments: Sequence[str]) -> Tuple[str, Sequence[str]]:
@@ -6086,11 +6074,14 @@ class LogWriter(logging.Handler):
 
 
 def write_log(text: str) -> None:
-    """Write to stderr, however long that takes. What cannot be written is lost: there is nowhere to tell it."""
+    """Write to stderr, however long that takes. What cannot be written is lost: there is nowhere to tell it.
+
+    Not by sys.stderr: its lock would be held while a write is blocked, and Python waits for that lock at its exit.
+    """
     data = text.encode(sys.stderr.encoding or "utf-8", "backslashreplace")
     while data:
         try:
-            data = data[os.write(STDERR, data):]
+            data = data[os.write(2, data):]
         except BlockingIOError:  # who shares it has made it so
             time.sleep(LOG_PAUSE)
         except OSError:
@@ -6144,8 +6135,9 @@ def _serve(settings: Settings, handlers: ReloadingHandlers) -> int:
     server = KfServer(handlers.registry, settings, api=PrintedReplies() if is_shown else None).start()
     with contextlib.suppress(KeyboardInterrupt):  # the first signal raises it here
         end_at_signals()
-        _print_start(settings, [*_describe_start(server), *handlers.describe()],
-                     list(_advice(settings, os.environ, is_shown)))
+        facts = [*_describe_start(server), *handlers.describe()]
+        _print_start(settings, [*((logging.INFO, line) for line in facts),
+                                *((logging.WARNING, line) for line in _advice(settings, os.environ, is_shown))])
         if settings.reload:
             handlers.watch(server, call_later)
         while True:
@@ -6160,19 +6152,17 @@ def _serve(settings: Settings, handlers: ReloadingHandlers) -> int:
 
 def _describe_start(server: KfServer) -> Iterator[str]:
     """Where the server listens, and where its other parts are."""
-    settings = server.settings
     yield f"kfserver {__version__} listening on {server.url}"
-    if settings.admin:
-        host = settings.admin.rpartition(":")[0]
+    host, _, port = server.settings.admin.rpartition(":")
+    if port:
         everywhere = "" if host else ", at all addresses of this machine"
         yield f"admin on http://{host or '0.0.0.0'}:{server.admin_port}/{everywhere}"
-    if settings.journal:
-        yield f"journal in {os.path.abspath(settings.journal)}"
+    if server.settings.journal:
+        yield f"journal in {os.path.abspath(server.settings.journal)}"
 
 
-def _print_start(settings: Settings, lines: Sequence[str], advice: Sequence[str]) -> None:
-    """Print what is to be known at the start, in one write: what handlers print must not come between."""
-    told = [(logging.INFO, line) for line in lines] + [(logging.WARNING, line) for line in advice]
+def _print_start(settings: Settings, told: Iterable[Tuple[int, str]]) -> None:
+    """Print lines, each with its level, in one write: what handlers print must not come between."""
     form = JsonFormatter() if settings.log_format == "json" else logging.Formatter("%(message)s")
     records = [log.makeRecord(log.name, level, "", 0, line, (), None) for level, line in told]
     try:
@@ -6189,30 +6179,26 @@ def check_parts(settings: Settings, registry: HandlerRegistry) -> None:
     check_redis(settings)
     if settings.tls_cert:
         make_tls_context(settings)
-    path = settings.journal
-    if not path:
-        return
-    try:
-        # A new file is only made to see that the folder takes one; it is gone at once.
-        tempfile.TemporaryFile(dir=os.path.dirname(os.path.abspath(path))).close()
-        if os.path.exists(path):
-            open(path, "r+b").close()
-    except OSError as error:
-        raise SettingsError(f"cannot write the journal {path}: {error.strerror}; make its folder, and let this user "
-                            "write there, or name another --journal") from error
-    refuse_foreign_file(path)
+    if settings.journal:
+        path = os.path.abspath(settings.journal)
+        try:
+            tempfile.TemporaryFile(dir=os.path.dirname(path)).close()  # gone at once: does the folder take a file?
+            with contextlib.suppress(FileNotFoundError):
+                open(path, "r+b").close()
+        except OSError as error:
+            raise SettingsError(f"cannot write the journal {settings.journal}: {error.strerror}; make its folder, and "
+                                "let this user write there, or name another --journal") from error
+        refuse_foreign_file(settings.journal)
 
 
 def _advice(settings: Settings, environment: Mapping[str, str], is_shown: bool) -> Iterator[str]:
     """What an operator may have overlooked; ``is_shown``: whether replies are printed."""
     known = [f"KF_{name.upper()}" for name in SETTING_FIELDS]
     for name in sorted(name for name in environment if name.startswith("KF_")):
-        if is_foreign(name, environment):
-            if name in known:
-                yield f"{name} in the environment comes from Kubernetes and is not a setting"
+        if environment[name].startswith(OF_KUBERNETES):
+            yield f"{name} in the environment comes from Kubernetes and is not a setting"
         elif name not in known:
-            yield (f"{name} in the environment is not a setting: "
-                   f"{_suggest(name, known, 'kfserver.py --help lists them')}")
+            yield f"{name} in the environment is not a setting: {_suggest(name, known, 'see kfserver.py --help')}"
     if not settings.token:
         yield "no token is set: anyone who reaches this port can push; set --token (KF_TOKEN)"
     if not (settings.app_key or settings.access_token):
