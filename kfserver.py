@@ -888,7 +888,9 @@ def _parse_xml(body: bytes) -> Dict[str, Any]:
             raise
     # XML 1.0 forbids characters that users' messages have: each goes through the parser in disguise.
     disguised = _XML_FORBIDDEN.sub(lambda found: f"{DISGUISE}{ord(found.group()):04x}", resolved)
-    fields: Dict[str, Any] = _map_texts(_undisguise, _read_xml(disguised.encode()))
+    fields: Dict[str, Any] = _map_texts(
+        lambda text: _XML_DISGUISED.sub(lambda found: chr(int(found.group(1), 16)), text),
+        _read_xml(disguised.encode()))
     return fields
 
 
@@ -918,10 +920,6 @@ def _resolve_forbidden(text: str) -> str:
         return chr(code) if code <= 0xFFFF and _XML_FORBIDDEN.match(chr(code)) else found.group()
     text = _XML_REFERENCE.sub(resolve, text)
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")  # which joins the halves of a pair
-
-
-def _undisguise(text: str) -> str:
-    return _XML_DISGUISED.sub(lambda found: chr(int(found.group(1), 16)), text)
 
 
 def _read_xml(body: bytes) -> Dict[str, Any]:
@@ -5215,9 +5213,9 @@ def read_wsgi_body(environ: Mapping[str, Any], limit: int) -> bytes:
     if stated and not (stated.isdecimal() and len(stated) <= 18):
         raise MalformedPush("Content-Length must be one number")
     length, body = int(stated or 0), b""
-    if length <= limit:
-        has_end = not stated and environ.get("wsgi.input_terminated")
-        body = environ["wsgi.input"].read(limit + 1 if has_end else length)
+    most = limit + 1 if not stated and environ.get("wsgi.input_terminated") else length
+    if most and length <= limit:
+        body = environ["wsgi.input"].read(most)
     if max(length, len(body)) > limit:
         raise PushError(f"more than {limit} bytes", TOO_LARGE, 413)
     return body
