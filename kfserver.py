@@ -5104,10 +5104,10 @@ class KfServer:
 
     def _bind_admin(self) -> PushServer:
         host, _, port = self.settings.admin.rpartition(":")
-        address = {"host": host.strip("[]"), "port": int(port), "unix": "", "tls_cert": "", "tls_key": ""}
-        metrics = self._inbox.handling.metrics
-        return bind(dataclasses.replace(self.settings, **address),
-                    AdminEndpoint(lambda: metrics.render(self._samples()), self._report, self._trouble), "--admin")
+        settings = dataclasses.replace(
+            self.settings, host=host.strip("[]"), port=int(port), unix="", tls_cert="", tls_key="")
+        render = self._inbox.handling.metrics.render
+        return bind(settings, AdminEndpoint(lambda: render(self._samples()), self._report, self._trouble), "--admin")
 
     def _samples(self) -> List[Sample]:
         connections = len(self._http.connections) if self._http else 0
@@ -5178,11 +5178,7 @@ class KfServer:
             self._inbox.begin()  # what the last run left, at the first request of any kind
         # The server has decoded the path; a setting and a request line are percent-encoded.
         path = quote((environ.get("SCRIPT_NAME", "") + environ.get("PATH_INFO", "") or "/").encode("latin-1"))
-        body, problem = b"", None
-        try:
-            body = read_wsgi_body(environ, self.settings.max_body)
-        except PushError as error:
-            problem = error
+        body, problem = read_wsgi_body(environ, self.settings.max_body)
         method = environ["REQUEST_METHOD"]
         response = self.endpoint.handle(Request(method, path, environ.get("QUERY_STRING", ""), body, problem))
         start_response(f"{response.status} {http.client.responses[response.status]}", list_headers(response))
@@ -5204,21 +5200,21 @@ def refuse_uwsgi_without_threads(uwsgi: Optional[ModuleType]) -> None:
                             "--enable-threads")
 
 
-def read_wsgi_body(environ: Mapping[str, Any], limit: int) -> bytes:
-    """The body of a request to a WSGI application. Raises `PushError` for one that is longer than ``limit`` bytes.
+def read_wsgi_body(environ: Mapping[str, Any], limit: int) -> Tuple[bytes, Optional[PushError]]:
+    """The body of a request to a WSGI application, or why it is refused, as one of more than ``limit`` bytes is.
 
     A chunked body has no length, but an end where the server says so (``wsgi.input_terminated``, as gunicorn does).
     """
     stated = environ.get("CONTENT_LENGTH") or ""
     if stated and not (stated.isdecimal() and len(stated) <= 18):
-        raise MalformedPush("Content-Length must be one number")
+        return b"", MalformedPush("Content-Length must be one number")
     length, body = int(stated or 0), b""
     most = limit + 1 if not stated and environ.get("wsgi.input_terminated") else length
     if most and length <= limit:
         body = environ["wsgi.input"].read(most)
     if max(length, len(body)) > limit:
-        raise PushError(f"more than {limit} bytes", TOO_LARGE, 413)
-    return body
+        return b"", PushError(f"more than {limit} bytes", TOO_LARGE, 413)
+    return body, None
 
 
 # ---- 17 Push --------------------------------------------------------------------------------------------------------
