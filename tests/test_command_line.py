@@ -684,6 +684,24 @@ def test_program_writes_the_last_records_before_it_ends() -> None:
     assert program.output.count("outcome=accepted") == program.output.count("left undone") == 200
 
 
+def test_program_tells_of_a_log_record_that_cannot_be_formatted_and_goes_on() -> None:
+    write("handlers.py", """
+        import logging
+        from kfserver import HandlerRegistry
+        registry = HandlerRegistry()
+
+        @registry.on("text")
+        def wrong(message):
+            logging.getLogger("bot").warning("%d", "one")
+            print("handled", message.content)
+    """)
+    with running() as program:
+        program.push(1, "this")
+        program.read_until("handled this")
+        assert program.end() == 0
+    assert " WARNING a log record of bot cannot be formatted: TypeError\n" in program.output
+
+
 def test_program_prints_at_once_into_a_pipe() -> None:
     write("handlers.py", """
         from kfserver import HandlerRegistry
