@@ -803,18 +803,19 @@ _STRIP = operator.methodcaller("strip", BLANKS)
 # Fields whose own blanks count: a user wrote the first, a signature covers the second, and the others are echoed.
 VERBATIM = frozenset(("Content", "Encrypt", "echoStr", "echostr"))
 
-_XML_BLANKS = re.compile(rb"[ \t\r\n]*")
-_XML_ENCODING = re.compile(rb"<\?xml\s[^>]*?\sencoding\s*=\s*[\"']([^\"']*)")
+_XML_OTHER_ENCODING = re.compile(rb"<\?xml\s[^>]*?\sencoding\s*=\s*[\"'](?!utf-?8[\"'])", re.IGNORECASE)
+# What may stand before the root, but for a DOCTYPE.
+_XML_ASIDE = re.compile(rb"(?:<\?.*?\?>|<!--.*?-->)[ \t\r\n]*", re.DOTALL)
 _LONG_TAG = re.compile(rb"<[^!?<>][^<>]{1024}")
-# What XML 1.0 forbids in any text, section 2.2.
-_XML_FORBIDDEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
+# Stands in front of a character that is written in hexadecimal digits, to pass the XML parser: one of those that
+# Unicode sets aside for a program's own use. In a user's text, it is written so itself.
+DISGUISE = "\ufdd0"
+# What XML 1.0 forbids in any text, section 2.2, and the character that must not be taken for our own.
+_XML_FORBIDDEN = re.compile(f"[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff{DISGUISE}]")
+_XML_DISGUISED = re.compile(f"{DISGUISE}(....)")
 # A reference to a character (the groups), or a place where none can stand: a comment, an instruction, CDATA.
 _XML_REFERENCE = re.compile(r"<!--.*?(?:-->|\Z)|<\?.*?(?:\?>|\Z)|<!\[CDATA\[.*?(?:\]\]>|\Z)"
                             r"|&#(?:0*([0-9]{1,7})|x0*([0-9a-fA-F]{1,6}));", re.DOTALL)
-# Forbidden characters pass the XML parser in the disguise of others, which begin at one of these places. 32 in a row
-# are needed, and here they mostly do not occur: the noncharacters that Unicode sets aside for a program's own use,
-# U+FDD0 to U+FDEF, and two stretches of private use.
-HIDING_PLACES = (0xFDD0, 0xF0000, 0x100000)
 # An escape of JSON: a pair of surrogates, or half of one (the group), or any other.
 _JSON_ESCAPE = re.compile(r"\\(?:u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}"
                           r"|(u[dD][89a-fA-F][0-9a-fA-F]{2})|.)", re.DOTALL)
@@ -845,9 +846,12 @@ def replace_unreadable(payload: bytes) -> bytes:
     if len(payload) > CHEAP_BODY:
         return payload
     text = payload.decode("utf-8", "replace")
-    if text.lstrip("\ufeff" + BLANKS).startswith("{"):
-        text = _JSON_ESCAPE.sub(lambda escape: "\\ufffd" if escape.group(1) else escape.group(), text)
-    return text.encode()
+    return (_replace_halves(text) if text.lstrip("\ufeff" + BLANKS).startswith("{") else text).encode()
+
+
+def _replace_halves(text: str) -> str:
+    """JSON with U+FFFD for each escape of half a surrogate pair."""
+    return _JSON_ESCAPE.sub(lambda escape: "\\ufffd" if escape.group(1) else escape.group(), text)
 
 
 def _refuse_costly(body: bytes, marks: Iterable[bytes]) -> None:
@@ -869,7 +873,12 @@ def _parse_xml(body: bytes) -> Dict[str, Any]:
         resolved = _resolve_forbidden(text)
         if resolved == text and not _XML_FORBIDDEN.search(text):
             raise
-    return _read_disguised(resolved)
+    # XML 1.0 forbids characters that users' messages have: each goes through the parser in disguise.
+    disguised = _XML_FORBIDDEN.sub(lambda found: f"{DISGUISE}{ord(found.group()):04x}", resolved)
+    fields: Dict[str, Any] = _map_texts(
+        lambda text: _XML_DISGUISED.sub(lambda found: chr(int(found.group(1), 16)), text),
+        _read_xml(disguised.encode()))
+    return fields
 
 
 def _check_prolog(body: bytes) -> None:
@@ -877,17 +886,12 @@ def _check_prolog(body: bytes) -> None:
 
     Entities exist only where a DOCTYPE does. Comments and processing instructions are passed over.
     """
-    declared = _XML_ENCODING.match(body) if body.startswith(b"<?") else None
-    if declared and declared.group(1).lower() not in (b"utf-8", b"utf8"):
+    start, aside = 0, _XML_ASIDE.match(body)
+    if aside and _XML_OTHER_ENCODING.match(body):
         raise MalformedPush("XML must be in UTF-8")
-    start = 0
-    while body.startswith((b"<?", b"<!--"), start):
-        opening, ending = (b"<?", b"?>") if body.startswith(b"<?", start) else (b"<!--", b"-->")
-        end = body.find(ending, start + len(opening))
-        if end < 0:
-            raise MalformedPush("not XML: it has no root element")
-        start = end + len(ending)
-        start += len(_XML_BLANKS.match(body, start)[0])  # type: ignore[index]  # it matches anywhere
+    while aside:
+        start = aside.end()
+        aside = _XML_ASIDE.match(body, start)
     # The parser takes a NUL here for UTF-16, and would read what we have not looked at.
     if not body.startswith(b"<", start) or body.startswith((b"<!", b"<\x00"), start):
         raise MalformedPush("XML starts with its root element, and a DOCTYPE is not accepted")
@@ -903,19 +907,6 @@ def _resolve_forbidden(text: str) -> str:
         return chr(code) if code <= 0xFFFF and _XML_FORBIDDEN.match(chr(code)) else found.group()
     text = _XML_REFERENCE.sub(resolve, text)
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")  # which joins the halves of a pair
-
-
-def _read_disguised(text: str) -> Dict[str, Any]:
-    """XML 1.0 forbids characters that users' messages have: each goes through the parser in the disguise of another."""
-    for first in HIDING_PLACES:
-        if not re.search(f"[{chr(first)}-{chr(first + 31)}]", text):
-            hide = {code: first + code for code in range(32) if chr(code) not in BLANKS}
-            hide.update({0xFFFE: first + 9, 0xFFFF: first + 10})  # the places that tab and newline leave free
-            show = {hidden: code for code, hidden in hide.items()}
-            fields = _read_xml(text.translate(hide).encode())
-            return {name: _map_texts(lambda text: text.translate(show), value)  # noqa: B023
-                    for name, value in fields.items()}
-    raise MalformedPush("XML with control characters, and with every character that could stand for them")
 
 
 def _read_xml(body: bytes) -> Dict[str, Any]:
@@ -946,8 +937,7 @@ def _read_xml(body: bytes) -> Dict[str, Any]:
         elif isinstance(siblings[tag], list):
             siblings[tag].append(value)
         else:  # several of one name: blanks count in none of them
-            first = siblings[tag]
-            siblings[tag] = [first.strip(BLANKS) if isinstance(first, str) else first, value]
+            siblings[tag] = _map_texts(_STRIP, [siblings[tag], value])
     parser = ParserCreate("utf-8")
     parser.buffer_text = True
     parser.StartElementHandler, parser.EndElementHandler, parser.CharacterDataHandler = start, end, texts.append
@@ -965,15 +955,13 @@ def _read_xml(body: bytes) -> Dict[str, Any]:
 
 def _exact_text(texts: List[str]) -> str:
     """A text with its own blanks. Blanks in CDATA are the sender's, and blanks around it are layout."""
-    inside: List[str] = []
-    outside: List[str] = []
-    pieces = inside, outside
+    pieces: Tuple[List[str], List[str]] = ([], [])  # outside, and inside
+    is_inside = False
     for text in texts:
-        if text:
-            pieces[1].append(text)
-        else:  # a section begins or ends
-            pieces = pieces[1], pieces[0]
-    return "".join(texts if "".join(outside).strip(BLANKS) or "" not in texts else inside)
+        is_inside ^= not text
+        pieces[is_inside].append(text)
+    is_layout = pieces[1] and not "".join(pieces[0]).strip(BLANKS)
+    return "".join(pieces[1] if is_layout else texts)
 
 
 def _parse_json(body: bytes) -> Dict[str, Any]:
@@ -987,11 +975,8 @@ def _parse_json(body: bytes) -> Dict[str, Any]:
         fields: Dict[str, Any] = _JSON.decode(text)
     except json.JSONDecodeError as error:
         raise MalformedPush(f"not JSON: {error.msg} at character {error.pos}") from None
-    if "\\ud" in text or "\\uD" in text:
-        try:
-            json.dumps(fields, ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            raise MalformedPush("not JSON: half of a surrogate pair, which cannot be stored or sent on") from None
+    if ("\\ud" in text or "\\uD" in text) and _replace_halves(text) != text:
+        raise MalformedPush("not JSON: half of a surrogate pair, which cannot be stored or sent on")
     # Most values are texts: a call for each would cost a tenth of it all.
     return {name: _map_texts(_STRIP, value) if not isinstance(value, str) else
             value if name in VERBATIM else value.strip(BLANKS) for name, value in fields.items()}
@@ -4829,20 +4814,20 @@ class KfServer:
                  dedup_key: Optional[Callable[[Message], str]] = None, api: Any = None) -> None:
         refuse_uwsgi_without_threads(sys.modules.get("uwsgi"))
         self.settings = settings
-        self._registry, self._key_of, self._api = registry, dedup_key, api
+        self._key_of, self._api = dedup_key, api
         self._http: Optional[PushServer] = None
         self._admin: Optional[PushServer] = None
         self._told_processes = False
-        self._make_inbox()
+        self._make_inbox(registry)
         if hasattr(os, "register_at_fork"):
             os.register_at_fork(after_in_child=functools.partial(_let_go_in_child, weakref.ref(self)))
 
-    def _make_inbox(self) -> None:
-        settings, api = self.settings, self._api
-        if api is None and (settings.app_key or settings.access_token):
-            api = SendApi(settings)
-        self._inbox = Inbox(self._registry, settings, self._key_of, api)
-        self.endpoint = Endpoint(settings, self._inbox, time.time, time.monotonic)
+    def _make_inbox(self, registry: HandlerRegistry) -> None:
+        api = self._api
+        if api is None and (self.settings.app_key or self.settings.access_token):
+            api = SendApi(self.settings)
+        self._inbox = Inbox(registry, self.settings, self._key_of, api)
+        self.endpoint = Endpoint(self.settings, self._inbox, time.time, time.monotonic)
 
     def _after_fork(self) -> None:
         """In a forked child: what the parent opened is the parent's. What is done here from now on begins anew."""
@@ -4851,7 +4836,7 @@ class KfServer:
         self._http = self._admin = None
         self._inbox.after_fork()
         self._forked_from = self._inbox  # kept: SQLite must not close the parent's files
-        self._make_inbox()
+        self._make_inbox(self.registry)
 
     @property
     def registry(self) -> HandlerRegistry:
@@ -4861,7 +4846,7 @@ class KfServer:
     @registry.setter
     def registry(self, registry: HandlerRegistry) -> None:
         """Put other handlers in service."""
-        self._registry = self._inbox.handling.registry = registry
+        self._inbox.handling.registry = registry
 
     def open(self) -> KfServer:
         """Open the journal now, and begin what the last run left, not at the first push. Raises `SettingsError`."""
@@ -4889,10 +4874,10 @@ class KfServer:
 
     def _bind_admin(self) -> PushServer:
         host, _, port = self.settings.admin.rpartition(":")
-        address = {"host": host.strip("[]"), "port": int(port), "unix": "", "tls_cert": "", "tls_key": ""}
-        metrics = self._inbox.handling.metrics
-        return bind(dataclasses.replace(self.settings, **address),
-                    AdminEndpoint(lambda: metrics.render(self._state()), self._report, self._trouble), "--admin")
+        settings = dataclasses.replace(
+            self.settings, host=host.strip("[]"), port=int(port), unix="", tls_cert="", tls_key="")
+        render = self._inbox.handling.metrics.render
+        return bind(settings, AdminEndpoint(lambda: render(self._state()), self._report, self._trouble), "--admin")
 
     def _state(self) -> Dict[str, float]:
         return {**self._inbox.state(), "connections": len(self._http.connections) if self._http else 0}
@@ -4961,11 +4946,7 @@ class KfServer:
             self._inbox.begin()  # what the last run left, at the first request of any kind
         # The server has decoded the path; a setting and a request line are percent-encoded.
         path = quote((environ.get("SCRIPT_NAME", "") + environ.get("PATH_INFO", "") or "/").encode("latin-1"))
-        body, problem = b"", None
-        try:
-            body = read_wsgi_body(environ, self.settings.max_body)
-        except PushError as error:
-            problem = error
+        body, problem = read_wsgi_body(environ, self.settings.max_body)
         method = environ["REQUEST_METHOD"]
         response = self.endpoint.handle(Request(method, path, environ.get("QUERY_STRING", ""), body, problem))
         start_response(f"{response.status} {http.client.responses[response.status]}", list_headers(response))
@@ -4987,25 +4968,21 @@ def refuse_uwsgi_without_threads(uwsgi: Optional[ModuleType]) -> None:
                             "--enable-threads")
 
 
-def read_wsgi_body(environ: Mapping[str, Any], limit: int) -> bytes:
-    """The body of a request to a WSGI application. Raises `PushError` for one that is longer than ``limit`` bytes.
+def read_wsgi_body(environ: Mapping[str, Any], limit: int) -> Tuple[bytes, Optional[PushError]]:
+    """The body of a request to a WSGI application, or why it is refused, as one of more than ``limit`` bytes is.
 
     A chunked body has no length, but an end where the server says so (``wsgi.input_terminated``, as gunicorn does).
     """
     stated = environ.get("CONTENT_LENGTH") or ""
     if stated and not (stated.isdecimal() and len(stated) <= 18):
-        raise MalformedPush("Content-Length must be one number")
-    left = limit + 1 if not stated and environ.get("wsgi.input_terminated") else int(stated or 0)
-    too_large, body = bool(stated) and left > limit, b""
-    while left and not too_large:
-        data = environ["wsgi.input"].read(left)
-        if not data:
-            break
-        body, left = body + data, left - len(data)
-        too_large = len(body) > limit
-    if too_large:
-        raise PushError(f"more than {limit} bytes", TOO_LARGE, 413)
-    return body
+        return b"", MalformedPush("Content-Length must be one number")
+    length, body = int(stated or 0), b""
+    most = limit + 1 if not stated and environ.get("wsgi.input_terminated") else length
+    if most and length <= limit:
+        body = environ["wsgi.input"].read(most)
+    if max(length, len(body)) > limit:
+        return b"", PushError(f"more than {limit} bytes", TOO_LARGE, 413)
+    return body, None
 
 
 # ---- 17 Push --------------------------------------------------------------------------------------------------------
@@ -5280,7 +5257,7 @@ def _import_handlers(place: str) -> ModuleType:
 
 def _put_first(folder: str) -> None:
     """Have modules in the folder found before all others. If one of them has the name of a library, as redis.py or
-    queue.py, everything that kfserver may need is imported before."""
+    queue.py (handlers.py is not one), everything that kfserver may need is imported before."""
     elsewhere = [each for each in sys.path if os.path.abspath(each) != folder]
     with contextlib.suppress(OSError):  # no such folder, as reading the handlers will tell
         names = {name.partition(".")[0] for name in os.listdir(folder)} - {"__pycache__", "handlers"}
@@ -5668,9 +5645,6 @@ MAX_LOG_RECORDS = 1000
 LOG_PAUSE = 0.01
 # Seconds for the last records at the exit: maybe nobody reads them.
 LOG_EXIT_SECONDS = 2.0
-# The descriptor of stderr. Written to directly: the lock of sys.stderr would be held while a write is blocked, and
-# Python waits for that lock at its exit.
-STDERR = 2
 # Seconds in which different signals count as one: Ctrl-C reaches all of a process group, and then a supervisor there
 # sends SIGTERM.
 ONE_END_SECONDS = 1.0
@@ -5695,19 +5669,15 @@ def read_setting(name: str, text: str) -> Any:
 
 def read_settings(arguments: Mapping[str, Any], environment: Mapping[str, str]) -> Settings:
     """The settings: an argument beats the environment, which beats the default. Raises `SettingsError`."""
-    given: Dict[str, Any] = {}
-    for name in SETTING_FIELDS:
-        text = arguments.get(name)
-        if text is None and not is_foreign(f"KF_{name.upper()}", environment):
-            text = environment.get(f"KF_{name.upper()}") or None
-        if text is not None:
-            given[name] = read_setting(name, text)
-    return Settings(**given)
+    given = {name: text for name in SETTING_FIELDS for text in [environment.get(f"KF_{name.upper()}")]
+             if text and not is_foreign(f"KF_{name.upper()}", text)}
+    given.update({name: text for name, text in arguments.items() if name in SETTING_FIELDS and text is not None})
+    return Settings(**{name: read_setting(name, text) for name, text in given.items()})
 
 
-def is_foreign(name: str, environment: Mapping[str, str]) -> bool:
+def is_foreign(name: str, text: str) -> bool:
     """Whether a variable is not meant for us, though it begins like ours: it comes from Kubernetes."""
-    return bool(_OF_KUBERNETES.match(f"{name}={environment.get(name, '')}"))
+    return bool(_OF_KUBERNETES.match(f"{name}={text}"))
 
 
 def find_command(arguments: Sequence[str]) -> Tuple[str, Sequence[str]]:
@@ -5778,11 +5748,6 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(line, default=str)
 
 
-def make_record(level: int, text: str) -> logging.LogRecord:
-    """A log record with that text, for a formatter alone."""
-    return log.makeRecord(log.name, level, "", 0, text, (), None)
-
-
 class LogWriter(logging.Handler):
     """Writes log records to stderr on a thread of its own: who logs never waits for who reads.
 
@@ -5793,37 +5758,27 @@ class LogWriter(logging.Handler):
         super().__init__()
         self.setFormatter(formatter)
         self._process = os.getpid()
-        self._is_running = False  # whether there is a thread that writes
         # Guards all here; told when lines come, and when they are written. `logging` holds its lock around `emit`, and
         # around `flush` at the exit, and makes it free in a forked child.
         self._changed = threading.Condition(self.lock)
         self._lines: List[str] = []  # not written yet
         self._dropped = 0
+        threading.Thread(target=self._work, name="kfserver-log", daemon=True).start()
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Take a record. It is formatted here: later, the values in it may have changed."""
+        """Take a record. One that cannot be formatted is told of, and does not disturb who logs."""
+        error = attempt(self._take, record)
+        if error:
+            log.warning("a log record of %s cannot be formatted: %s", record.name, type(error).__name__)
+
+    def _take(self, record: logging.LogRecord) -> None:
         if os.getpid() != self._process:
-            write_log(self._format(record))
+            write_log(self.format(record) + "\n")
         elif len(self._lines) >= MAX_LOG_RECORDS:
             self._dropped += 1
         else:
-            self._lines.append(self._format(record))
-            if len(self._lines) == 1:
-                self._changed.notify_all()
-            if not self._is_running:
-                self._start()
-
-    def _format(self, record: logging.LogRecord) -> str:
-        """The record as a line. One that cannot be formatted is told of, and does not disturb who logs."""
-        lines: List[str] = []
-        error = attempt(lambda: lines.append(self.format(record) + "\n"))
-        return lines[0] if lines else self._format(make_record(
-            logging.WARNING, f"a log record of {record.name} cannot be formatted: {type(error).__name__}"))
-
-    def _start(self) -> None:
-        with contextlib.suppress(RuntimeError):  # no thread to spare: the next record tries again
-            threading.Thread(target=self._work, name="kfserver-log", daemon=True).start()
-            self._is_running = True
+            self._lines.append(self.format(record) + "\n")  # formatted here: later, its values may have changed
+            self._changed.notify_all()
 
     def _work(self) -> None:
         while True:
@@ -5831,15 +5786,12 @@ class LogWriter(logging.Handler):
                 self._changed.wait_for(lambda: self._lines)
             time.sleep(LOG_PAUSE)
             lines = self._lines[:]
-            is_written = write_log("".join(lines))
+            write_log("".join(lines))
             with self._changed:
                 del self._lines[:len(lines)]
-                if not is_written:
-                    self._dropped += len(lines)
-                elif self._dropped:
-                    record = make_record(logging.WARNING, f"{self._dropped} log records dropped")
-                    self._lines.append(self._format(record))
-                    self._dropped = 0
+                if self._dropped:
+                    log.warning("%d log records dropped", self._dropped)
+                self._dropped = 0
                 self._changed.notify_all()
 
     def flush(self) -> None:
@@ -5849,40 +5801,41 @@ class LogWriter(logging.Handler):
                 self._changed.wait_for(lambda: not self._lines, LOG_EXIT_SECONDS)
 
 
-def write_log(text: str) -> bool:
-    """Write to stderr, however long that takes; False if it cannot be written to."""
-    data = text.encode(getattr(sys.stderr, "encoding", None) or "utf-8", "backslashreplace")
+def write_log(text: str) -> None:
+    """Write to stderr, however long that takes. What cannot be written is lost: there is nowhere to tell it.
+
+    Not by sys.stderr: its lock would be held while a write is blocked, and Python waits for that lock at its exit.
+    """
+    data = text.encode(sys.stderr.encoding or "utf-8", "backslashreplace")
     while data:
         try:
-            data = data[os.write(STDERR, data):]
+            data = data[os.write(2, data):]
         except BlockingIOError:  # who shares it has made it so
             time.sleep(LOG_PAUSE)
         except OSError:
-            return False
-    return True
+            return
 
 
-class EndSignals:
-    """SIGTERM, SIGINT and, from a terminal that closes, SIGHUP. The first raises KeyboardInterrupt in the main thread,
-    which then ends in order; a second one ends the process at once. Different ones within ONE_END_SECONDS are one."""
+def end_at_signals() -> None:
+    """Have SIGTERM, SIGINT and, from a terminal that closes, SIGHUP end the process: the first raises KeyboardInterrupt
+    in the main thread, which then ends in order; a second one ends the process at once. Different ones within
+    ONE_END_SECONDS are one."""
+    came: Dict[int, float] = {}  # when each came, by the monotonic clock
 
-    def __init__(self) -> None:
-        self._came: Dict[int, float] = {}  # when each came, by the monotonic clock
-        numbers = [signal.SIGTERM, signal.SIGINT]
-        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as under nohup
-            numbers.append(signal.SIGHUP)
-        for number in numbers:
-            before = signal.signal(number, self._take)
-            if hasattr(os, "register_at_fork"):  # a forked child ends as it would without us
-                os.register_at_fork(after_in_child=functools.partial(signal.signal, number, before or signal.SIG_DFL))
-
-    def _take(self, number: int, frame: object) -> None:
+    def take(number: int, frame: object) -> None:
         now = time.monotonic()
-        if number in self._came or now - min(self._came.values(), default=now) > ONE_END_SECONDS:
+        if number in came or now - min(came.values(), default=now) > ONE_END_SECONDS:
             os._exit(1)
-        self._came[number] = now
-        if len(self._came) == 1:
+        came[number] = now
+        if len(came) == 1:
             raise KeyboardInterrupt
+    numbers = [signal.SIGTERM, signal.SIGINT]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as under nohup
+        numbers.append(signal.SIGHUP)
+    for number in numbers:
+        before = signal.signal(number, take) or signal.SIG_DFL
+        if hasattr(os, "register_at_fork"):  # a forked child ends as it would without us
+            os.register_at_fork(after_in_child=functools.partial(signal.signal, number, before))
 
 
 def serve(arguments: argparse.Namespace) -> int:
@@ -5896,22 +5849,23 @@ def serve(arguments: argparse.Namespace) -> int:
         if not arguments.check:
             return _serve(settings, handlers)
         check_parts(settings, handlers.registry)
-        print("\n".join(handlers.describe()))
-        return 0
     except SettingsError as error:
         if settings.log_format != "json":
             raise
         log.error("%s", error)
         return 2
+    print("\n".join(handlers.describe()))
+    return 0
 
 
 def _serve(settings: Settings, handlers: ReloadingHandlers) -> int:
     is_shown = sys.stdout.isatty() and not (settings.app_key or settings.access_token)
     server = KfServer(handlers.registry, settings, api=PrintedReplies() if is_shown else None).start()
     with contextlib.suppress(KeyboardInterrupt):  # the first signal raises it here
-        EndSignals()
-        _print_start(settings, [*_describe_start(server), *handlers.describe()],
-                     list(_advice(settings, os.environ, is_shown)))
+        end_at_signals()
+        facts = [*_describe_start(server), *handlers.describe()]
+        _print_start(settings, [*((logging.INFO, line) for line in facts),
+                                *((logging.WARNING, line) for line in _advice(settings, os.environ, is_shown))])
         if settings.reload:
             handlers.watch(server, call_later)
         while True:
@@ -5926,22 +5880,21 @@ def _serve(settings: Settings, handlers: ReloadingHandlers) -> int:
 
 def _describe_start(server: KfServer) -> Iterator[str]:
     """Where the server listens, and where its other parts are."""
-    settings = server.settings
     yield f"kfserver {__version__} listening on {server.url}"
-    if settings.admin:
-        host = settings.admin.rpartition(":")[0]
+    host, _, port = server.settings.admin.rpartition(":")
+    if port:
         everywhere = "" if host else ", at all addresses of this machine"
         yield f"admin on http://{host or '0.0.0.0'}:{server.admin_port}/{everywhere}"
-    if settings.journal:
-        yield f"journal in {os.path.abspath(settings.journal)}"
+    if server.settings.journal:
+        yield f"journal in {os.path.abspath(server.settings.journal)}"
 
 
-def _print_start(settings: Settings, lines: Sequence[str], advice: Sequence[str]) -> None:
-    """Print what is to be known at the start, in one write: what handlers print must not come between."""
-    told = [(logging.INFO, line) for line in lines] + [(logging.WARNING, line) for line in advice]
+def _print_start(settings: Settings, told: Iterable[Tuple[int, str]]) -> None:
+    """Print lines, each with its level, in one write: what handlers print must not come between."""
     form = JsonFormatter() if settings.log_format == "json" else logging.Formatter("%(message)s")
+    records = [log.makeRecord(log.name, level, "", 0, line, (), None) for level, line in told]
     try:
-        print("\n".join(form.format(make_record(level, line)) for level, line in told), flush=True)
+        print("\n".join(map(form.format, records)), flush=True)
     except OSError as error:  # a full disk, or who read it has left: the server is needed all the same
         log.warning("cannot write to stdout: %s", error.strerror)
 
@@ -5969,12 +5922,11 @@ def _advice(settings: Settings, environment: Mapping[str, str], is_shown: bool) 
     """What an operator may have overlooked; ``is_shown``: whether replies are printed."""
     known = [f"KF_{name.upper()}" for name in SETTING_FIELDS]
     for name in sorted(name for name in environment if name.startswith("KF_")):
-        if is_foreign(name, environment):
+        if is_foreign(name, environment[name]):
             if name in known:
                 yield f"{name} in the environment comes from Kubernetes and is not a setting"
         elif name not in known:
-            yield (f"{name} in the environment is not a setting: "
-                   f"{_suggest(name, known, 'kfserver.py --help lists them')}")
+            yield f"{name} in the environment is not a setting: {_suggest(name, known, 'see kfserver.py --help')}"
     if not settings.token:
         yield "no token is set: anyone who reaches this port can push; set --token (KF_TOKEN)"
     if not (settings.app_key or settings.access_token):

@@ -26,7 +26,7 @@ from send_api_server import APP_KEY, APP_SECRET, SendApiServer
 from support import PATIENCE, ROOT, Client, Program, post, push, wait_until
 
 import kfserver
-from kfserver import SETTING_FIELDS, EndSignals, Settings, build_parser, main, read_settings
+from kfserver import SETTING_FIELDS, Settings, build_parser, end_at_signals, main, read_settings
 
 # What is printed last before the first push; what comes later may stand between other threads' words.
 LAST_OF_THE_FIRST_LINES = "no --app-key is set: what handlers return is not sent to users"
@@ -543,7 +543,7 @@ class _Ended(BaseException):
     ([(signal.SIGTERM, 0.0), (signal.SIGTERM, 0.1)], True),
     ([(signal.SIGINT, 0.0), (signal.SIGTERM, 0.5), (signal.SIGINT, 0.6)], True),
 ], ids=["both within a second", "a second apart", "later", "the same", "the same, after both"])
-def test_end_signals_count_different_ones_within_a_second_as_one(
+def test_end_at_signals_counts_different_ones_within_a_second_as_one(
         came: Any, ends: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     def end(status: int) -> None:
         raise _Ended
@@ -551,7 +551,7 @@ def test_end_signals_count_different_ones_within_a_second_as_one(
     monkeypatch.setattr(os, "_exit", end)
     (first, _), *later = came
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
-    EndSignals()
+    end_at_signals()
     try:
         now = [0.0]
         monkeypatch.setattr(kfserver.time, "monotonic", lambda: now[0])
@@ -588,7 +588,7 @@ def test_program_finishes_what_waits_when_its_terminal_closes(ignored: bool) -> 
 @pytest.mark.parametrize(("environment", "told"), [
     ({"KF_TOKN": "", "KF_TOKEN": "", "KF_ZZZZ": "", "HOME": ""},
      ["KF_TOKN in the environment is not a setting: did you mean KF_TOKEN?",
-      "KF_ZZZZ in the environment is not a setting: kfserver.py --help lists them"]),
+      "KF_ZZZZ in the environment is not a setting: see kfserver.py --help"]),
     ({"KF_PORT": "8080"}, []),
     ({"KF_PORT": "tcp://10.0.0.1:80"}, ["KF_PORT in the environment comes from Kubernetes and is not a setting"]),
     ({"KF_PORT": "tcp://10.0.0.1:80", "KF_SERVICE_HOST": "10.0.0.1", "KF_SERVICE_PORT_HTTP": "80", "KF_PORT_80_TCP": "",
@@ -683,6 +683,24 @@ def test_program_writes_the_last_records_before_it_ends() -> None:
         program.process.send_signal(signal.SIGTERM)
         assert program.wait() == 1
     assert program.output.count("outcome=accepted") == program.output.count("left undone") == 200
+
+
+def test_program_tells_of_a_log_record_that_cannot_be_formatted_and_goes_on() -> None:
+    write("handlers.py", """
+        import logging
+        from kfserver import HandlerRegistry
+        registry = HandlerRegistry()
+
+        @registry.on("text")
+        def wrong(message):
+            logging.getLogger("bot").warning("%d", "one")
+            print("handled", message.content)
+    """)
+    with running() as program:
+        program.push(1, "this")
+        program.read_until("handled this")
+        assert program.end() == 0
+    assert " WARNING a log record of bot cannot be formatted: TypeError\n" in program.output
 
 
 def test_program_prints_at_once_into_a_pipe() -> None:

@@ -97,6 +97,10 @@ TWINS: Dict[str, Any] = {
     "noncharacter beside a control character": (content("\ufded\x1d"), {"Content": "\ufded\x1d"}),
     "noncharacter and private use beside a control character": (
         content("\ufded\U000f0005\x1d"), {"Content": "\ufded\U000f0005\x1d"}),
+    "reference to a noncharacter beside a control character": (xml("<A>&#xFDED;\x1d</A>"), {"A": "\ufded\x1d"}),
+    "what looks like a character in disguise": (
+        xml("<A>\ufdd00041\x1d</A><B>&#xFDD0;0041&#29;</B><C>\ufdd0</C>"),
+        {"A": "\ufdd00041\x1d", "B": "\ufdd00041\x1d", "C": "\ufdd0"}),
     "markup as text": (content("<!DOCTYPE x> & <Encrypt>y</Encrypt>"),
         {"Content": "<!DOCTYPE x> & <Encrypt>y</Encrypt>"}),
     "CDATA split for its own end": (content("a]]]]><![CDATA[>b"), {"Content": "a]]>b"}),

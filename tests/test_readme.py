@@ -546,7 +546,7 @@ def logged_texts() -> List[str]:
     def texts_in(*names: str) -> List[str]:
         return [text for call in calls if getattr(call.func, "attr", getattr(call.func, "id", "")) in names
                 for text in texts_of(call)]
-    logged = [re.sub(r"%\(\w+\)", "%", text) for text in texts_in("info", "warning", "warn", "error", "make_record")]
+    logged = [re.sub(r"%\(\w+\)", "%", text) for text in texts_in("info", "warning", "warn", "error")]
     refusals = [text for text in logged if "refused" in text]
     reasons = texts_in("ForbiddenPush", "Busy")
     return logged + texts_in("SettingsError") + [text.replace("%s", each, 1) for text in refusals for each in reasons]

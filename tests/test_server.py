@@ -7,6 +7,7 @@ import gc
 import http.client
 import io
 import logging
+import pathlib
 import re
 import socket
 import sys
@@ -18,7 +19,7 @@ from wsgiref.util import setup_testing_defaults
 from wsgiref.validate import validator
 
 import pytest
-from support import PATIENCE, Client, Shop, local, post, push, wait_until
+from support import PATIENCE, Certificate, Client, Shop, local, post, push, wait_until
 
 from kfserver import HandlerRegistry, KfServer, Message, PushServer, Request, Settings, SettingsError, sign
 
@@ -128,6 +129,13 @@ def test_kf_server_start_raises_when_the_port_is_in_use(shop: Shop) -> None:
 def test_kf_server_start_raises_when_the_address_is_not_ours(shop: Shop) -> None:
     with pytest.raises(SettingsError, match=r"cannot listen on 192\.0\.2\.1 port 0: .*--host"):
         KfServer(shop.registry, local(host="192.0.2.1")).start()  # an address for documentation (RFC 5737)
+
+
+def test_kf_server_speaks_plain_http_at_its_admin_address(
+        shop: Shop, certificate: Certificate, tmp_path: pathlib.Path) -> None:
+    for mode in (certificate.settings(), {"unix": str(tmp_path / "kf.sock")}):
+        with KfServer(shop.registry, local(admin="127.0.0.1:0", **mode)) as server, Client(server.admin_port) as client:
+            assert client.ask(b"GET /healthz HTTP/1.1\r\nHost: kf\r\n\r\n").status == 200
 
 
 # ---- feed
