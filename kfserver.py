@@ -2256,36 +2256,44 @@ def read_rows(db: sqlite3.Connection, state: int) -> List[Row]:
     return [Row(key, tries, bool(begun), *rest) for key, tries, begun, *rest in found]
 
 
-def connect_journal(path: str, mode: str) -> sqlite3.Connection:
-    """A connection to the journal at ``path``, which must exist; ``mode`` as in an SQLite address.
+def refuse_foreign_file(path: str) -> None:
+    """Raise `SettingsError` for a file that is there and not ours, without touching it or what lies beside it.
 
-    Raises `SettingsError` for a file that is not ours. Only SQLite opens it: who closes another descriptor of the file
-    frees the locks that this process has on it.
+    Only its head is looked at (SQLite's file format, section 1.3), and not by SQLite: after a crash in the middle of a
+    write, SQLite must read what lies beside the file too. To be called while this process has the file not open: who
+    closes a descriptor of it frees the locks that SQLite has on it.
     """
+    head = b""
+    with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
+        head = file.read(100)
+    if head:
+        is_database = head.startswith(b"SQLite format 3\0")
+        _check_marks(is_database and int.from_bytes(head[68:72], "big"), int.from_bytes(head[60:64], "big"), path)
+
+
+def _check_marks(mark: int, version: int, path: str) -> None:
+    """Raise `SettingsError` for marks of another program, or of a kfserver of the future."""
+    if mark != JOURNAL_ID:
+        raise SettingsError(f"{path} is not a journal of kfserver, and was left as it is: name another --journal")
+    if version > JOURNAL_VERSION:
+        raise SettingsError(f"the journal {path} was written by a newer kfserver, and was left as it is: use that one")
+
+
+def connect_journal(path: str, mode: str) -> sqlite3.Connection:
+    """A connection to the journal at ``path``, which must exist; ``mode`` as in an SQLite address. Raises
+    `SettingsError` for a file that is not ours."""
     import sqlite3
-    foreign = f"{path} is not a journal of kfserver, and was left as it is: name another --journal"
     db = sqlite3.connect(f"file:{quote(os.fsencode(path))}?mode={mode}", uri=True, timeout=LOCK_SECONDS,
                          isolation_level=None, check_same_thread=False)
     try:
         mark, version, pages = [db.execute(f"PRAGMA {name}").fetchone()[0]
                                 for name in ("application_id", "user_version", "page_count")]
-        if pages and mark != JOURNAL_ID:
-            raise SettingsError(foreign)
-        if version > JOURNAL_VERSION:
-            raise SettingsError(f"the journal {path} was written by a newer kfserver, and was left as it is: use that "
-                                "one")
-    except (sqlite3.Error, SettingsError) as error:
+        if pages:
+            _check_marks(mark, version, path)
+    except BaseException:
         db.close()
-        if "not a database" in str(error):
-            raise SettingsError(foreign) from error
         raise
     return db
-
-
-def refuse_foreign_file(path: str) -> None:
-    """Raise `SettingsError` for a file that is there and not ours, without touching it or what lies beside it."""
-    if os.path.exists(path):
-        connect_journal(path, "ro&immutable=1").close()
 
 
 class JournalFile:
@@ -5585,6 +5593,7 @@ def journal_command(arguments: argparse.Namespace) -> int:
     if not os.path.exists(path):
         raise SettingsError(f"there is no journal {arguments.journal}")
     try:
+        refuse_foreign_file(path)
         with contextlib.closing(connect_journal(path, "ro")) as db:
             if 0 < db.execute("PRAGMA user_version").fetchone()[0] < JOURNAL_VERSION:
                 raise SettingsError(f"the journal {path} is of an older kfserver: start the server once, which updates "
@@ -5596,7 +5605,7 @@ def journal_command(arguments: argparse.Namespace) -> int:
                 with contextlib.closing(connect_journal(path, "rw")) as writer:
                     requeued = writer.execute(_REQUEUE).rowcount
             report = _report_journal(db, requeued, arguments.show)
-    except sqlite3.Error as error:
+    except (sqlite3.Error, OSError) as error:
         raise SettingsError(f"cannot use the journal {arguments.journal}: {error}") from error
     print(json.dumps(report, indent=2) if arguments.json else _format_report(report))
     return 0

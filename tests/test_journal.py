@@ -316,6 +316,20 @@ def test_kf_server_writes_down_a_failed_try_that_another_will_follow(
     release.set()
 
 
+def test_journal_opens_after_a_kill_in_the_middle_of_a_checkpoint(path: str, tmp_path: pathlib.Path) -> None:
+    # The first page tells of pages that the file does not have yet: only the log beside it has them.
+    left = str(tmp_path / "left.db")
+    with opened(path) as journal:
+        journal.add([(f"a/{number}", bytes(1000)) for number in range(100)])
+        for suffix in ("", "-wal"):
+            shutil.copy(path + suffix, left + suffix)
+    with open(path, "rb") as complete, open(left, "r+b") as file:
+        file.write(complete.read(4096))
+    assert main(["--check", "--journal", left]) == 0
+    with opened(left) as journal:
+        assert len(journal.waiting()) == 100
+
+
 def test_kf_server_starts_though_a_message_that_was_left_cannot_be_read(start: Start, shop: Shop, path: str) -> None:
     left = leave(path)
     left.add([("app/user/text/1", b"?")])
