@@ -2998,6 +2998,7 @@ class _Connection(http.client.HTTPConnection):
 
     def __init__(self, base: SplitResult, tls: Optional[ssl.SSLContext], proxy: SplitResult) -> None:
         self._tls, self._name, self.ends = tls, base.hostname, 0.0
+        self._answer: Callable[[], Optional[http.client.HTTPResponse]] = lambda: None  # the last one, while it is used
         self.default_port = 443 if tls else 80  # which the Host header need not name
         super().__init__((proxy.netloc or base.netloc).rpartition("@")[2])
         if proxy.netloc:
@@ -3023,6 +3024,11 @@ class _Connection(http.client.HTTPConnection):
             if self._tls:
                 self.sock.settimeout(self._left())  # the library takes this for the handshake as a whole
                 self.sock = self._tls.wrap_socket(self.sock, server_hostname=self._name)
+        except BaseException:
+            answer = self._answer()
+            if answer:  # the proxy's: before Python 3.12 the library leaves its reader open, and so the socket
+                answer.close()
+            raise
         finally:
             if not self.ends:  # too late: nobody waits for it any more
                 self.close()
@@ -3052,6 +3058,7 @@ class _Connection(http.client.HTTPConnection):
             self, sock: socket.socket, *arguments: Any, **options: Any) -> http.client.HTTPResponse:
         """The reader of an answer, which http.client calls."""
         response = http.client.HTTPResponse(sock, *arguments, **options)
+        self._answer = weakref.ref(response)
         # The time limit of a socket starts anew with each byte: without this, one byte a second would never end.
         response.fp.raw.readinto = functools.partial(self._receive, sock)  # type: ignore[method-assign]
         return response
