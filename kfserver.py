@@ -3576,7 +3576,8 @@ class Dispatcher:
                 if self.has_ended or (now >= leave_at and (due is None or self._spare > 1)):
                     self._spare -= 1
                     return False
-                self._wanted.wait(max(0.0, min(each for each in (due, leave_at) if each and each >= now) - now))
+                until = leave_at if due is None or now < leave_at <= due else due
+                self._wanted.wait(max(0.0, until - now))
             self._called = False
             self._spare -= 1
             return True
@@ -3597,7 +3598,7 @@ class Dispatcher:
         return False
 
     def _has_work(self) -> bool:
-        return self._busy < self._mailboxes.limit and not self.has_ended and self._mailboxes.are_ready()
+        return self._mailboxes.are_ready() and self._busy < self._mailboxes.limit and not self.has_ended
 
     def _take_mailbox(self, served: Optional[Mailbox]) -> Optional[Mailbox]:
         """Put back the mailbox that was served; the one to serve next.

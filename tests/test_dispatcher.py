@@ -7,6 +7,7 @@ keys like ``ann/2``: the second message of ann.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import threading
 from typing import Callable, List, Optional, Tuple, Type
 
@@ -317,6 +318,26 @@ def test_dispatcher_waits_until_a_retry_is_due() -> None:
     assert not office.dispatcher.join(0.05)
     office.pass_time(0.2)
     assert office.dispatcher.join(PATIENCE)
+
+
+@pytest.mark.parametrize("pause", [0.5, 1.5, 2.5, 3.5, 4.5, 5.5, 6.5])
+def test_dispatcher_runs_a_retry_that_is_due_while_a_worker_looks_at_the_clock(
+        pause: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A second goes by between any two looks at it.
+    failing, done, seconds = Failing(times=1), [], itertools.count()
+
+    def handle(job: Job) -> None:
+        if attempt(failing, job.message):
+            job.pause = pause
+        else:
+            dispatcher.settle(job, done.append, job.message.key)
+
+    monkeypatch.setattr(kfserver, "KEEP_THREAD", 0.0)
+    dispatcher = Dispatcher(Settings(), handle, lambda: None, lambda: float(next(seconds)))
+    dispatcher.reserve()
+    dispatcher.post([letter("ann/1")])
+    wait_until(lambda: done == ["ann/1"])
+    assert dispatcher.join(PATIENCE)
 
 
 @pytest.mark.parametrize("busy", ["", "bob/1"])
