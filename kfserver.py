@@ -223,14 +223,6 @@ def attempt(function: Callable[..., object], *arguments: Any) -> Optional[BaseEx
     return None
 
 
-def guard(function: Callable[..., object], *arguments: Any) -> bool:
-    """Call what must not end the thread it runs on; whether it went well."""
-    error = attempt(function, *arguments)
-    if error:
-        log.error("an error inside kfserver; please report this", exc_info=exc_info_of(error))
-    return error is None
-
-
 # Seconds between two lines of one kind in the log: an attacker must not be able to fill it.
 TELL_SECONDS = 60.0
 
@@ -3356,7 +3348,7 @@ LOOK_SECONDS = 0.001
 
 def call_later(seconds: float, job: Callable[[], None]) -> None:
     """Run ``job`` once, ``seconds`` from now, on a thread of its own; not at all if no thread can be had."""
-    timer = threading.Timer(seconds, guard, (job,))
+    timer = threading.Timer(seconds, Teller(time.monotonic).guard, (job,))
     timer.name, timer.daemon = "kfserver-timer", True
     with contextlib.suppress(RuntimeError):
         timer.start()
@@ -3465,6 +3457,7 @@ class Dispatcher:
     def __init__(self, settings: Settings, handle: Callable[[Job], object], flush: Callable[[], None],
                  timer: Callable[[], float] = time.monotonic) -> None:
         self._settings, self._handle, self._flush, self._timer = settings, handle, flush, timer
+        self._guard = Teller(timer).guard
         self._lock = threading.Lock()  # guards all below
         self._wanted = threading.Condition(self._lock)  # tells spare workers of a call, or of what will be due
         self._changed = threading.Condition(self._lock)  # tells that nothing is left to do, or that threads are short
@@ -3559,7 +3552,7 @@ class Dispatcher:
         """Have one message of each mailbox that is ready handled."""
         mailbox = self._take_mailbox(None)
         while mailbox:
-            guard(self._handle, mailbox[0])
+            self._guard(self._handle, mailbox[0])
             mailbox = self._take_mailbox(mailbox)
 
     def _await_call(self) -> bool:
@@ -3594,7 +3587,7 @@ class Dispatcher:
                 return True
             must_flush, self._unflushed = self._unflushed > 0, 0
         if must_flush:
-            guard(self._flush)
+            self._guard(self._flush)
         return False
 
     def _has_work(self) -> bool:
@@ -3620,7 +3613,7 @@ class Dispatcher:
             if somebody_comes and self._busy + self._unflushed < self._mailboxes.limit:
                 return mailbox
             self._unflushed = 0
-        guard(self._flush)
+        self._guard(self._flush)
         return mailbox
 
     def _put_back(self, mailbox: Mailbox) -> None:
@@ -3664,8 +3657,8 @@ class Dispatcher:
                 else:  # when threads are short, nobody else looks for what is due
                     self._changed.wait(min(left, 0.05 if self._short else 1.0))
             if is_needed:
-                guard(self._handle, mailbox[0])
-                guard(self._flush)
+                self._guard(self._handle, mailbox[0])
+                self._guard(self._flush)
                 with self._lock:
                     self._put_back(mailbox)
                     self._busy -= 1
